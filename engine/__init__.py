@@ -1,0 +1,47 @@
+"""Token ids in, token ids out: a continuous-batching engine for dense Llama/Mistral-family decoders.
+
+This is the public face; it imports no torch, so that a protocol process stays light. `engine.local.LocalEngine` runs the
+core in this process, `engine.remote.RemoteEngine` in its own.
+"""
+
+from engine.config import EngineConfig, ModelConfig
+from engine.errors import (
+    CheckpointError,
+    EngineConfigError,
+    EngineDeadError,
+    EngineError,
+    InvalidRequestError,
+    UnsupportedModelError,
+)
+from engine.face import Engine, LoadProgress
+from engine.request import (
+    EngineInfo,
+    EngineStats,
+    FinishReason,
+    Request,
+    SamplingParams,
+    Timings,
+    TokenEvent,
+    TokenLogprob,
+)
+
+__all__ = [
+    "CheckpointError",
+    "Engine",
+    "EngineConfig",
+    "EngineConfigError",
+    "EngineDeadError",
+    "EngineError",
+    "EngineInfo",
+    "EngineStats",
+    "FinishReason",
+    "InvalidRequestError",
+    "LoadProgress",
+    "ModelConfig",
+    "Request",
+    "SamplingParams",
+    "Timings",
+    "TokenEvent",
+    "TokenLogprob",
+    "UnsupportedModelError",
+]

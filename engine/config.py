@@ -1,0 +1,95 @@
+"""What a checkpoint is (`ModelConfig`) and what its owner chooses (`EngineConfig`). Frozen, torch-free, picklable by msgspec.
+
+`head_dim` is a field of its own: in Mistral NeMo it is 128 while hidden_size / num_heads = 160.
+Nothing is ever sized from `max_position_embeddings` alone: NeMo ships 1,024,000 there.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Llama3RopeScaling(msgspec.Struct, frozen=True, kw_only=True):
+    """Frequency scaling of Llama 3.1 (`rope_type: llama3`). Source: meta-llama/llama-models, `apply_scaling`."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Shape and constants of one dense Llama/Mistral-family decoder.
+
+    Attributes:
+        hidden_size: width of the residual stream.
+        num_heads, num_kv_heads: query heads and key/value heads; the first is a multiple of the second.
+        head_dim: width of one head, independent of hidden_size / num_heads.
+        intermediate_size: width of the SwiGLU hidden layer.
+        rope_theta, rope_scaling: rotary embedding (rotate-half convention, whatever the file's own convention was).
+        rope_freq_factors: per-frequency divisors read from a file (GGUF `rope_freqs.weight`), length head_dim / 2.
+        sliding_window: attention span in tokens, None = full.
+        qkv_bias: True for Qwen2.
+        tie_word_embeddings: True if the LM head is the embedding matrix.
+        eos_token_ids: ids that end a generation; may be empty.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    rms_norm_eps: float
+    rope_theta: float
+    max_position_embeddings: int
+    rope_scaling: Llama3RopeScaling | None = None
+    rope_freq_factors: tuple[float, ...] | None = None
+    sliding_window: int | None = None
+    qkv_bias: bool = False
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    @property
+    def q_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    def kv_bytes_per_token(self, dtype_bytes: int) -> int:
+        """Bytes of key/value cache that one token takes over all layers."""
+        return 2 * self.num_layers * self.kv_size * dtype_bytes
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What the owner of an engine chooses. Every default has its reason beside it.
+
+    Attributes:
+        model_path: a `.gguf` file, a `.safetensors` file, or a directory with config.json and safetensors.
+        dtype: "auto", "bfloat16" or "float32"; compute and KV-cache dtype.
+        device: "auto", "cpu" or "cuda".
+        max_model_len: longest prompt + completion in tokens; None = min(the model's own limit, 131072, what the KV cache holds).
+        max_batch_size: sequences that run at the same time.
+        max_batch_tokens: token budget of one step; prefill chunks fill what decodes leave.
+        page_size: tokens per KV page.
+        kv_memory_bytes: size of the KV cache; None = what max_batch_size sequences of 2,048 tokens need (at least one of
+            max_model_len), capped at half of the free memory.
+        threads: intra-op CPU threads; None = all cores.
+        seed: basis of the random streams of requests that bring no seed.
+    """
+
+    model_path: str
+    dtype: str = "auto"
+    device: str = "auto"
+    max_model_len: int | None = None
+    max_batch_size: int = 32  # beyond it two CPU cores gain nothing, and GPU owners set their own
+    max_batch_tokens: int = 512  # about 4 decode steps of work on a CPU, so that a long prompt cannot freeze the others
+    page_size: int = 64  # one page of one head is a contiguous 16 KiB tile at head_dim 128 in bf16
+    kv_memory_bytes: int | None = None
+    threads: int | None = None
+    seed: int = 0

@@ -1,0 +1,41 @@
+"""Every way in which the engine refuses or fails, as types.
+
+Callers map these to status codes once, at their own edge; nothing in `engine/` knows a protocol.
+Messages are written for the person who sent the request: they name the field, the value and the limit.
+"""
+
+from __future__ import annotations
+
+
+class EngineError(Exception):
+    """Base of all errors that this package raises on purpose."""
+
+
+class InvalidRequestError(EngineError):
+    """The request itself is wrong and would be wrong on any engine.
+
+    Args:
+        field: name of the offending field as users write it, e.g. `temperature`.
+        reason: what is wrong, with the value and the limit.
+    """
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(f"{field}: {reason}")
+        self.field = field
+        self.reason = reason
+
+
+class CheckpointError(EngineError):
+    """A model file is missing, truncated, corrupt or of a kind that we do not run. The message names file and tensor."""
+
+
+class UnsupportedModelError(CheckpointError):
+    """The checkpoint is readable but describes a model that this decoder does not implement."""
+
+
+class EngineConfigError(EngineError):
+    """The engine cannot run this model with these settings on this machine (memory, device, limits)."""
+
+
+class EngineDeadError(EngineError):
+    """The engine process is gone or failed; every request in flight gets this."""

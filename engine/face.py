@@ -1,0 +1,44 @@
+"""The one face of an engine, whether its core runs in this process (`engine.local`) or in its own (`engine.remote`)."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from typing import Protocol
+
+from engine.request import EngineInfo, EngineStats, Request, TokenEvent
+
+LoadProgress = Callable[[str, float], None]
+"""Called while loading with the phase in a word ("read weights", "warm up") and the fraction done, 0 to 1."""
+
+
+class Engine(Protocol):
+    """Asynchronous engine: requests in, TokenEvents out. All methods belong to one event loop."""
+
+    @property
+    def info(self) -> EngineInfo:
+        """Facts of the loaded model and the sizes that were chosen."""
+
+    @property
+    def stats(self) -> EngineStats:
+        """Load after the latest step."""
+
+    @property
+    def heartbeat_age(self) -> float:
+        """Seconds since the core last showed life; it beats at least once a second, idle or not."""
+
+    @property
+    def failure(self) -> str | None:
+        """Why the engine is dead, or None while it lives."""
+
+    def generate(self, request: Request) -> AsyncIterator[TokenEvent]:
+        """Submit a request and yield its events, the last one with a finish_reason.
+
+        Closing or cancelling the iterator early cancels the request: its pages are free at the next step.
+
+        Raises:
+            InvalidRequestError: before anything is computed.
+            EngineDeadError: the engine died before the request ended.
+        """
+
+    async def close(self) -> None:
+        """Cancel what runs, stop the core and wait for its end. Idempotent."""

@@ -1,0 +1,251 @@
+"""The vocabulary that crosses the engine's border: token ids in, token ids out. Torch-free.
+
+    SamplingParams + prompt ids = Request  ──►  engine  ──►  TokenEvent, TokenEvent, … (exactly one with finish_reason)
+
+All types are msgspec structs, so that the same objects serve in process and, as msgpack, between processes.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+
+import msgspec
+
+from engine.errors import InvalidRequestError
+
+MAX_LOGPROBS = 20  # as the OpenAI API; each one costs a top-k over the vocabulary
+MAX_LOGIT_BIAS = 1024  # entries per request
+MAX_STOP_TOKEN_IDS = 1024
+
+
+class FinishReason(enum.StrEnum):
+    """Why a request ended. Each admitted request ends with exactly one of these."""
+
+    STOP = "stop"  # end-of-sequence or a stop token id
+    LENGTH = "length"  # max_tokens or the context limit
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How tokens are chosen from logits, and when to stop. Defaults follow the OpenAI API.
+
+    Attributes:
+        max_tokens: most tokens to generate, >= 1.
+        min_tokens: end-of-sequence and stop ids are impossible before so many tokens.
+        temperature: 0 = greedy; otherwise logits are divided by it.
+        top_k: keep the k most likely tokens; 0 = all.
+        top_p: keep the smallest set whose probability reaches top_p; in (0, 1].
+        min_p: drop tokens less likely than min_p times the likeliest; in [0, 1].
+        repetition_penalty: > 0; divides positive and multiplies negative logits of tokens seen in prompt or output (CTRL, arXiv 1909.05858).
+        presence_penalty, frequency_penalty: in [-2, 2]; subtracted once / per occurrence for tokens of the output (OpenAI).
+        seed: 0 <= seed < 2**64; the same seed gives the same tokens whatever else runs. None = drawn by the engine.
+        logit_bias: added to logits before anything else is done; token id -> [-100, 100] or -inf (never).
+        stop_token_ids: end generation as end-of-sequence does.
+        ignore_eos: the model's own end-of-sequence does not end the generation.
+        logprobs: None = none; 0 = of the chosen token; n = also of the n likeliest.
+    """
+
+    max_tokens: int = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    logit_bias: dict[int, float] = {}
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def validate(self, vocab_size: int) -> None:
+        """Check every field against its range.
+
+        Raises:
+            InvalidRequestError: names the field, the value and the limit.
+        """
+        _check(self.max_tokens >= 1, "max_tokens", self.max_tokens, "must be at least 1")
+        _check(
+            0 <= self.min_tokens <= self.max_tokens,
+            "min_tokens",
+            self.min_tokens,
+            f"must be between 0 and max_tokens ({self.max_tokens})",
+        )
+        _check_range("temperature", self.temperature, 0.0, 100.0)
+        _check(self.top_k >= 0, "top_k", self.top_k, "must be 0 (off) or positive")
+        _check(
+            math.isfinite(self.top_p) and 0.0 < self.top_p <= 1.0,
+            "top_p",
+            self.top_p,
+            "must be greater than 0 and at most 1",
+        )
+        _check_range("min_p", self.min_p, 0.0, 1.0)
+        _check(
+            math.isfinite(self.repetition_penalty) and 0.0 < self.repetition_penalty <= 100.0,
+            "repetition_penalty",
+            self.repetition_penalty,
+            "must be greater than 0 and at most 100",
+        )
+        _check_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _check_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _check(self.seed is None or 0 <= self.seed < 2**64, "seed", self.seed, "must be between 0 and 2**64 - 1")
+        _check(
+            len(self.logit_bias) <= MAX_LOGIT_BIAS,
+            "logit_bias",
+            f"{len(self.logit_bias)} entries",
+            f"must have at most {MAX_LOGIT_BIAS}",
+        )
+        for token, bias in self.logit_bias.items():
+            _check(
+                0 <= token < vocab_size,
+                "logit_bias",
+                f"token id {token}",
+                f"must be between 0 and {vocab_size - 1}",
+            )
+            _check(
+                bias == -math.inf or -100.0 <= bias <= 100.0,
+                f"logit_bias[{token}]",
+                bias,
+                "must be between -100 and 100, or -inf",
+            )
+        _check(
+            len(self.stop_token_ids) <= MAX_STOP_TOKEN_IDS,
+            "stop_token_ids",
+            f"{len(self.stop_token_ids)} entries",
+            f"must have at most {MAX_STOP_TOKEN_IDS}",
+        )
+        for token in self.stop_token_ids:
+            _check(0 <= token < vocab_size, "stop_token_ids", token, f"must be between 0 and {vocab_size - 1}")
+        _check(
+            self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
+            "logprobs",
+            self.logprobs,
+            f"must be between 0 and {MAX_LOGPROBS}",
+        )
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """One sequence to generate. `request_id` is unique among the requests in flight.
+
+    Attributes:
+        priority: lower runs first, 0 is normal; among equals the earlier arrival runs first.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams = SamplingParams()
+    priority: int = 0
+
+
+class TokenLogprob(msgspec.Struct, frozen=True):
+    """Natural-log probabilities of one generated token, under the distribution before temperature and truncation,
+    after penalties and bias. `top` is sorted from the likeliest; `rank` counts from 1."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: list[tuple[int, float]] = []
+
+
+class Timings(msgspec.Struct, frozen=True, kw_only=True):
+    """Seconds, monotonic clock of the engine, since the request reached the core."""
+
+    queued: float
+    first_token: float
+    finished: float
+
+
+class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """What one step did to one request.
+
+    Attributes:
+        token_ids: new tokens; the end-of-sequence or stop token that ended it is not among them but in `stop_token_id`.
+        logprobs: one per token of token_ids, if asked for.
+        finish_reason: set on the last event of a request and on no other.
+        error: what went wrong, when finish_reason is ERROR.
+        prompt_tokens, cached_tokens: size of the prompt, and how much of it needed no computation.
+    """
+
+    request_id: str
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprob] | None = None
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    error: str | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    timings: Timings | None = None
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """Load of the engine after a step; also its heart beat. Counters run from the start of the engine.
+
+    Attributes:
+        queued: requests not yet scheduled; queued_tokens: their prompt tokens; oldest_queued_seconds: age of the oldest.
+        running: requests in the batch.
+        prefill_tokens_per_second, decode_tokens_per_second: moving averages over the last seconds of work.
+    """
+
+    steps: int = 0
+    queued: int = 0
+    queued_tokens: int = 0
+    oldest_queued_seconds: float = 0.0
+    running: int = 0
+    max_batch_size: int = 0
+    kv_pages_used: int = 0
+    kv_pages_total: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    preemptions: int = 0
+    prefill_tokens_per_second: float = 0.0
+    decode_tokens_per_second: float = 0.0
+
+
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """Facts about a loaded engine that its owner and clients may ask for."""
+
+    vocab_size: int
+    max_model_len: int
+    max_batch_size: int
+    max_batch_tokens: int
+    page_size: int
+    kv_pages: int
+    dtype: str
+    device: str
+    architecture: str
+    num_parameters: int
+    weight_bytes: int
+    load_seconds: float
+
+
+def validate_request(request: Request, vocab_size: int, max_model_len: int) -> None:
+    """Check a request against the model's limits; what passes here can be scheduled.
+
+    Raises:
+        InvalidRequestError: names the field, the value and the limit.
+    """
+    prompt = request.prompt_token_ids
+    _check(len(prompt) > 0, "prompt", "0 tokens", "must have at least one token")
+    _check(
+        len(prompt) < max_model_len,
+        "prompt",
+        f"{len(prompt)} tokens",
+        f"must be shorter than the context of {max_model_len} tokens",
+    )
+    if min(prompt) < 0 or max(prompt) >= vocab_size:
+        bad = next(i for i, token in enumerate(prompt) if not 0 <= token < vocab_size)
+        raise InvalidRequestError(f"prompt_token_ids[{bad}]", f"{prompt[bad]} must be between 0 and {vocab_size - 1}")
+    request.sampling.validate(vocab_size)
+
+
+def _check(ok: bool, field: str, value: object, rule: str) -> None:
+    if not ok:
+        raise InvalidRequestError(field, f"{value} {rule}")
+
+
+def _check_range(field: str, value: float, low: float, high: float) -> None:
+    _check(math.isfinite(value) and low <= value <= high, field, value, f"must be between {low:g} and {high:g}")

@@ -1,0 +1,55 @@
+"""What can go wrong in the service, as types with a protocol-neutral code. Adapters map the code once, at their edge."""
+
+from __future__ import annotations
+
+import enum
+
+from engine.errors import EngineConfigError, EngineDeadError, EngineError, InvalidRequestError
+
+
+class Code(enum.StrEnum):
+    """Kinds of failure, named as gRPC names them."""
+
+    INVALID_ARGUMENT = "invalid_argument"
+    NOT_FOUND = "not_found"
+    RESOURCE_EXHAUSTED = "resource_exhausted"
+    DEADLINE_EXCEEDED = "deadline_exceeded"
+    UNIMPLEMENTED = "unimplemented"
+    UNAVAILABLE = "unavailable"
+    INTERNAL = "internal"
+
+
+class ServiceError(Exception):
+    """An error that may be shown to a client as it stands.
+
+    Args:
+        code: kind of failure.
+        message: one sentence; for INVALID_ARGUMENT it names field, value and limit.
+        field: the offending field, if one is.
+        retry_after_ms: when a retry makes sense, for RESOURCE_EXHAUSTED.
+    """
+
+    def __init__(
+        self, code: Code, message: str, *, field: str | None = None, retry_after_ms: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.field = field
+        self.retry_after_ms = retry_after_ms
+
+
+def invalid(field: str, reason: str) -> ServiceError:
+    """INVALID_ARGUMENT about `field`; the message reads `field: reason`."""
+    return ServiceError(Code.INVALID_ARGUMENT, f"{field}: {reason}", field=field)
+
+
+def from_engine(error: EngineError) -> ServiceError:
+    """The service's view of an engine error."""
+    if isinstance(error, InvalidRequestError):
+        return ServiceError(Code.INVALID_ARGUMENT, str(error), field=error.field)
+    if isinstance(error, EngineDeadError):
+        return ServiceError(Code.UNAVAILABLE, "the engine is down; retry later")
+    if isinstance(error, EngineConfigError):
+        return ServiceError(Code.UNAVAILABLE, "the engine is not configured to serve this model")
+    return ServiceError(Code.INTERNAL, "internal error")

@@ -1,0 +1,75 @@
+"""What protocol adapters see of the running server: the served model, its phase, its generator, its load."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from engine import EngineInfo, EngineStats
+from service.generation import GenerationEvent, GenerationRequest
+from service.text.chat import Conversation
+
+
+class Phase(enum.StrEnum):
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """Where the server is in its life. `progress` is 0 to 1; `eta_seconds` is a guess, None when there is no basis for one."""
+
+    phase: Phase
+    detail: str = ""
+    progress: float = 0.0
+    eta_seconds: float | None = None
+
+
+class Host(Protocol):
+    """One served model under one name and its aliases.
+
+    Everything that needs the model raises ServiceError(UNAVAILABLE) while loading, draining or failed.
+    """
+
+    @property
+    def model_name(self) -> str: ...
+
+    @property
+    def model_aliases(self) -> tuple[str, ...]: ...
+
+    @property
+    def status(self) -> Status: ...
+
+    @property
+    def alive(self) -> bool:
+        """True while loading makes progress or the engine's heart beats."""
+
+    @property
+    def started_at(self) -> float:
+        """Unix time of the server's start."""
+
+    @property
+    def stats(self) -> EngineStats: ...
+
+    @property
+    def info(self) -> EngineInfo:
+        """Raises ServiceError(UNAVAILABLE) before the model is loaded."""
+
+    @property
+    def has_chat(self) -> bool: ...
+
+    def wait_change(self, timeout: float) -> AsyncIterator[Status]:
+        """Yield the status now and whenever it changes, and at least every `timeout` seconds, until the server ends."""
+
+    def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationEvent]:
+        """See service.generation."""
+
+    def tokenize(self, prompt: str | Conversation, *, add_bos: bool = False) -> list[int]: ...
+
+    def detokenize(self, token_ids: list[int]) -> str: ...
+
+    def token_bytes(self, token_id: int) -> bytes: ...

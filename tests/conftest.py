@@ -1,0 +1,27 @@
+"""Fixtures that every room's tests share: the embedded model and the optional data folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """The embedded model's GGUF file, pulled into the model store on first use."""
+    from service.models.store import ModelStore
+
+    return ModelStore.default().pull("smollm2-135m-instruct").path
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """Folder of optional data files; tests that need one skip where it is absent."""
+    folder = Path(os.environ.get("NEMOSERVE_TEST_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no test data at {folder}; set NEMOSERVE_TEST_DATA")
+    return folder
