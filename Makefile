@@ -1,0 +1,47 @@
+# Every target sets up what it needs. `make run` and `make test` are all that a new clone wants.
+VENV   := .venv
+PY     := $(VENV)/bin/python
+STAMP  := $(VENV)/.installed
+SAMPLE := Explain in two sentences what an inference server does.
+
+.PHONY: run setup test check format proto bench triton-diff clean help
+
+run: setup  ## pull the embedded model, serve it, stream one answer, keep serving until Ctrl-C
+	$(VENV)/bin/nemoserve serve --sample-prompt "$(SAMPLE)"
+
+setup: $(STAMP)  ## create .venv with everything in it
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(PY) || python3 -m venv $(VENV)
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[server,dev]'
+	@touch $@
+
+test: setup  ## all tests, end to end ones included
+	$(PY) -m pytest
+
+check: setup  ## lint, format, types, protobuf contract
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/buf lint proto
+	$(VENV)/bin/buf breaking proto --against proto/baseline.json
+
+format: setup  ## apply what `check` asks for
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+proto: setup  ## generate the stubs from the .proto files
+	$(PY) -m proto.generate
+
+bench: setup  ## tokens/s, TTFT and ITL of the engine beside transformers, in one run
+	$(PY) -m bench.engine
+
+triton-diff: setup  ## the same calls against a real Triton server and ours; prints what differs
+	$(PY) -m tests.triton_diff
+
+clean:  ## remove the environment and caches of this checkout
+	rm -rf $(VENV) .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'

@@ -1,0 +1,150 @@
+"""The import rules of the house, asserted from the real imports of every module.
+
+service ──► engine          service ──► nemoserve (the contract)          bench, tests ──► anything
+core ──► scheduler, runner, sampler ──► model, kv ──► quant, ops          adapters never import one another
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("engine", "service", "autoscaler", "bench", "proto")
+
+
+def modules(*rooms: str) -> dict[str, Path]:
+    """Dotted name -> file of every module in the given rooms."""
+    found = {}
+    for room in rooms:
+        for path in (ROOT / room).rglob("*.py"):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(path: Path, *, at_import_time_only: bool = False) -> Iterator[str]:
+    """Dotted names that a file imports; `from a import b` yields both a and a.b."""
+    tree = ast.parse(path.read_text())
+    nodes = list(tree.body) if at_import_time_only else list(ast.walk(tree))
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            assert node.module is not None
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def within(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+def offenders(rooms: dict[str, Path], *forbidden: str) -> list[str]:
+    return [
+        f"{module} imports {name}"
+        for module, path in rooms.items()
+        for name in imports(path)
+        if any(within(name, package) for package in forbidden)
+    ]
+
+
+def test_the_engine_knows_neither_service_nor_protocol_nor_network() -> None:
+    forbidden = (
+        "service",
+        "autoscaler",
+        "nemoserve",
+        "grpc",
+        "tritonclient",
+        "httpx",
+        "tiktoken",
+        "tokenizers",
+        "jinja2",
+    )
+    assert offenders(modules("engine"), *forbidden) == []
+
+
+def test_the_service_never_touches_a_tensor() -> None:
+    assert offenders(modules("service"), "torch", "engine.ops", "engine.model", "engine.kv", "engine.runner") == []
+
+
+def test_the_autoscaler_stands_alone() -> None:
+    assert offenders(modules("autoscaler"), "torch", "engine", "service") == []
+
+
+def test_nobody_imports_bench_or_tests() -> None:
+    assert offenders(modules("engine", "service", "autoscaler"), "bench", "tests") == []
+
+
+@pytest.mark.parametrize(
+    ("lower", "uppers"),
+    [
+        (
+            "engine.ops",
+            ("engine.quant", "engine.model", "engine.kv", "engine.runner", "engine.scheduler", "engine.core"),
+        ),
+        ("engine.quant", ("engine.model", "engine.kv", "engine.runner", "engine.scheduler", "engine.core")),
+        ("engine.kv", ("engine.model", "engine.runner", "engine.scheduler", "engine.core")),
+        ("engine.model", ("engine.runner", "engine.scheduler", "engine.sampler", "engine.core")),
+        ("engine.checkpoint", ("engine.model", "engine.runner", "engine.scheduler", "engine.core")),
+        ("engine.scheduler", ("engine.runner", "engine.core", "engine.model", "torch")),
+        ("engine.sampler", ("engine.runner", "engine.core", "engine.scheduler")),
+        ("engine.runner", ("engine.core", "engine.scheduler", "engine.local", "engine.remote")),
+        ("engine.core", ("engine.local", "engine.remote")),
+        ("service.text", ("service.grpc", "service.generation", "service.server", "service.cli")),
+        ("service.models", ("service.grpc", "service.generation", "service.server", "service.cli")),
+        ("service.generation", ("service.grpc", "service.server", "service.cli")),
+        ("service.grpc.kserve", ("service.grpc.generation", "service.server", "service.cli", "engine.core")),
+        ("service.grpc.generation", ("service.grpc.kserve", "service.server", "service.cli", "engine.core")),
+    ],
+)
+def test_imports_point_down(lower: str, uppers: tuple[str, ...]) -> None:
+    rooms = {name: path for name, path in modules("engine", "service").items() if within(name, lower)}
+    assert rooms
+    assert offenders(rooms, *uppers) == []
+
+
+def test_there_is_no_import_cycle() -> None:
+    known = modules(*ROOMS)
+    graph = {
+        name: {target for target in imports(path, at_import_time_only=True) if target in known and target != name}
+        for name, path in known.items()
+    }
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, " -> ".join((*trail[trail.index(name) :], name))
+        if name in done:
+            return
+        for target in sorted(graph[name]):
+            visit(target, (*trail, name))
+        done.add(name)
+
+    for name in sorted(graph):
+        visit(name, ())
+
+
+def test_nothing_can_unpickle() -> None:
+    assert offenders(modules(*ROOMS), "pickle", "cloudpickle", "dill", "marshal", "shelve", "torch.load") == []
+    assert [name for name, path in modules(*ROOMS).items() if "torch.load(" in path.read_text()] == []
+
+
+@pytest.mark.parametrize(
+    "module", ["engine", "service.host", "service.server", "service.cli", "nemoserve.v1.generation_pb2_grpc"]
+)
+def test_the_service_process_starts_without_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+
+def test_the_base_install_pulls_no_torch() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert {name.split(">")[0] for name in project["dependencies"]} == {"grpcio", "protobuf"}
+    assert any(name.startswith("torch") for name in project["optional-dependencies"]["server"])
