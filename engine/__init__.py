@@ -1,7 +1,7 @@
 """Token ids in, token ids out: a continuous-batching engine for dense Llama/Mistral-family decoders.
 
-This is the public face; it imports no torch, so that a protocol process stays light. `engine.local.LocalEngine` runs the
-core in this process, `engine.remote.RemoteEngine` in its own.
+This is the public face; it imports no torch, so that a protocol process stays light. `engine.local.LocalEngine`
+runs the core in this process, `engine.remote.RemoteEngine` in its own.
 """
 
 from engine.config import EngineConfig, ModelConfig

@@ -1,4 +1,4 @@
-"""What a checkpoint is (`ModelConfig`) and what its owner chooses (`EngineConfig`). Frozen, torch-free, picklable by msgspec.
+"""What a checkpoint is (`ModelConfig`) and what its owner chooses (`EngineConfig`). Frozen, torch-free, msgpack-able.
 
 `head_dim` is a field of its own: in Mistral NeMo it is 128 while hidden_size / num_heads = 160.
 Nothing is ever sized from `max_position_embeddings` alone: NeMo ships 1,024,000 there.
@@ -73,12 +73,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         model_path: a `.gguf` file, a `.safetensors` file, or a directory with config.json and safetensors.
         dtype: "auto", "bfloat16" or "float32"; compute and KV-cache dtype.
         device: "auto", "cpu" or "cuda".
-        max_model_len: longest prompt + completion in tokens; None = min(the model's own limit, 131072, what the KV cache holds).
+        max_model_len: longest prompt + completion in tokens; None = the least of the model's own limit, 131072 and what
+            the KV cache holds.
         max_batch_size: sequences that run at the same time.
         max_batch_tokens: token budget of one step; prefill chunks fill what decodes leave.
         page_size: tokens per KV page.
-        kv_memory_bytes: size of the KV cache; None = what max_batch_size sequences of 2,048 tokens need (at least one of
-            max_model_len), capped at half of the free memory.
+        kv_memory_bytes: size of the KV cache; None = what max_batch_size sequences of 2,048 tokens need (at least one
+            of max_model_len), capped at half of the free memory.
         threads: intra-op CPU threads; None = all cores.
         seed: basis of the random streams of requests that bring no seed.
     """

@@ -26,7 +26,7 @@ class InvalidRequestError(EngineError):
 
 
 class CheckpointError(EngineError):
-    """A model file is missing, truncated, corrupt or of a kind that we do not run. The message names file and tensor."""
+    """A model file is missing, truncated, corrupt or not one that we run. The message names file and tensor."""
 
 
 class UnsupportedModelError(CheckpointError):

@@ -38,8 +38,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         top_k: keep the k most likely tokens; 0 = all.
         top_p: keep the smallest set whose probability reaches top_p; in (0, 1].
         min_p: drop tokens less likely than min_p times the likeliest; in [0, 1].
-        repetition_penalty: > 0; divides positive and multiplies negative logits of tokens seen in prompt or output (CTRL, arXiv 1909.05858).
-        presence_penalty, frequency_penalty: in [-2, 2]; subtracted once / per occurrence for tokens of the output (OpenAI).
+        repetition_penalty: > 0; divides positive and multiplies negative logits of tokens seen in prompt or output
+            (CTRL, arXiv 1909.05858).
+        presence_penalty, frequency_penalty: in [-2, 2]; subtracted once / per occurrence for tokens of the output
+            (OpenAI).
         seed: 0 <= seed < 2**64; the same seed gives the same tokens whatever else runs. None = drawn by the engine.
         logit_bias: added to logits before anything else is done; token id -> [-100, 100] or -inf (never).
         stop_token_ids: end generation as end-of-sequence does.
@@ -185,7 +187,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Load of the engine after a step; also its heart beat. Counters run from the start of the engine.
 
     Attributes:
-        queued: requests not yet scheduled; queued_tokens: their prompt tokens; oldest_queued_seconds: age of the oldest.
+        queued, queued_tokens: requests not yet scheduled, and their prompt tokens.
+        oldest_queued_seconds: age of the oldest of them.
         running: requests in the batch.
         prefill_tokens_per_second, decode_tokens_per_second: moving averages over the last seconds of work.
     """

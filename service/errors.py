@@ -1,4 +1,4 @@
-"""What can go wrong in the service, as types with a protocol-neutral code. Adapters map the code once, at their edge."""
+"""What can go wrong in the service, as types with a protocol-neutral code. Adapters map it once, at their edge."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class Started:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
-    """New text of completion `index`: whole characters only, possibly empty while a character or stop string is undecided."""
+    """New text of completion `index`: whole characters; empty while a character or stop string is undecided."""
 
     index: int
     text: str

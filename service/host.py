@@ -21,7 +21,7 @@ class Phase(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """Where the server is in its life. `progress` is 0 to 1; `eta_seconds` is a guess, None when there is no basis for one."""
+    """Where the server is in its life. `progress` is 0 to 1; `eta_seconds` is None when nothing says how long."""
 
     phase: Phase
     detail: str = ""

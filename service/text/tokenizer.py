@@ -22,7 +22,7 @@ class Tokenizer(Protocol):
     def eos_id(self) -> int | None: ...
 
     def encode(self, text: str, *, add_bos: bool = False) -> list[int]:
-        """Ids of `text`, every character of it ordinary text; with the model's beginning-of-sequence id in front if asked."""
+        """Ids of `text`, all of it ordinary text; the beginning-of-sequence id in front if asked."""
 
     def control_id(self, name: str) -> int | None:
         """Id of the control token spelled `name` (`[INST]`, `<|im_end|>`), None if there is none."""
@@ -54,7 +54,7 @@ class ChatTemplate(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TextModel:
-    """The text side of a model. `chat` is None for base models; `stop_ids` end an answer besides the tokenizer's eos."""
+    """The text side of a model. `chat` is None for base models; `stop_ids` end an answer besides eos."""
 
     tokenizer: Tokenizer
     chat: ChatTemplate | None
