@@ -1,0 +1,103 @@
+"""The operators on a CPU: one call each into cpu_kernels.cpp. Same results as `reference.py`, without its dispatches."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from engine.ops.interface import AttentionBatch
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+class CpuOps:
+    """`Ops` over the compiled kernels, for contiguous float32 and bfloat16 CPU tensors.
+
+    The arguments are what the decoder made itself; shapes are its contract and are not checked on each call.
+    """
+
+    def __init__(self, library: ctypes.CDLL, threads: int) -> None:
+        self._library = library
+        self._threads = threads
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        out = torch.empty_like(x)
+        self._norm(x, 0, weight, out, eps)
+        return out
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        out = torch.empty_like(x)
+        self._norm(x, residual.data_ptr(), weight, out, eps)
+        return out
+
+    def _norm(self, x: Tensor, residual: int, weight: Tensor, out: Tensor, eps: float) -> None:
+        self._library.nemo_rms_norm(
+            DTYPES[x.dtype],
+            x.data_ptr(),
+            residual,
+            weight.data_ptr(),
+            out.data_ptr(),
+            *x.shape,
+            eps,
+            self._threads,
+        )
+
+    def rope_and_write(
+        self, qkv: Tensor, rope_table: Tensor, keys: Tensor, values: Tensor, batch: AttentionBatch
+    ) -> Tensor:
+        _, kv_heads, page_size, head_dim = keys.shape
+        tokens, width = qkv.shape
+        heads = width // head_dim - 2 * kv_heads
+        self._library.nemo_rope_and_write(
+            DTYPES[qkv.dtype],
+            qkv.data_ptr(),
+            rope_table.data_ptr(),
+            keys.data_ptr(),
+            values.data_ptr(),
+            batch.positions.data_ptr(),
+            batch.slots.data_ptr(),
+            tokens,
+            heads,
+            kv_heads,
+            head_dim,
+            page_size,
+            self._threads,
+        )
+        return qkv.view(tokens, -1, head_dim)[:, :heads]
+
+    def attention(
+        self, query: Tensor, keys: Tensor, values: Tensor, batch: AttentionBatch, window: int | None
+    ) -> Tensor:
+        _, kv_heads, page_size, head_dim = keys.shape
+        tokens, heads, _ = query.shape
+        out = query.new_empty(tokens, heads * head_dim)
+        self._library.nemo_attention(
+            DTYPES[query.dtype],
+            query.data_ptr(),
+            keys.data_ptr(),
+            values.data_ptr(),
+            out.data_ptr(),
+            batch.query_starts.data_ptr(),
+            batch.context_lens.data_ptr(),
+            batch.block_tables.data_ptr(),
+            query.stride(0),
+            batch.block_tables.stride(0),
+            len(batch.context_lens_list),
+            heads,
+            kv_heads,
+            head_dim,
+            page_size,
+            window or 0,
+            self._threads,
+        )
+        return out
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        tokens, width = gate_up.shape
+        out = gate_up.new_empty(tokens, width // 2)
+        self._library.nemo_silu_mul(
+            DTYPES[gate_up.dtype], gate_up.data_ptr(), out.data_ptr(), tokens, width // 2, self._threads
+        )
+        return out

@@ -1,0 +1,349 @@
+// CPU kernels of engine/ops: what lies between the matrix products of a decoder, one call each.
+//
+// A step of a 30-layer model costs some 360 small torch operators; their dispatch, not their arithmetic, is what a
+// CPU step waits for. Each function here replaces several of them. Storage is float or bfloat16 (dtype 0 or 1),
+// arithmetic is float. The meaning of every function is engine/ops/interface.py; the specification is reference.py.
+//
+// Vectors are GCC vector extensions of 16 floats, which the compiler lowers to AVX-512, AVX2, NEON or scalars.
+// No -ffast-math: NaN must stay NaN, so that a broken sequence is found where it is sampled.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+constexpr int kLanes = 16;
+typedef float Vec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+typedef int32_t IntVec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+
+struct Bf16 {
+    uint16_t bits;
+};
+inline float load(float x) { return x; }
+inline float load(Bf16 x) { return __builtin_bit_cast(float, uint32_t(x.bits) << 16); }
+inline void store(float& to, float x) { to = x; }
+inline void store(Bf16& to, float x) {  // round to nearest even; NaN would round up into infinity or zero
+    const uint32_t bits = __builtin_bit_cast(uint32_t, x);
+    to.bits = x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+template <typename T>
+inline void widen(const T* from, float* to, int64_t n, float scale = 1.0f) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) to[i] = load(from[i]) * scale;
+}
+
+// exp(x) to 2 ulp by 2^n * e^r, |r| <= ln2/2 (Cephes expf). Clamped to the normal range; NaN in, NaN out.
+inline Vec exp_vec(Vec x) {
+    const Vec zero = {};
+    x = x < -87.0f ? zero - 87.0f : x;
+    x = x > 88.0f ? zero + 88.0f : x;
+    const Vec n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer
+    const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    Vec p = zero + 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    return (Vec)((IntVec)p + (__builtin_convertvector(n, IntVec) << 23));
+}
+
+// Run body(i) for i < n on the caller's OpenMP pool, or inline where handing out the work costs more than doing it.
+template <typename Body>
+inline void parallel_for(int64_t n, int64_t work_per_item, int threads, const Body& body) {
+    constexpr int64_t kWorthAThread = 32768;  // elements; about 5 us on one core
+    if (threads <= 1 || n <= 1 || n * work_per_item < 2 * kWorthAThread) {
+        for (int64_t i = 0; i < n; i++) body(i);
+        return;
+    }
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t i = 0; i < n; i++) body(i);
+}
+
+// residual == nullptr: plain norm of x. Otherwise residual += x first, and the norm is of the rounded sum.
+template <typename T>
+void rms_norm(const T* x, T* residual, const T* weight, T* out, int64_t rows, int64_t width, float eps, int threads) {
+    parallel_for(rows, width, threads, [&](int64_t row) {
+        const T* from = x + row * width;
+        if (residual != nullptr) {
+            T* sum = residual + row * width;
+#pragma omp simd
+            for (int64_t i = 0; i < width; i++) store(sum[i], load(sum[i]) + load(from[i]));
+            from = sum;
+        }
+        float squares = 0.0f;
+#pragma omp simd reduction(+ : squares)
+        for (int64_t i = 0; i < width; i++) squares += load(from[i]) * load(from[i]);
+        const float inverse = 1.0f / std::sqrt(squares / float(width) + eps);
+        T* to = out + row * width;
+#pragma omp simd
+        for (int64_t i = 0; i < width; i++) store(to[i], load(from[i]) * inverse * load(weight[i]));
+    });
+}
+
+template <typename T>
+void silu_mul(const T* gate_up, T* out, int64_t rows, int64_t width, int threads) {
+    parallel_for(rows, 8 * width, threads, [&](int64_t row) {
+        const T* gate = gate_up + row * 2 * width;
+        const T* up = gate + width;
+        T* to = out + row * width;
+        for (int64_t i = 0; i < width; i += kLanes) {
+            const int n = int(std::min<int64_t>(kLanes, width - i));
+            Vec g = {}, u = {};
+            widen(gate + i, (float*)&g, n);
+            widen(up + i, (float*)&u, n);
+            const Vec y = g / (1.0f + exp_vec(-g)) * u;
+            for (int j = 0; j < n; j++) store(to[i + j], y[j]);
+        }
+    });
+}
+
+// Rotate (first, second) halves of a head by the angles in cos, sin.
+template <typename T>
+inline void rotate(const T* from, const float* cos, const float* sin, T* to, int64_t half) {
+#pragma omp simd
+    for (int64_t i = 0; i < half; i++) {
+        const float a = load(from[i]), b = load(from[i + half]);
+        store(to[i], a * cos[i] - b * sin[i]);
+        store(to[i + half], b * cos[i] + a * sin[i]);
+    }
+}
+
+template <typename T>
+void rope_and_write(T* qkv, const float* table, T* keys, T* values, const int64_t* positions, const int64_t* slots,
+                    int64_t tokens, int64_t heads, int64_t kv_heads, int64_t dim, int64_t page_size, int threads) {
+    const int64_t width = (heads + 2 * kv_heads) * dim;
+    parallel_for(tokens, width, threads, [&](int64_t t) {
+        const float* cos = table + positions[t] * dim;
+        const float* sin = cos + dim / 2;
+        T* query = qkv + t * width;
+        const T* key = query + heads * dim;
+        const T* value = key + kv_heads * dim;
+        for (int64_t h = 0; h < heads; h++) rotate(query + h * dim, cos, sin, query + h * dim, dim / 2);
+        for (int64_t h = 0; h < kv_heads; h++) {
+            const int64_t at = ((slots[t] / page_size * kv_heads + h) * page_size + slots[t] % page_size) * dim;
+            rotate(key + h * dim, cos, sin, keys + at, dim / 2);
+            std::memcpy(values + at, value + h * dim, dim * sizeof(T));
+        }
+    });
+}
+
+// ---- attention ------------------------------------------------------------------------------------------------
+// One task is up to kRows rows (consecutive queries of a sequence x the query heads that share a kv head) against
+// all keys they may see, in tiles of kTile keys read from their pages, with the online softmax of arXiv 1805.02867.
+
+constexpr int kTile = 64;  // keys at a time
+constexpr int kRows = 64;  // query rows of a task
+constexpr int kManyRows = 8;  // from here on transposing a tile of keys costs less than summing every dot product
+
+template <typename T>
+struct Attention {
+    const T *query, *keys, *values;
+    T* out;
+    const int32_t *query_starts, *context_lens, *tables;
+    int64_t query_stride, table_stride, heads, kv_heads, dim, page_size, window;  // window 0: none
+};
+struct Task {
+    int32_t sequence, first, count, kv_head;
+};
+struct Scratch {
+    int64_t dim;  // padded to whole vectors
+    std::vector<float> query, acc, tile, scores, peak, total;
+    Scratch(int64_t padded, int64_t rows)
+        : dim(padded), query(rows * dim), acc(rows * dim), tile(kTile * dim), scores(rows * kTile), peak(rows),
+          total(rows) {}
+};
+
+// out[r][0..16*NV) += sum_k a[r][k] * b[k][0..16*NV) for ROWS rows, the sums held in registers.
+template <int ROWS, int NV>
+inline void multiply_block(const float* a, int64_t lda, const float* b, int64_t ldb, float* out, int64_t ldo, int depth) {
+    Vec sum[ROWS][NV];
+    for (int r = 0; r < ROWS; r++)
+        for (int v = 0; v < NV; v++) sum[r][v] = *(const Vec*)(out + r * ldo + v * kLanes);
+    for (int k = 0; k < depth; k++) {
+        Vec row[NV];
+        for (int v = 0; v < NV; v++) row[v] = *(const Vec*)(b + k * ldb + v * kLanes);
+        for (int r = 0; r < ROWS; r++)
+            for (int v = 0; v < NV; v++) sum[r][v] += a[r * lda + k] * row[v];
+    }
+    for (int r = 0; r < ROWS; r++)
+        for (int v = 0; v < NV; v++) *(Vec*)(out + r * ldo + v * kLanes) = sum[r][v];
+}
+template <int ROWS>
+inline void multiply_rows(const float* a, int64_t lda, const float* b, int64_t ldb, float* out, int64_t ldo, int depth,
+                          int64_t columns) {
+    int64_t c = 0;
+    for (; c + 4 * kLanes <= columns; c += 4 * kLanes) multiply_block<ROWS, 4>(a, lda, b + c, ldb, out + c, ldo, depth);
+    for (; c < columns; c += kLanes) multiply_block<ROWS, 1>(a, lda, b + c, ldb, out + c, ldo, depth);
+}
+void multiply(const float* a, int64_t lda, const float* b, int64_t ldb, float* out, int64_t ldo, int rows, int depth,
+              int64_t columns) {
+    int r = 0;
+    for (; r + 4 <= rows; r += 4) multiply_rows<4>(a + r * lda, lda, b, ldb, out + r * ldo, ldo, depth, columns);
+    if (rows - r == 3) multiply_rows<3>(a + r * lda, lda, b, ldb, out + r * ldo, ldo, depth, columns);
+    if (rows - r == 2) multiply_rows<2>(a + r * lda, lda, b, ldb, out + r * ldo, ldo, depth, columns);
+    if (rows - r == 1) multiply_rows<1>(a + r * lda, lda, b, ldb, out + r * ldo, ldo, depth, columns);
+}
+
+// scores[rows][n] = query · keys, the keys at element offsets at[0..n).
+template <typename T>
+void score_tile(const T* keys, const int64_t* at, int n, int rows, int64_t dim, Scratch& s) {
+    if (rows >= kManyRows) {
+        for (int j = 0; j < n; j++)
+            for (int64_t d = 0; d < dim; d++) s.tile[d * kTile + j] = load(keys[at[j] + d]);
+        std::fill_n(s.scores.begin(), rows * kTile, 0.0f);
+        multiply(s.query.data(), s.dim, s.tile.data(), kTile, s.scores.data(), kTile, rows, int(dim), kTile);
+        return;
+    }
+    float* key = s.tile.data();
+    for (int j = 0; j < n; j++) {
+        widen(keys + at[j], key, dim);
+        for (int r = 0; r < rows; r++) {
+            const float* query = s.query.data() + r * s.dim;
+            float dot = 0.0f;
+#pragma omp simd reduction(+ : dot)
+            for (int64_t d = 0; d < dim; d++) dot += query[d] * key[d];
+            s.scores[r * kTile + j] = dot;
+        }
+    }
+}
+
+// Scores of one row become weights; positions outside [low, high] weigh nothing. Rescales what the row has summed up.
+void soften(Scratch& s, int row, int64_t low, int64_t high) {
+    float* score = s.scores.data() + row * kTile;
+    std::fill(score, score + std::clamp<int64_t>(low, 0, kTile), -INFINITY);
+    std::fill(score + std::clamp<int64_t>(high + 1, 0, kTile), score + kTile, -INFINITY);
+    Vec peaks = Vec{} + s.peak[row];
+    for (int j = 0; j < kTile; j += kLanes) {
+        const Vec x = *(Vec*)(score + j);
+        peaks = x > peaks ? x : peaks;
+    }
+    float peak = peaks[0];
+    for (int i = 1; i < kLanes; i++) peak = std::max(peak, peaks[i]);
+    const float shift = peak == -INFINITY ? 0.0f : peak;  // all masked so far: exp(-inf - 0), not exp(-inf + inf)
+    const float keep = s.peak[row] == -INFINITY ? 0.0f : std::exp(s.peak[row] - shift);
+    Vec sums = {};
+    for (int j = 0; j < kTile; j += kLanes) {
+        const Vec x = *(Vec*)(score + j);
+        const Vec y = x == -INFINITY ? Vec{} : exp_vec(x - shift);
+        *(Vec*)(score + j) = y;
+        sums += y;
+    }
+    float sum = 0.0f;
+    for (int i = 0; i < kLanes; i++) sum += sums[i];
+    s.total[row] = s.total[row] * keep + sum;
+    s.peak[row] = peak;
+    if (keep != 1.0f)
+        for (int64_t d = 0; d < s.dim; d++) s.acc[row * s.dim + d] *= keep;
+}
+
+template <typename T>
+void attend(const Attention<T>& a, const Task& task, Scratch& s) {
+    const int64_t group = a.heads / a.kv_heads, start = a.query_starts[task.sequence], dim = a.dim;
+    const int64_t length = a.query_starts[task.sequence + 1] - start;
+    const int64_t position = a.context_lens[task.sequence] - length + task.first;  // of the first query
+    const int64_t last = position + task.count - 1;
+    const int32_t* table = a.tables + task.sequence * a.table_stride;
+    const int rows = int(task.count * group);
+    const float scale = 1.0f / std::sqrt(float(dim));
+    for (int r = 0; r < rows; r++) {
+        const T* from = a.query + (start + task.first + r / group) * a.query_stride;
+        widen(from + (task.kv_head * group + r % group) * dim, s.query.data() + r * s.dim, dim, scale);
+    }
+    std::fill_n(s.acc.begin(), rows * s.dim, 0.0f);
+    std::fill_n(s.peak.begin(), rows, -INFINITY);
+    std::fill_n(s.total.begin(), rows, 0.0f);
+
+    for (int64_t tile = a.window ? std::max<int64_t>(0, position - a.window + 1) : 0; tile <= last; tile += kTile) {
+        const int n = int(std::min<int64_t>(kTile, last + 1 - tile));
+        int64_t at[kTile];
+        int64_t page = tile / a.page_size, offset = tile % a.page_size;
+        for (int j = 0; j < n; j++) {
+            at[j] = ((table[page] * a.kv_heads + task.kv_head) * a.page_size + offset) * dim;
+            if (++offset == a.page_size) offset = 0, page++;
+        }
+        score_tile(a.keys, at, n, rows, dim, s);
+        for (int r = 0; r < rows; r++) {
+            const int64_t mine = position + r / group - tile;
+            soften(s, r, a.window ? mine - a.window + 1 : 0, std::min<int64_t>(mine, n - 1));
+        }
+        for (int j = 0; j < n; j++) widen(a.values + at[j], s.tile.data() + j * s.dim, dim);
+        multiply(s.scores.data(), kTile, s.tile.data(), s.dim, s.acc.data(), s.dim, rows, n, s.dim);
+    }
+    for (int r = 0; r < rows; r++) {
+        T* to = a.out + ((start + task.first + r / group) * a.heads + task.kv_head * group + r % group) * dim;
+        const float inverse = 1.0f / s.total[r];
+        const float* from = s.acc.data() + r * s.dim;
+#pragma omp simd
+        for (int64_t d = 0; d < dim; d++) store(to[d], from[d] * inverse);
+    }
+}
+
+template <typename T>
+void attention(const Attention<T>& a, int64_t sequences, int threads) {
+    const int32_t queries = int32_t(std::max<int64_t>(1, kRows / (a.heads / a.kv_heads)));
+    std::vector<Task> tasks;
+    for (int32_t s = 0; s < sequences; s++)
+        for (int32_t length = a.query_starts[s + 1] - a.query_starts[s], first = 0; first < length; first += queries)
+            for (int32_t h = 0; h < a.kv_heads; h++)
+                tasks.push_back({s, first, std::min(queries, length - first), h});
+    const int64_t padded = (a.dim + kLanes - 1) / kLanes * kLanes;
+#pragma omp parallel num_threads(threads) if (threads > 1 && tasks.size() > 1)
+    {
+        Scratch scratch(padded, std::max<int64_t>(kRows, a.heads / a.kv_heads));
+#pragma omp for schedule(dynamic)
+        for (size_t i = 0; i < tasks.size(); i++) attend(a, tasks[i], scratch);
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+void nemo_rms_norm(int dtype, const void* x, void* residual, const void* weight, void* out, int64_t rows, int64_t width,
+                   float eps, int threads) {
+    if (dtype == 0)
+        rms_norm((const float*)x, (float*)residual, (const float*)weight, (float*)out, rows, width, eps, threads);
+    else
+        rms_norm((const Bf16*)x, (Bf16*)residual, (const Bf16*)weight, (Bf16*)out, rows, width, eps, threads);
+}
+
+void nemo_silu_mul(int dtype, const void* gate_up, void* out, int64_t rows, int64_t width, int threads) {
+    if (dtype == 0)
+        silu_mul((const float*)gate_up, (float*)out, rows, width, threads);
+    else
+        silu_mul((const Bf16*)gate_up, (Bf16*)out, rows, width, threads);
+}
+
+void nemo_rope_and_write(int dtype, void* qkv, const float* table, void* keys, void* values, const int64_t* positions,
+                         const int64_t* slots, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t dim,
+                         int64_t page_size, int threads) {
+    if (dtype == 0)
+        rope_and_write((float*)qkv, table, (float*)keys, (float*)values, positions, slots, tokens, heads, kv_heads, dim,
+                       page_size, threads);
+    else
+        rope_and_write((Bf16*)qkv, table, (Bf16*)keys, (Bf16*)values, positions, slots, tokens, heads, kv_heads, dim,
+                       page_size, threads);
+}
+
+void nemo_attention(int dtype, const void* query, const void* keys, const void* values, void* out,
+                    const int32_t* query_starts, const int32_t* context_lens, const int32_t* tables,
+                    int64_t query_stride, int64_t table_stride, int64_t sequences, int64_t heads, int64_t kv_heads,
+                    int64_t dim, int64_t page_size, int64_t window, int threads) {
+    if (dtype == 0)
+        attention(Attention<float>{(const float*)query, (const float*)keys, (const float*)values, (float*)out,
+                                   query_starts, context_lens, tables, query_stride, table_stride, heads, kv_heads, dim,
+                                   page_size, window},
+                  sequences, threads);
+    else
+        attention(Attention<Bf16>{(const Bf16*)query, (const Bf16*)keys, (const Bf16*)values, (Bf16*)out, query_starts,
+                                  context_lens, tables, query_stride, table_stride, heads, kv_heads, dim, page_size,
+                                  window},
+                  sequences, threads);
+}
+}

@@ -1,0 +1,86 @@
+"""The seam between the decoder and the hardware: five fused operators over a paged key/value cache.
+
+    qkv = W·norm(x) ──rope_and_write──► query, and K/V in pages ──attention──► mixed heads
+                                                                 add_rms_norm, silu_mul: what lies between the matrices
+
+One page of one kv head is a contiguous tile [page_size, head_dim]; a sequence owns pages through its block table:
+
+    keys, values   [num_pages, kv_heads, page_size, head_dim]          block_tables[s] = [7, 2, 9, …]
+    position p of sequence s lives in page block_tables[s, p // page_size] at offset p % page_size
+
+Invariants that every implementation keeps and the tests compare with `reference.py`:
+- a cache position at or beyond a sequence's context length is never read (it may hold anything, NaN included);
+- arithmetic is float32, storage is the dtype of the tensors;
+- a row's result does not depend on which other rows are in the batch, beyond float32 rounding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionBatch:
+    """Where the T new tokens of S sequences stand in one step. Tokens of a sequence are consecutive, oldest first.
+
+    Attributes:
+        positions: int64 [T], position of each token in its sequence.
+        slots: int64 [T], page * page_size + offset where its key and value go.
+        query_starts: int32 [S + 1], first token of each sequence; the last entry is T.
+        context_lens: int32 [S], tokens in the cache once this step's are written; the new ones are the last of them.
+        block_tables: int32 [S, >= pages in use], pages of each sequence.
+        max_query_len, max_context_len: the largest of each over the batch.
+        query_starts_list, context_lens_list: the same numbers for host code.
+    """
+
+    positions: Tensor
+    slots: Tensor
+    query_starts: Tensor
+    context_lens: Tensor
+    block_tables: Tensor
+    max_query_len: int
+    max_context_len: int
+    query_starts_list: list[int]
+    context_lens_list: list[int]
+
+
+class Ops(Protocol):
+    """What a device must offer. x is [T, width]; all tensors of a call share one floating dtype unless said otherwise."""
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x / rms(x) * weight, row by row (arXiv 1910.07467)."""
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Adds x to `residual` in place and returns rms_norm(residual)."""
+
+    def rope_and_write(
+        self, qkv: Tensor, rope_table: Tensor, keys: Tensor, values: Tensor, batch: AttentionBatch
+    ) -> Tensor:
+        """Rotates queries and keys (rotate-half, arXiv 2104.09864) and stores keys and values at `batch.slots`.
+
+        Args:
+            qkv: [T, (heads + 2 * kv_heads) * head_dim]; its contents are undefined afterwards.
+            rope_table: float32 [positions, head_dim], cosines in the first half of a row, sines in the second.
+
+        Returns:
+            rotated queries [T, heads, head_dim], possibly a view of qkv.
+        """
+
+    def attention(
+        self, query: Tensor, keys: Tensor, values: Tensor, batch: AttentionBatch, window: int | None
+    ) -> Tensor:
+        """Causal grouped-query attention of every new token over its sequence's cache, scaled by head_dim ** -0.5.
+
+        Args:
+            query: [T, heads, head_dim], rows may be strided.
+            window: a token sees itself and the window - 1 tokens before it; None = all before it.
+
+        Returns:
+            [T, heads * head_dim].
+        """
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """silu(gate) * up of [T, 2 * width] = gate | up (SwiGLU, arXiv 2002.05202); returns [T, width]."""

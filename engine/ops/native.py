@@ -1,0 +1,95 @@
+"""Compiles cpu_kernels.cpp for this very CPU on first use and keeps the library in the user's cache.
+
+A file name carries a hash of everything that decides its contents (source, flags, compiler, CPU), so a stale library is
+never loaded; it appears by an atomic rename, so that concurrent starts are safe. The kernels share torch's OpenMP
+runtime: two thread pools on the same cores would fight.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+log = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
+FLAGS = [
+    *("-std=c++20", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
+    # Let a*b+c fuse and branches become selects; NaN and infinity keep their meaning (so no -ffast-math).
+    *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
+]
+COMPILE_SECONDS = 120.0
+_POINTER, _INT64, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+SIGNATURES: dict[str, list[type]] = {
+    "nemo_rms_norm": [_INT, *[_POINTER] * 4, *[_INT64] * 2, _FLOAT, _INT],
+    "nemo_silu_mul": [_INT, *[_POINTER] * 2, *[_INT64] * 2, _INT],
+    "nemo_rope_and_write": [_INT, *[_POINTER] * 6, *[_INT64] * 5, _INT],
+    "nemo_attention": [_INT, *[_POINTER] * 7, *[_INT64] * 8, _INT],
+}
+
+
+def default_cache() -> Path:
+    return Path.home() / ".cache" / "nemoserve" / "kernels"
+
+
+def load_kernels(cache: Path | None = None) -> ctypes.CDLL | None:
+    """The compiled kernels with their argument types declared, or None (and one warning) where they cannot be built.
+
+    Args:
+        cache: folder of compiled libraries; created if absent. Default: `default_cache()`.
+    """
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        log.warning("no C++ compiler: CPU kernels fall back to plain torch, which is several times slower")
+        return None
+    try:
+        library = ctypes.CDLL(str(_build(compiler, cache or default_cache())))
+    except (OSError, subprocess.SubprocessError) as error:
+        detail = getattr(error, "stderr", None) or error
+        log.warning("CPU kernels fall back to plain torch, which is several times slower: %s", str(detail).strip())
+        return None
+    for name, arguments in SIGNATURES.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, None
+    return library
+
+
+def _build(compiler: str, cache: Path) -> Path:
+    """Path of the library for this source, compiler and CPU; compiled now unless it is there."""
+    openmp = [str(path) for path in sorted(Path(torch.__file__).parent.glob("lib/libgomp*.so*"))[:1]]
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=30, check=True).stdout
+    recipe = [SOURCE.read_text(), *FLAGS, *openmp, version, _cpu_model()]
+    target = cache / f"cpu_kernels-{hashlib.sha256(chr(0).join(recipe).encode()).hexdigest()[:20]}.so"
+    if target.exists():
+        return target
+    cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+    handle, name = tempfile.mkstemp(dir=cache, suffix=".tmp")
+    os.close(handle)
+    try:
+        # torch's libgomp comes before the one that -fopenmp appends, which --as-needed then drops.
+        runtime = ["-Wl,--as-needed", *openmp, *(f"-Wl,-rpath,{Path(path).parent}" for path in openmp)]
+        command = [compiler, *FLAGS, str(SOURCE), "-o", name, *runtime]
+        subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=True)
+        os.chmod(name, 0o700)
+        os.replace(name, target)
+    finally:
+        Path(name).unlink(missing_ok=True)
+    return target
+
+
+def _cpu_model() -> str:
+    """What -march=native depends on: a cache folder may be shared by different machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return "".join(next((line for line in lines if line.startswith(key)), "") for key in ("model name", "flags"))
