@@ -1,0 +1,193 @@
+"""The text side of a checkpoint, whatever its format: which files speak for the tokenizer, which for the chat format.
+
+.gguf       tokenizer and template in the metadata
+directory   tekken.json, else tokenizer.json, else tokenizer.model[.v1|.v3];
+            chat_template.jinja, else chat_template in tokenizer_config.json;
+            eos_token_id of generation_config.json and config.json
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from engine import CheckpointError, UnsupportedModelError
+from service.text.bpe import from_merges, load_tekken
+from service.text.gguf_metadata import read_metadata
+from service.text.hf import load_hf, token_text
+from service.text.mistral import MistralChat
+from service.text.sentencepiece import load_sentencepiece
+from service.text.template import TemplateChat
+from service.text.tokenizer import ChatTemplate, TextModel, Tokenizer
+
+_MAX_FILE = 256 * 1024 * 1024  # bytes; the largest known tokenizer files have 35 MB
+
+# Control tokens that end a turn in the formats of our model families; none belongs into an answer.
+_TURN_ENDS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
+
+# llama.cpp's rule where `add_bos_token` is absent.
+_PRE_WITH_BOS = ("llama-bpe", "llama3", "tekken")
+
+# Types of tokens in a GGUF vocabulary that ordinary text never yields: unknown, control, user-defined, unused.
+_CONTROL_TYPES = (2, 3, 4, 5)
+
+
+def load_text(path: Path) -> TextModel:
+    """Tokenizer and chat template of a `.gguf` file, a checkpoint directory, or a file within one.
+
+    Raises:
+        CheckpointError: something is missing, corrupt or not supported; one line that names the file.
+    """
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or directory")
+    if path.suffix == ".gguf":
+        return _from_gguf(path)
+    return _from_directory(path if path.is_dir() else path.parent)
+
+
+def _from_gguf(path: Path) -> TextModel:
+    fields = read_metadata(path, lambda key: key.startswith("tokenizer."))
+    try:
+        kind = fields["tokenizer.ggml.model"]
+        if kind != "gpt2":
+            raise UnsupportedModelError(f"tokenizer model {kind!r} in GGUF is not supported, only gpt2")
+        vocabulary, pre = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.pre"]
+        bos, eos = fields.get("tokenizer.ggml.bos_token_id"), fields.get("tokenizer.ggml.eos_token_id")
+        add_bos = fields.get("tokenizer.ggml.add_bos_token", pre in _PRE_WITH_BOS)
+        types = fields["tokenizer.ggml.token_type"]
+        if len(types) != len(vocabulary):
+            raise CheckpointError(f"{len(types)} token types for {len(vocabulary)} tokens")
+        for token_id in (bos, eos):
+            if token_id is not None and not 0 <= token_id < len(vocabulary):
+                raise CheckpointError(f"token id {token_id} is not in the vocabulary of {len(vocabulary)}")
+        tokenizer = from_merges(
+            vocabulary=vocabulary,
+            merges=fields["tokenizer.ggml.merges"],
+            control_ids=[token_id for token_id, kind in enumerate(types) if kind in _CONTROL_TYPES],
+            pre=pre,
+            bos_id=bos if add_bos else None,
+            eos_id=eos,
+        )
+        template = fields.get("tokenizer.chat_template")
+        variables = {
+            name: vocabulary[token_id]
+            for name, token_id in (("bos_token", bos), ("eos_token", eos))
+            if token_id is not None
+        }
+        chat = _chat(template, tokenizer, tokenizer.controls, tokenizer.encode, variables, mistral=pre == "tekken")
+        ends = [fields.get("tokenizer.ggml.eot_token_id"), fields.get("tokenizer.ggml.eom_token_id")]
+        return TextModel(tokenizer, chat, _stop_ids(tokenizer, ends))
+    except KeyError as error:
+        raise CheckpointError(f"{path}: the metadata {error} is missing") from None
+    except (TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: metadata of the wrong type: {error}") from None
+    except CheckpointError as error:
+        raise type(error)(f"{path}: {error}") from None
+
+
+def _from_directory(folder: Path) -> TextModel:
+    config = _json(folder / "tokenizer_config.json")
+    template = _template(folder, config)
+    variables = {key: text for key, value in config.items() if key.endswith("_token") and (text := token_text(value))}
+    ends = _eos_ids(_json(folder / "generation_config.json")) + _eos_ids(_json(folder / "config.json"))
+    if _bounded(folder / "tekken.json"):
+        tekken, version = load_tekken(folder / "tekken.json")
+        variables = {"bos_token": "<s>", "eos_token": "</s>"} | variables
+        if version in ("v1", "v2", "v3") and not config:  # Mistral's own format has no template file
+            return TextModel(tekken, MistralChat(tekken, 3), _stop_ids(tekken, ends))
+        chat = _chat(template, tekken, tekken.controls, tekken.encode, variables, mistral=True)
+        return TextModel(tekken, chat, _stop_ids(tekken, ends))
+    if _bounded(folder / "tokenizer.json"):
+        hf = load_hf(folder / "tokenizer.json", config)
+        chat = _chat(template, hf, hf.controls, hf.encode_inside, variables, mistral=False)
+        return TextModel(hf, chat, _stop_ids(hf, ends))
+    for name in ("tokenizer.model.v3", "tokenizer.model.v1", "tokenizer.model"):
+        if _bounded(folder / name):
+            return _from_sentencepiece(folder / name, template, variables, ends, bool(config))
+    raise CheckpointError(f"{folder}: neither tekken.json nor tokenizer.json nor tokenizer.model is there")
+
+
+def _from_sentencepiece(
+    path: Path, template: str | None, variables: Mapping[str, str], ends: list[int], has_config: bool
+) -> TextModel:
+    tokenizer = load_sentencepiece(path)
+    chat: ChatTemplate | None
+    if tokenizer.control_id("[INST]") is not None:
+        chat = MistralChat(tokenizer, 3) if template or not has_config else None
+    elif path.suffix == ".v1":
+        chat = MistralChat(tokenizer, 1)
+    else:
+        chat = _chat(template, tokenizer, tokenizer.controls, tokenizer.encode, variables, mistral=False)
+    return TextModel(tokenizer, chat, _stop_ids(tokenizer, ends))
+
+
+def _chat(
+    template: str | None,
+    tokenizer: Tokenizer,
+    controls: Mapping[str, int],
+    encode: Callable[[str], list[int]],
+    variables: Mapping[str, str],
+    *,
+    mistral: bool,
+) -> ChatTemplate | None:
+    """The chat format that a checkpoint's template stands for.
+
+    Tekken's v3 format is written out in `MistralChat`: its template, rendered as text, differs from what the model was
+    trained on. It is recognised by [INST] without [SYSTEM_PROMPT], which came with v7.
+    """
+    if template is None:
+        return None
+    if mistral and "[INST]" in template and "[SYSTEM_PROMPT]" not in template:
+        return MistralChat(tokenizer, 3)
+    return TemplateChat(template, controls=controls, encode=encode, variables=variables)
+
+
+def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    if _bounded(path := folder / "chat_template.jinja"):
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{path}: cannot be read: {error}") from None
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several by name
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    if template is not None and not isinstance(template, str):
+        raise CheckpointError(f"{folder / 'tokenizer_config.json'}: chat_template is not text")
+    return template
+
+
+def _stop_ids(tokenizer: Tokenizer, more: Iterable[int | None]) -> tuple[int, ...]:
+    ids = {*more, *map(tokenizer.control_id, _TURN_ENDS)} - {None, tokenizer.eos_id}
+    return tuple(sorted(token_id for token_id in ids if token_id is not None and 0 <= token_id < tokenizer.vocab_size))
+
+
+def _eos_ids(config: Mapping[str, Any]) -> list[int]:
+    value = config.get("eos_token_id")
+    return [token_id for token_id in (value if isinstance(value, list) else [value]) if isinstance(token_id, int)]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, empty if there is no such file."""
+    if not _bounded(path):
+        return {}
+    try:
+        data = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: not a JSON object")
+    return data
+
+
+def _bounded(path: Path) -> bool:
+    """Whether the file is there; refuses one too large to be what its name says."""
+    if not path.is_file():
+        return False
+    if (size := path.stat().st_size) > _MAX_FILE:
+        raise CheckpointError(f"{path}: {size} bytes, more than {_MAX_FILE}")
+    return True
