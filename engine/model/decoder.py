@@ -1,0 +1,79 @@
+"""The dense Mistral/Llama decoder, once, as the papers have it.
+
+    x ── embed ──►( +attention(norm) ──► +SwiGLU(norm) )× layers ──► norm ──► head ──► logits
+
+Mistral 7B (arXiv 2310.06825), Llama 3 (arXiv 2407.21783), NeMo and Qwen2 are this decoder with other numbers:
+head_dim is independent of hidden_size / num_heads, QKV may have a bias, the head may be the embedding matrix,
+attention may have a window. What differs by hardware is in `ops`, what differs by weight format in `quant`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from engine.config import ModelConfig
+from engine.model.cache import KVCache
+from engine.ops import AttentionBatch, Ops
+from engine.quant import Linear
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """Weights of one block. qkv and gate_up are fused along their outputs, in this order."""
+
+    attention_norm: Tensor
+    qkv: Linear
+    attention_output: Linear
+    mlp_norm: Tensor
+    gate_up: Linear
+    down: Linear
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """All parameters of a decoder. `embedding` is [vocab_size, hidden_size]; `parameters` counts a tied head once."""
+
+    embedding: Tensor
+    layers: list[Layer]
+    norm: Tensor
+    head: Linear
+    parameters: int
+    nbytes: int
+
+
+class Decoder:
+    """Runs the tokens of a step through all layers, reading and extending the KV cache in place."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, ops: Ops, rope_table: Tensor) -> None:
+        self.config = config
+        self.weights = weights
+        self._ops = ops
+        self._rope_table = rope_table
+
+    def forward(self, token_ids: Tensor, batch: AttentionBatch, cache: KVCache) -> Tensor:
+        """Hidden states after the last norm.
+
+        Args:
+            token_ids: int64 [T].
+            batch: where those tokens stand.
+
+        Returns:
+            [T, hidden_size] in the compute dtype.
+        """
+        ops, eps, window = self._ops, self.config.rms_norm_eps, self.config.sliding_window
+        x = self.weights.embedding[token_ids]
+        residual = x.new_zeros(x.shape)
+        for layer, keys, values in zip(self.weights.layers, cache.keys, cache.values, strict=True):
+            x = ops.add_rms_norm(x, residual, layer.attention_norm, eps)
+            query = ops.rope_and_write(layer.qkv(x), self._rope_table, keys, values, batch)
+            x = layer.attention_output(ops.attention(query, keys, values, batch, window))
+
+            x = ops.add_rms_norm(x, residual, layer.mlp_norm, eps)
+            x = layer.down(ops.silu_mul(layer.gate_up(x)))
+        return ops.add_rms_norm(x, residual, self.weights.norm, eps)
+
+    def logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """Scores of the next token after the given rows of `hidden`: float32 [len(rows), vocab_size]."""
+        return self.weights.head(hidden[rows]).float()

@@ -1,0 +1,121 @@
+"""Runs one step on the device: StepPlan in, StepResult out. Owns weights, KV cache, rows and sampler; decides nothing.
+
+    plan ──► rows (block tables) ──► batch tensors ──► decoder ──► logits of the rows that sample ──► sampler ──► result
+
+It trusts the plan: a page belongs to one writing row, positions of a row are contiguous, nothing exceeds `info`.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from engine.checkpoint import open_checkpoint
+from engine.config import EngineConfig, ModelConfig
+from engine.face import LoadProgress
+from engine.machine import choose_device, choose_dtype, free_memory, usable_cores
+from engine.model.cache import KVCache
+from engine.model.decoder import Decoder
+from engine.model.load import load_decoder
+from engine.request import EngineInfo, SamplingParams
+from engine.rows import Rows
+from engine.sampler import Sampler
+from engine.sizing import CacheSize, check_config, size_cache
+from engine.step import RowInit, RowWork, StepPlan, StepResult
+
+
+class Runner:
+    """One loaded model on one device. All methods belong to one thread."""
+
+    def __init__(self, config: EngineConfig, decoder: Decoder, size: CacheSize, load_seconds: float = 0.0) -> None:
+        """Use `load`; this is for a decoder that is there already.
+
+        Args:
+            size: pages to allocate and the context length that they serve.
+        """
+        embedding = decoder.weights.embedding
+        device, dtype, model = embedding.device, embedding.dtype, decoder.config
+        self._decoder = decoder
+        self._device = device
+        self._cache = KVCache.allocate(model, size.num_pages, config.page_size, dtype, device)
+        self._rows = Rows(config.max_batch_size, size.pages_per_sequence, config.page_size, device)
+        self._sampler = Sampler(model.vocab_size, config.max_batch_size, device, model.eos_token_ids)
+        self.model_config = model
+        self.info = EngineInfo(
+            vocab_size=model.vocab_size,
+            max_model_len=size.max_model_len,
+            max_batch_size=config.max_batch_size,
+            max_batch_tokens=config.max_batch_tokens,
+            page_size=config.page_size,
+            kv_pages=size.num_pages,
+            dtype=str(dtype).removeprefix("torch."),
+            device=device.type,
+            architecture=model.architecture,
+            num_parameters=decoder.weights.parameters,
+            weight_bytes=decoder.weights.nbytes,
+            load_seconds=load_seconds,
+        )
+
+    @classmethod
+    def load(cls, config: EngineConfig, progress: LoadProgress) -> Runner:
+        """Read the checkpoint, choose device, dtype and sizes, allocate everything that will ever be needed.
+
+        Raises:
+            CheckpointError: the model file is missing, broken or of a kind that we do not run.
+            EngineConfigError: these settings cannot work with this model on this machine.
+        """
+        began = time.monotonic()
+        check_config(config)
+        device = choose_device(config.device)
+        dtype = choose_dtype(config.dtype, device)
+        threads = config.threads or usable_cores()
+        torch.set_num_threads(threads)
+        with torch.inference_mode(), open_checkpoint(config.model_path) as checkpoint:
+            model: ModelConfig = checkpoint.config
+            # Sized before the weights are read, so that what cannot fit fails in a second and not in minutes.
+            weights = checkpoint.num_parameters * dtype.itemsize
+            size = size_cache(config, model, dtype.itemsize, max(free_memory(device) - weights, 0))
+            decoder = load_decoder(checkpoint, dtype, device, size.max_model_len, threads, progress)
+            return cls(config, decoder, size, time.monotonic() - began)
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> StepResult:
+        """Execute one step: free and take rows, compute all work, sample where the plan says so."""
+        for row in plan.released:
+            self._sampler.clear_row(row)
+        for init in plan.admitted:
+            self._rows.clear(init.row)
+            self._sampler.set_row(init)
+        if not plan.work:
+            return StepResult([])
+        self._rows.append_pages(plan.work)
+        token_ids, batch = self._rows.batch(plan.work)
+        hidden = self._decoder.forward(token_ids, batch, self._cache)
+
+        sampling = [(work.row, end) for work, end in zip(plan.work, batch.query_starts_list[1:], strict=True) if work.sample]
+        if not sampling:
+            return StepResult([])
+        last = torch.tensor([end - 1 for _, end in sampling], device=self._device)
+        positions = [work.start + len(work.token_ids) for work in plan.work if work.sample]
+        logits = self._decoder.logits(hidden, last)
+        return StepResult(self._sampler.sample(logits, [row for row, _ in sampling], positions))
+
+    def warm_up(self) -> None:
+        """One step of the largest prefill and one of the largest decode, so that no request pays for first uses.
+
+        Before the first request only: it writes into pages and leaves all rows free.
+        """
+        info = self.info
+        tokens = min(info.max_batch_tokens, info.max_model_len)
+        pages = -(-tokens // info.page_size)
+        rows = min(info.max_batch_size, info.kv_pages)
+        prefill = RowWork(row=0, start=0, token_ids=[0] * tokens, new_pages=list(range(pages)), sample=True)
+        self.run(StepPlan(work=[prefill], admitted=[_greedy_row(0)]))
+        decode = [RowWork(row=row, start=0, token_ids=[0], new_pages=[row], sample=True) for row in range(rows)]
+        self.run(StepPlan(work=decode, released=[0], admitted=[_greedy_row(row) for row in range(rows)]))
+        self.run(StepPlan(work=[], released=list(range(rows))))
+
+
+def _greedy_row(row: int) -> RowInit:
+    return RowInit(row, SamplingParams(temperature=0.0), seed=0, prompt_token_ids=[0], output_token_ids=[])
