@@ -5,10 +5,12 @@ A matrix is cast, fused and handed to its format as soon as it is read; the file
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
-from engine.checkpoint import Checkpoint
+from engine.config import ModelConfig
 from engine.errors import CheckpointError
 from engine.face import LoadProgress
 from engine.model.decoder import Decoder, Layer, Weights
@@ -17,8 +19,18 @@ from engine.ops import select_ops
 from engine.quant import Linear, make_linear
 
 
+class TensorSource(Protocol):
+    """What loading needs of a checkpoint: its configuration, and tensors under Hugging Face's Llama names."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, dequantised, rotate-half order. Raises CheckpointError if there is none."""
+
+
 def load_decoder(
-    checkpoint: Checkpoint,
+    checkpoint: TensorSource,
     dtype: torch.dtype,
     device: torch.device,
     max_model_len: int,
@@ -43,7 +55,7 @@ class _Reader:
     """Reads the tensors of one checkpoint in order, counting what it has read."""
 
     def __init__(
-        self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, progress: LoadProgress
+        self, checkpoint: TensorSource, dtype: torch.dtype, device: torch.device, progress: LoadProgress
     ) -> None:
         self._checkpoint = checkpoint
         self._config = checkpoint.config

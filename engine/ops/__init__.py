@@ -1,4 +1,4 @@
-"""Operators between the matrix products: `interface` is the seam, `reference` the specification, `cpu` the fast path."""
+"""Operators between the matrix products: `interface` is the seam, `reference` the spec, `cpu` the fast path."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The operators on a CPU: one call each into cpu_kernels.cpp. Same results as `reference.py`, without its dispatches."""
+"""The operators on a CPU: one call each into cpu_kernels.cpp; the results of `reference.py` without its dispatches."""
 
 from __future__ import annotations
 

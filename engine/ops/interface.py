@@ -48,7 +48,7 @@ class AttentionBatch:
 
 
 class Ops(Protocol):
-    """What a device must offer. x is [T, width]; all tensors of a call share one floating dtype unless said otherwise."""
+    """What a device must offer. x is [T, width]; the tensors of a call share one floating dtype unless said otherwise."""
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x / rms(x) * weight, row by row (arXiv 1910.07467)."""

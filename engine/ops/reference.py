@@ -26,7 +26,7 @@ class ReferenceOps:
     ) -> Tensor:
         _, kv_heads, page_size, head_dim = keys.shape
         heads = qkv.shape[1] // head_dim - 2 * kv_heads
-        query, key, value = qkv.view(len(qkv), -1, head_dim).split([heads, kv_heads, kv_heads], dim=1)
+        query, key, value = torch.split(qkv.view(len(qkv), -1, head_dim), [heads, kv_heads, kv_heads], dim=1)
         rotation = rope_table[batch.positions].unsqueeze(1)
         page, offset = batch.slots // page_size, batch.slots % page_size
         keys[page, :, offset] = rotate(key, rotation)

@@ -1,0 +1,98 @@
+"""The decoder against transformers, for every feature of the family, on tiny random float32 models."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+import torch
+
+from engine.errors import CheckpointError
+from engine.model.load import load_decoder
+from engine.model.rope import inverse_frequencies
+from engine.ops.reference import ReferenceOps
+from engine.model.decoder import Decoder
+from engine.model.rope import rope_table
+from tests.engine.oracle import BASE, LLAMA3_SCALING, StateDict, decoder_of, teacher_forced, transformers_model
+
+VARIANTS = {
+    "llama, grouped heads, own head_dim": {},
+    "tied head": {"tie_word_embeddings": True},
+    "NeMo: theta 1e6, one query group of four": {"rope_theta": 1e6, "num_heads": 4, "num_kv_heads": 1},
+    "llama 3.1 scaling": {"rope_theta": 5e5, "rope_scaling": LLAMA3_SCALING},
+    "Mistral v0.1 window": {"architecture": "mistral", "sliding_window": 11},
+    "Qwen2 bias": {"architecture": "qwen2", "qkv_bias": True, "head_dim": 8, "num_heads": 3, "num_kv_heads": 3},
+}
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+def sequences(vocab_size: int, *lengths: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, vocab_size, (n,), generator=generator).tolist() for n in lengths]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_logits_are_those_of_transformers(name: str) -> None:
+    config = msgspec.structs.replace(BASE, **VARIANTS[name])
+    model = transformers_model(config)
+    prompts = sequences(config.vocab_size, 150, 1, 40)
+    actual = teacher_forced(decoder_of(config, model), prompts)
+    for prompt, logits in zip(prompts, actual, strict=True):
+        with torch.inference_mode():
+            expected = model(torch.tensor([prompt])).logits[0]
+        assert expected.std() > 0.3, "logits too flat for the comparison to mean anything"
+        torch.testing.assert_close(logits, expected, **TOLERANCE)
+
+
+def test_logits_do_not_depend_on_chunks_or_pages() -> None:
+    decoder = decoder_of(BASE, transformers_model(BASE))
+    prompts = sequences(BASE.vocab_size, 90, 33, 1, 64)
+    whole = [teacher_forced(decoder, [prompt], chunk=512, page_size=512)[0] for prompt in prompts]
+    for chunk, page_size in [(1, 1), (7, 16), (64, 5), (90, 64)]:
+        for logits, expected in zip(teacher_forced(decoder, prompts, chunk, page_size), whole, strict=True):
+            torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_compiled_kernels_and_plain_torch_agree_through_the_whole_model() -> None:
+    config = msgspec.structs.replace(BASE, sliding_window=20)
+    native = decoder_of(config, transformers_model(config))
+    plain = Decoder(config, native.weights, ReferenceOps(), rope_table(config, 128, torch.device("cpu")))
+    prompts = sequences(config.vocab_size, 70, 3)
+    for actual, expected in zip(teacher_forced(native, prompts), teacher_forced(plain, prompts), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_stays_close_to_float32() -> None:
+    model = transformers_model(BASE)
+    prompts = sequences(BASE.vocab_size, 120)
+    exact = teacher_forced(decoder_of(BASE, model), prompts)[0]
+    rounded = teacher_forced(decoder_of(BASE, model, torch.bfloat16), prompts)[0]
+    assert rounded.dtype == torch.float32
+    assert (rounded - exact).abs().mean() < 0.02 * exact.std()
+
+
+def test_frequency_factors_divide_the_rotary_frequencies() -> None:
+    factors = tuple(float(i) for i in range(1, 9))
+    scaled = inverse_frequencies(msgspec.structs.replace(BASE, rope_freq_factors=factors))
+    torch.testing.assert_close(scaled * torch.tensor(factors), inverse_frequencies(BASE))
+
+
+def test_parameters_and_bytes_are_counted_once_for_a_tied_head() -> None:
+    for tied in (False, True):
+        config = msgspec.structs.replace(BASE, tie_word_embeddings=tied)
+        model = transformers_model(config)
+        assert decoder_of(config, model).weights.parameters == model.num_parameters()
+
+
+def test_a_tensor_of_the_wrong_shape_is_refused_by_name() -> None:
+    tensors = dict(transformers_model(BASE).state_dict())
+    tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(3, 5)
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight: shape \(3, 5\) must be \(72, 48\)"):
+        load_decoder(StateDict(BASE, tensors), torch.float32, torch.device("cpu"), 8, 1, lambda phase, done: None)
+
+
+def test_loading_reports_its_progress_from_start_to_end() -> None:
+    seen: list[float] = []
+    source = StateDict(BASE, transformers_model(BASE).state_dict())
+    load_decoder(source, torch.float32, torch.device("cpu"), 8, 1, lambda phase, done: seen.append(done))
+    assert seen == sorted(seen)
+    assert (seen[0], seen[-1]) == (0.0, 1.0)
