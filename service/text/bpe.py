@@ -12,13 +12,11 @@ Control tokens have no rank, so no text can produce one.
 from __future__ import annotations
 
 import base64
-import binascii
 import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import tiktoken
 
@@ -179,8 +177,11 @@ def load_tekken(path: Path) -> tuple[BpeTokenizer, str]:
         return tokenizer, str(config["version"])
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, binascii.Error) as error:
-        raise CheckpointError(f"{path}: not a Tekken tokenizer: {_one_line(error)}") from None
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        line = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        raise CheckpointError(f"{path}: not a Tekken tokenizer: {line}") from None
 
 
 def from_merges(
@@ -229,20 +230,23 @@ def from_merges(
 def _merge_order(ids: Mapping[str, int], merges: Sequence[str]) -> list[int]:
     """Ids of merged tokens in the order in which the list makes them.
 
+    A token may be made by several pairs, one after the other; at least one of them must be of tokens made before.
+
     Raises:
-        CheckpointError: a merge names or makes a token that is not there (yet), or makes one in two places of the list.
+        CheckpointError: a merge names or makes a token that is not there; UnsupportedModelError if a token is made in
+            two places of the list, or of tokens that are made only later.
     """
     made: dict[str, int] = {}
-    last = ""
-    for merge in merges:
-        left, _, right = merge.partition(" ")
-        token = left + right
-        if token not in ids or any(len(part) != 1 and part not in made for part in (left, right)):
-            raise CheckpointError(f"tokenizer: merge {merge!r} joins or makes a token that is not in the vocabulary")
-        if token in made and token != last:
+    pairs = ((left, right) for left, _, right in (merge.partition(" ") for merge in merges))
+    for token, group in itertools.groupby(pairs, key="".join):
+        parts = list(group)
+        if token not in ids or any(part not in ids for pair in parts for part in pair):
+            raise CheckpointError(f"tokenizer: a merge to {token!r} names a token that is not in the vocabulary")
+        if token in made:
             raise UnsupportedModelError(f"tokenizer: token {token!r} is made by merges in two places of the list")
+        if not any(all(len(part) == 1 or part in made for part in pair) for pair in parts):
+            raise UnsupportedModelError(f"tokenizer: token {token!r} is made of tokens that are made later")
         made[token] = ids[token]
-        last = token
     return list(made.values())
 
 
@@ -251,7 +255,3 @@ def byte_alphabet() -> list[str]:
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     spare = itertools.count(256)
     return [chr(value if value in printable else next(spare)) for value in range(256)]
-
-
-def _one_line(error: Any) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]

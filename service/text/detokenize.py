@@ -44,6 +44,7 @@ class StreamDecoder:
         data = self._tokenizer.token_bytes(token_id)
         if self._at_start and data:
             self._at_start = False
-            if data.startswith(b" ") and not self._tokenizer.decode([token_id]).startswith(" "):
+            shown = self._tokenizer.decode([token_id])  # as the beginning of a text
+            if data.startswith(b" ") and len(shown) < len(data.decode("utf-8", "replace")):
                 return data[1:]
         return data

@@ -38,7 +38,8 @@ class HfTokenizer:
         added = data.get("added_tokens") or []
         plain = [token for token in added if not token["special"] and token["content"].isspace()]
         self.controls = {str(t["content"]): int(t["id"]) for t in added if t not in plain}
-        core = _without(data, self.controls) | {"added_tokens": plain, "post_processor": None}
+        core = data | {"model": _model(data["model"], self.controls, plain)}
+        core |= {"added_tokens": plain, "post_processor": None}
         self._core = _build(core)
         self._inside = _build(_never_prefix(core)) if '"prepend_scheme": "first"' in json.dumps(core) else self._core
         self._names = {token_id: name for name, token_id in self.controls.items()}
@@ -131,12 +132,12 @@ def _build(data: dict[str, Any]) -> tokenizers.Tokenizer:
         raise CheckpointError(f"tokenizer.json: {error}".splitlines()[0][:200]) from None
 
 
-def _without(data: dict[str, Any], controls: dict[str, int]) -> dict[str, Any]:
-    """`data` with control tokens out of the model's vocabulary, where a whole word that spells one could find it."""
-    model = data["model"]
+def _model(model: dict[str, Any], controls: dict[str, int], plain: list[dict[str, Any]]) -> dict[str, Any]:
+    """`model` with another vocabulary: without control tokens, where a whole word that spells one could find it, and
+    with plain added tokens, which `tokenizers` would number anew if it did not find them there."""
     keep = model.get("unk_token")
-    vocab = {text: i for text, i in model["vocab"].items() if text not in controls or text == keep}
-    return data | {"model": model | {"vocab": vocab}}
+    vocab = {text: token_id for text, token_id in model["vocab"].items() if text not in controls or text == keep}
+    return model | {"vocab": vocab | {token["content"]: token["id"] for token in plain}}
 
 
 def _never_prefix(data: dict[str, Any]) -> dict[str, Any]:

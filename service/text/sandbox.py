@@ -25,7 +25,7 @@ from service.errors import invalid
 
 MAX_SOURCE = 256 * 1024  # characters; the largest known templates have about 20,000
 MAX_OUTPUT = 16 * 1024 * 1024  # characters, user text not counted
-MAX_SECONDS = 2.0  # ordinary templates take milliseconds
+MAX_SECONDS = 2.0  # CPU time of the thread; ordinary templates take milliseconds
 _MAX_REPEAT = 100_000  # characters or items that `*` may make
 
 
@@ -52,7 +52,7 @@ class CompiledTemplate:
             ServiceError: INVALID_ARGUMENT, the template refuses the conversation, or passes its bounds.
         """
         parts, size = [], 0
-        token = self._environment.deadline.set(time.monotonic() + MAX_SECONDS)
+        token = self._environment.deadline.set(time.thread_time() + MAX_SECONDS)
         try:
             for part in self._template.generate(**variables):
                 self._environment.check_time()
@@ -81,7 +81,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         self.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
 
     def check_time(self) -> None:
-        if time.monotonic() > self.deadline.get():
+        if time.thread_time() > self.deadline.get():
             raise jinja2.TemplateError(f"it runs longer than {MAX_SECONDS} seconds")
 
     def getattr(self, obj: Any, attribute: str) -> Any:
