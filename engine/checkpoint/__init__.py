@@ -1,0 +1,70 @@
+"""Files to named tensors: whichever form a checkpoint has, its tensors have one set of names and one RoPE order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from engine.checkpoint.gguf import GGUFCheckpoint
+from engine.checkpoint.hf import HFCheckpoint
+from engine.checkpoint.mistral import PARAMS, MistralCheckpoint
+from engine.config import ModelConfig
+from engine.errors import CheckpointError
+
+__all__ = ["Checkpoint", "open_checkpoint"]
+
+
+class Checkpoint(Protocol):
+    """An open checkpoint, completely checked but for the values of its tensors.
+
+    Attributes:
+        num_parameters: numbers stored, a tied head counted once.
+    """
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    @property
+    def num_parameters(self) -> int: ...
+
+    def read(self, name: str) -> Tensor:
+        """A tensor by its Hugging Face Llama name, rotate-half order; the file's float type, float32 if quantised."""
+
+    def close(self) -> None: ...
+
+
+@contextmanager
+def open_checkpoint(path: str | Path) -> Iterator[Checkpoint]:
+    """Open a `.gguf` file, a `.safetensors` file with config.json beside it, or a folder.
+
+    A folder that holds both Hugging Face's and Mistral's files is read as Hugging Face's.
+
+    Raises:
+        CheckpointError: a file is missing, truncated, corrupt or not what its configuration says.
+        UnsupportedModelError: a model that this decoder does not implement.
+    """
+    checkpoint = _open(Path(path))
+    try:
+        yield checkpoint
+    finally:
+        checkpoint.close()
+
+
+def _open(path: Path) -> Checkpoint:
+    if path.is_dir():
+        if (path / "config.json").exists():
+            return HFCheckpoint(path)
+        if (path / PARAMS).exists():
+            return MistralCheckpoint(path)
+        raise CheckpointError(f"{path}: neither config.json nor {PARAMS} is in this folder")
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or folder")
+    if path.suffix == ".gguf":
+        return GGUFCheckpoint(path)
+    if path.suffix == ".safetensors":
+        return HFCheckpoint(path.parent, path)
+    raise CheckpointError(f"{path}: a model is a .gguf file, a .safetensors file or a folder")
