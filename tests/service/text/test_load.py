@@ -141,7 +141,7 @@ def test_bad_gguf_metadata_is_one_clear_line(tmp_path: Path, changes: dict[str, 
 
 
 def test_a_truncated_or_scrambled_gguf_is_a_clear_error_wherever_it_breaks(tmp_path: Path) -> None:
-    whole = write_gguf(tmp_path / "m.gguf").read_bytes()
+    whole = write_gguf(tmp_path / "m.gguf", chat_template="x" * 300).read_bytes()
     broken = tmp_path / "broken.gguf"
     rng = random.Random(15)
     for size in (0, 3, 4, 23, *(rng.randrange(24, len(whole)) for _ in range(60))):
