@@ -81,7 +81,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         kv_memory_bytes: size of the KV cache; None = what max_batch_size sequences of 2,048 tokens need (at least one
             of max_model_len), capped at half of the free memory.
         threads: intra-op CPU threads; None = all cores.
-        seed: basis of the random streams of requests that bring no seed.
+        seed: basis of the random streams of requests that bring no seed; None = a new one at each start.
     """
 
     model_path: str
@@ -93,4 +93,4 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     page_size: int = 64  # one page of one head is a contiguous 16 KiB tile at head_dim 128 in bf16
     kv_memory_bytes: int | None = None
     threads: int | None = None
-    seed: int = 0
+    seed: int | None = None

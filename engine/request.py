@@ -225,24 +225,29 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     load_seconds: float
 
 
-def validate_request(request: Request, vocab_size: int, max_model_len: int) -> None:
-    """Check a request against the model's limits; what passes here can be scheduled.
+def validate_request(request: Request, info: EngineInfo) -> None:
+    """Check a request against the engine's limits; what passes here can be scheduled and will end.
 
     Raises:
         InvalidRequestError: names the field, the value and the limit.
     """
-    prompt = request.prompt_token_ids
+    prompt, limit = request.prompt_token_ids, info.max_model_len
     _check(len(prompt) > 0, "prompt", "0 tokens", "must have at least one token")
+    _check(len(prompt) < limit, "prompt", f"{len(prompt)} tokens", f"must be fewer than the context of {limit} tokens")
+    if min(prompt) < 0 or max(prompt) >= info.vocab_size:
+        bad = next(i for i, token in enumerate(prompt) if not 0 <= token < info.vocab_size)
+        rule = f"{prompt[bad]} must be between 0 and {info.vocab_size - 1}"
+        raise InvalidRequestError(f"prompt_token_ids[{bad}]", rule)
+    request.sampling.validate(info.vocab_size)
+    # The last token is never computed: nothing comes after it.
+    computed = min(len(prompt) + request.sampling.max_tokens, limit) - 1
+    pages = -(-computed // info.page_size)
     _check(
-        len(prompt) < max_model_len,
-        "prompt",
-        f"{len(prompt)} tokens",
-        f"must be shorter than the context of {max_model_len} tokens",
+        pages <= info.kv_pages,
+        "max_tokens",
+        f"{request.sampling.max_tokens} with a prompt of {len(prompt)} tokens",
+        f"needs {pages} KV pages of {info.page_size} tokens, but there are {info.kv_pages}",
     )
-    if min(prompt) < 0 or max(prompt) >= vocab_size:
-        bad = next(i for i, token in enumerate(prompt) if not 0 <= token < vocab_size)
-        raise InvalidRequestError(f"prompt_token_ids[{bad}]", f"{prompt[bad]} must be between 0 and {vocab_size - 1}")
-    request.sampling.validate(vocab_size)
 
 
 def _check(ok: bool, field: str, value: object, rule: str) -> None:

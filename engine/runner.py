@@ -34,14 +34,14 @@ class Runner:
         Args:
             size: pages to allocate and the context length that they serve.
         """
-        embedding = decoder.weights.embedding
-        device, dtype, model = embedding.device, embedding.dtype, decoder.config
+        device, dtype, model = decoder.device, decoder.dtype, decoder.config
         self._decoder = decoder
         self._device = device
         self._cache = KVCache.allocate(model, size.num_pages, config.page_size, dtype, device)
         self._rows = Rows(config.max_batch_size, size.pages_per_sequence, config.page_size, device)
         self._sampler = Sampler(model.vocab_size, config.max_batch_size, device, model.eos_token_ids)
         self.model_config = model
+        self.eos_token_ids = model.eos_token_ids
         self.info = EngineInfo(
             vocab_size=model.vocab_size,
             max_model_len=size.max_model_len,
@@ -93,7 +93,9 @@ class Runner:
         token_ids, batch = self._rows.batch(plan.work)
         hidden = self._decoder.forward(token_ids, batch, self._cache)
 
-        sampling = [(work.row, end) for work, end in zip(plan.work, batch.query_starts_list[1:], strict=True) if work.sample]
+        sampling = [
+            (work.row, end) for work, end in zip(plan.work, batch.query_starts_list[1:], strict=True) if work.sample
+        ]
         if not sampling:
             return StepResult([])
         last = torch.tensor([end - 1 for _, end in sampling], device=self._device)
@@ -115,6 +117,15 @@ class Runner:
         decode = [RowWork(row=row, start=0, token_ids=[0], new_pages=[row], sample=True) for row in range(rows)]
         self.run(StepPlan(work=decode, released=[0], admitted=[_greedy_row(row) for row in range(rows)]))
         self.run(StepPlan(work=[], released=list(range(rows))))
+
+
+def load_runner(config: EngineConfig, progress: LoadProgress) -> Runner:
+    """A runner that is loaded and warm. Raises what `Runner.load` raises."""
+    runner = Runner.load(config, progress)
+    progress("warm up", 0.0)
+    runner.warm_up()
+    progress("warm up", 1.0)
+    return runner
 
 
 def _greedy_row(row: int) -> RowInit:

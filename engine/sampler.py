@@ -233,7 +233,7 @@ def _draw_among(logits: Tensor, size: int, params: list[SamplingParams], u: Tens
 
 
 def _invert(weights: Tensor, u: Tensor) -> Tensor:
-    """Index [S] of the entry in which u * sum lies, never one of weight 0: weights float64 [S, N], u float64 [S] in [0, 1)."""
+    """Index [S] of the entry in which u * sum lies, never one of weight 0. weights float64 [S, N]; u float64 [S]."""
     sums = weights.cumsum(-1)
     index = torch.searchsorted(sums, (u * sums[:, -1])[:, None], right=True).flatten()
     # Rounding may carry u * sum up to the sum itself; the last entry that weighs something is meant then.

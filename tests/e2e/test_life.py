@@ -32,7 +32,7 @@ def engine_of(server: ServerProcess) -> int:
     [pid] = [
         child
         for child in children(server.process.pid)
-        if b"engine.remote" in Path(f"/proc/{child}/cmdline").read_bytes()
+        if b"engine.worker" in Path(f"/proc/{child}/cmdline").read_bytes()
     ]
     return pid
 

@@ -1,0 +1,95 @@
+"""Messages across the process border, and their framing: 4 bytes of length, big-endian, then one msgpack message.
+
+    parent ──Start(config)──────────────► worker          first message, once
+           ◄─Loading(phase, fraction)────                 at least once a second while loading
+           ◄─Ready(info) | Failed(kind, message)          once
+           ──Submit | Cancel─────────────►
+           ◄─StepOutput(events, stats)───                 one per step; at least once a second
+           ──end of file─────────────────►                the worker ends
+
+The socket pair is inherited by the worker alone: there is no port, no file, and nothing to authenticate.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from engine.config import EngineConfig
+from engine.errors import (
+    CheckpointError,
+    EngineConfigError,
+    EngineDeadError,
+    EngineError,
+    UnsupportedModelError,
+)
+from engine.loop import Cancel, StepOutput, Submit
+from engine.request import EngineInfo
+
+HEADER_BYTES = 4
+MAX_FRAME_BYTES = 64 * 2**20  # a prompt of 128K token ids takes less than 1 MiB
+
+
+class Start(msgspec.Struct, frozen=True, tag=True):
+    config: EngineConfig
+
+
+class Loading(msgspec.Struct, frozen=True, tag=True):
+    phase: str
+    fraction: float
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    info: EngineInfo
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """The worker ends. `kind` is the name of an engine error, or anything else for a failure of our own."""
+
+    kind: str
+    message: str
+
+
+ToWorker = Start | Submit | Cancel
+FromWorker = Loading | Ready | Failed | StepOutput
+
+_encoder = msgspec.msgpack.Encoder()
+_to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
+_from_worker: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
+_ERRORS: dict[str, type[EngineError]] = {
+    error.__name__: error for error in (CheckpointError, UnsupportedModelError, EngineConfigError)
+}
+
+
+def encode(message: ToWorker | FromWorker) -> bytes:
+    """A whole frame.
+
+    Raises:
+        ValueError: the message is longer than MAX_FRAME_BYTES.
+    """
+    body = _encoder.encode(message)
+    if len(body) > MAX_FRAME_BYTES:
+        raise ValueError(f"a message of {len(body)} bytes is longer than {MAX_FRAME_BYTES}")
+    return len(body).to_bytes(HEADER_BYTES, "big") + body
+
+
+def body_length(header: bytes) -> int:
+    """Bytes of the message that follows. Raises ValueError for more than MAX_FRAME_BYTES."""
+    length = int.from_bytes(header, "big")
+    if length > MAX_FRAME_BYTES:
+        raise ValueError(f"a frame of {length} bytes is longer than {MAX_FRAME_BYTES}")
+    return length
+
+
+def decode_to_worker(body: bytes | memoryview) -> ToWorker:
+    """Raises msgspec.DecodeError for anything that is not such a message."""
+    return _to_worker.decode(body)
+
+
+def decode_from_worker(body: bytes | memoryview) -> FromWorker:
+    """Raises msgspec.DecodeError for anything that is not such a message."""
+    return _from_worker.decode(body)
+
+
+def to_error(failed: Failed) -> EngineError:
+    """The error that the worker ended with, as the type that it had there."""
+    return _ERRORS.get(failed.kind, EngineDeadError)(failed.message)

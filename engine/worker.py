@@ -1,0 +1,178 @@
+"""The engine's own process: `python -m engine.worker --fd N`, started by `engine.remote` with one end of a socket pair.
+
+It ends when the other end is closed, and never by a signal meant for the service: SIGINT of the terminal and SIGTERM of
+a service manager reach the whole group, and the service wants to drain first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import select
+import signal
+import socket
+import sys
+import threading
+
+import msgspec
+
+from engine.config import EngineConfig
+from engine.errors import EngineError
+from engine.loop import HEARTBEAT_SECONDS, Command, StepOutput, run_core
+from engine.wire import (
+    HEADER_BYTES,
+    Failed,
+    FromWorker,
+    Loading,
+    Ready,
+    Start,
+    ToWorker,
+    body_length,
+    decode_to_worker,
+    encode,
+)
+
+log = logging.getLogger(__name__)
+
+
+class Inbox:
+    """Frames from a blocking socket."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._buffer = bytearray()
+
+    def receive(self, timeout: float) -> list[ToWorker] | None:
+        """Messages that have arrived, waiting at most `timeout` seconds for the first bytes; None at the end of file.
+
+        Raises:
+            ValueError: the other side sent what is no message.
+        """
+        messages: list[ToWorker] = []
+        while select.select([self._sock], [], [], 0.0 if messages else timeout)[0]:
+            data = self._sock.recv(2**20)
+            if not data:
+                return None
+            self._buffer += data
+            messages += self._complete()
+        return messages
+
+    def _complete(self) -> list[ToWorker]:
+        messages = []
+        while len(self._buffer) >= HEADER_BYTES:
+            end = HEADER_BYTES + body_length(bytes(self._buffer[:HEADER_BYTES]))
+            if len(self._buffer) < end:
+                break
+            messages.append(decode_to_worker(bytes(self._buffer[HEADER_BYTES:end])))
+            del self._buffer[:end]
+        return messages
+
+
+class Outbox:
+    """Whole frames to a blocking socket, from any thread."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._lock = threading.Lock()
+
+    def send(self, message: FromWorker) -> None:
+        """Raises OSError when the other side is gone."""
+        with self._lock:
+            self._sock.sendall(encode(message))
+
+
+class LoadingBeat:
+    """Repeats the latest progress once a second while the model loads, however long a phase takes."""
+
+    def __init__(self, outbox: Outbox) -> None:
+        self._outbox = outbox
+        self._latest = Loading("start", 0.0)
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="loading-beat", daemon=True)
+
+    def __enter__(self) -> LoadingBeat:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def report(self, phase: str, fraction: float) -> None:
+        self._latest = Loading(phase, fraction)
+        self._outbox.send(self._latest)
+
+    def _run(self) -> None:
+        while not self._done.wait(HEARTBEAT_SECONDS):
+            try:
+                self._outbox.send(self._latest)
+            except OSError:
+                return  # the parent is gone; the main thread finds out by itself
+
+
+def serve(sock: socket.socket) -> None:
+    """Load what the parent asks for and run its core until the parent closes the socket."""
+    inbox, outbox = Inbox(sock), Outbox(sock)
+    first = None
+    while first is None:
+        messages = inbox.receive(HEARTBEAT_SECONDS)
+        if messages is None:
+            return
+        first = messages[0] if messages else None
+    if not isinstance(first, Start):
+        raise ValueError(f"the first message is {type(first).__name__}, not Start")
+    try:
+        _run(first.config, inbox, outbox)
+    except EngineError as error:
+        outbox.send(Failed(type(error).__name__, str(error)))
+    except (BrokenPipeError, ConnectionResetError):
+        log.info("the service is gone")
+
+
+def _run(config: EngineConfig, inbox: Inbox, outbox: Outbox) -> None:
+    from engine.core import EngineCore
+
+    with LoadingBeat(outbox) as beat:
+        from engine.runner import load_runner  # torch: seconds of import, under the beat
+
+        core = EngineCore(load_runner(config, beat.report), config)
+    outbox.send(Ready(core.info))
+
+    def receive(timeout: float) -> list[Command] | None:
+        messages = inbox.receive(timeout)
+        if messages is None:
+            return None
+        commands: list[Command] = []
+        for message in messages:
+            if isinstance(message, Start):
+                raise ValueError("a second Start")
+            commands.append(message)
+        return commands
+
+    def emit(output: StepOutput) -> None:
+        outbox.send(output)
+
+    run_core(core, receive, emit)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="engine.worker", description=__doc__)
+    parser.add_argument("--fd", type=int, required=True, help="inherited end of a socket pair")
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    with socket.socket(fileno=parser.parse_args().fd) as sock:
+        try:
+            serve(sock)
+        except (msgspec.DecodeError, ValueError):
+            log.exception("the service sent what is no message")
+            return 1
+        except Exception as error:  # ours or torch's: the service learns of it before the process ends
+            log.exception("the engine failed")
+            Outbox(sock).send(Failed("", f"the engine failed: {type(error).__name__}"))
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
