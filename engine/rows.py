@@ -54,7 +54,9 @@ class Rows:
             dtype=torch.int64,
         ).to(self._device)
         per_sequence = torch.tensor([*starts, *contexts, *(item.row for item in work)], dtype=torch.int32)
-        query_starts, context_lens, rows = per_sequence.to(self._device).split([len(starts), len(work), len(work)])
+        query_starts, context_lens, rows = torch.split(
+            per_sequence.to(self._device), [len(starts), len(work), len(work)]
+        )
         token_ids, positions, token_rows = per_token
         page = self._tables[token_rows, positions // self._page_size]
         used = -(-max(contexts) // self._page_size)

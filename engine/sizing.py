@@ -57,7 +57,9 @@ def size_cache(engine: EngineConfig, model: ModelConfig, dtype_bytes: int, free_
     page_bytes = engine.page_size * model.kv_bytes_per_token(dtype_bytes)
     if engine.kv_memory_bytes is not None:
         budget = engine.kv_memory_bytes
-        _require(budget <= free_bytes, "kv_memory_bytes", budget, f"must be at most the {free_bytes} bytes that are free")
+        _require(
+            budget <= free_bytes, "kv_memory_bytes", budget, f"must be at most the {free_bytes} bytes that are free"
+        )
         pages = budget // page_bytes
     else:
         tokens = max(engine.max_batch_size * DEFAULT_TOKENS_PER_SEQUENCE, wanted or 0)

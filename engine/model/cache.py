@@ -12,7 +12,7 @@ from engine.config import ModelConfig
 
 @dataclass(frozen=True, slots=True)
 class KVCache:
-    """keys[layer], values[layer]: [num_pages, kv_heads, page_size, head_dim]. Who owns which page is known elsewhere."""
+    """keys[layer], values[layer]: [num_pages, kv_heads, page_size, head_dim]. Page owners are known elsewhere."""
 
     keys: list[Tensor]
     values: list[Tensor]

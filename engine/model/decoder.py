@@ -9,8 +9,10 @@ attention may have a window. What differs by hardware is in `ops`, what differs 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from engine.config import ModelConfig
@@ -33,9 +35,15 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """All parameters of a decoder. `embedding` is [vocab_size, hidden_size]; `parameters` counts a tied head once."""
+    """All parameters of a decoder.
 
-    embedding: Tensor
+    Attributes:
+        embed: int64 [T] -> [T, hidden_size] in the compute dtype.
+        head: [T, hidden_size] -> float32 [T, vocab_size].
+        parameters, nbytes: how many there are, and what they take; a tied head counts once.
+    """
+
+    embed: Callable[[Tensor], Tensor]
     layers: list[Layer]
     norm: Tensor
     head: Linear
@@ -49,6 +57,7 @@ class Decoder:
     def __init__(self, config: ModelConfig, weights: Weights, ops: Ops, rope_table: Tensor) -> None:
         self.config = config
         self.weights = weights
+        self.dtype, self.device = weights.norm.dtype, weights.norm.device
         self._ops = ops
         self._rope_table = rope_table
 
@@ -63,8 +72,8 @@ class Decoder:
             [T, hidden_size] in the compute dtype.
         """
         ops, eps, window = self._ops, self.config.rms_norm_eps, self.config.sliding_window
-        x = self.weights.embedding[token_ids]
-        residual = x.new_zeros(x.shape)
+        x = self.weights.embed(token_ids)
+        residual = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         for layer, keys, values in zip(self.weights.layers, cache.keys, cache.values, strict=True):
             x = ops.add_rms_norm(x, residual, layer.attention_norm, eps)
             query = ops.rope_and_write(layer.qkv(x), self._rope_table, keys, values, batch)
@@ -76,4 +85,4 @@ class Decoder:
 
     def logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
         """Scores of the next token after the given rows of `hidden`: float32 [len(rows), vocab_size]."""
-        return self.weights.head(hidden[rows]).float()
+        return self.weights.head(hidden[rows])

@@ -5,6 +5,8 @@ A matrix is cast, fused and handed to its format as soon as it is read; the file
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -15,8 +17,8 @@ from engine.errors import CheckpointError
 from engine.face import LoadProgress
 from engine.model.decoder import Decoder, Layer, Weights
 from engine.model.rope import rope_table
-from engine.ops import select_ops
-from engine.quant import Linear, make_linear
+from engine.ops import Kernels, load_kernels, select_ops
+from engine.quant import BlockedLinear, DenseLinear, Linear, make_linear
 
 
 class TensorSource(Protocol):
@@ -47,35 +49,54 @@ def load_decoder(
     Raises:
         CheckpointError: a tensor is missing or has not the shape that the configuration demands.
     """
-    weights = _Reader(checkpoint, dtype, device, progress).read()
-    return Decoder(checkpoint.config, weights, select_ops(device, threads), rope_table(checkpoint.config, max_model_len, device))
+    config = checkpoint.config
+    kernels = load_kernels(threads) if device.type == "cpu" else None
+    weights = _Reader(checkpoint, dtype, device, kernels, progress).read()
+    return Decoder(config, weights, select_ops(kernels), rope_table(config, max_model_len, device))
 
 
 class _Reader:
     """Reads the tensors of one checkpoint in order, counting what it has read."""
 
     def __init__(
-        self, checkpoint: TensorSource, dtype: torch.dtype, device: torch.device, progress: LoadProgress
+        self,
+        checkpoint: TensorSource,
+        dtype: torch.dtype,
+        device: torch.device,
+        kernels: Kernels | None,
+        progress: LoadProgress,
     ) -> None:
         self._checkpoint = checkpoint
         self._config = checkpoint.config
-        self._dtype, self._device = dtype, device
+        self._dtype, self._device, self._kernels = dtype, device, kernels
         self._progress = progress
         self._parameters = 0
         self._nbytes = 0
 
     def read(self) -> Weights:
         config = self._config
-        shape = (config.vocab_size, config.hidden_size)
-        embedding = self._tensor("model.embed_tokens.weight", shape)
+        embed, head = self._ends()
         layers = []
         for index in range(config.num_layers):
             self._progress("read weights", index / config.num_layers)
             layers.append(self._layer(f"model.layers.{index}."))
         norm = self._tensor("model.norm.weight", (config.hidden_size,))
-        head = self._linear(embedding) if config.tie_word_embeddings else self._matrix(["lm_head"], [shape[0]], shape[1])
         self._progress("read weights", 1.0)
-        return Weights(embedding, layers, norm, head, self._parameters, self._nbytes)
+        return Weights(embed, layers, norm, head, self._parameters, self._nbytes)
+
+    def _ends(self) -> tuple[Callable[[Tensor], Tensor], Linear]:
+        """Embedding and head; one matrix in memory if they are tied."""
+        shape = (self._config.vocab_size, self._config.hidden_size)
+        table = self._tensor("model.embed_tokens.weight", shape)
+        if not self._config.tie_word_embeddings:
+            head = make_linear(self._tensor("lm_head.weight", shape), kernels=self._kernels, wide=True)
+            self._nbytes += head.nbytes + table.nbytes
+            return partial(_look_up, table), head
+        head = make_linear(table, kernels=self._kernels, wide=True)
+        self._nbytes += head.nbytes
+        if isinstance(head, BlockedLinear):
+            return head.rows, head
+        return partial(_look_up, table), DenseLinear(table, wide=True)
 
     def _layer(self, prefix: str) -> Layer:
         config = self._config
@@ -95,10 +116,12 @@ class _Reader:
         """One linear map of several matrices over the same input, their outputs one after the other."""
         weights = [self._tensor(name + ".weight", (n, inputs)) for name, n in zip(names, outputs, strict=True)]
         biases = [self._tensor(name + ".bias", (n,)) for name, n in zip(names, outputs, strict=True)] if bias else None
-        return self._linear(torch.cat(weights) if len(weights) > 1 else weights[0], biases and torch.cat(biases))
+        return self._linear(
+            torch.cat(weights) if len(weights) > 1 else weights[0], None if biases is None else torch.cat(biases)
+        )
 
     def _linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
-        linear = make_linear(weight, bias)
+        linear = make_linear(weight, bias, kernels=self._kernels)
         self._nbytes += linear.nbytes
         return linear
 
@@ -108,3 +131,7 @@ class _Reader:
             raise CheckpointError(f"{name}: shape {tuple(tensor.shape)} must be {shape} for this configuration")
         self._parameters += tensor.numel()
         return tensor.to(self._device, self._dtype).contiguous()
+
+
+def _look_up(table: Tensor, token_ids: Tensor) -> Tensor:
+    return table[token_ids]

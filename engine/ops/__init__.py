@@ -6,13 +6,12 @@ import torch
 
 from engine.ops.cpu import CpuOps
 from engine.ops.interface import AttentionBatch, Ops
-from engine.ops.native import load_kernels
+from engine.ops.native import Kernels, load_kernels
 from engine.ops.reference import ReferenceOps
 
-__all__ = ["AttentionBatch", "Ops", "select_ops"]
+__all__ = ["AttentionBatch", "Kernels", "Ops", "load_kernels", "select_ops"]
 
 
-def select_ops(device: torch.device, threads: int) -> Ops:
-    """The fastest implementation that this machine can run; `threads` is for kernels of our own on a CPU."""
-    library = load_kernels() if device.type == "cpu" else None
-    return ReferenceOps() if library is None else CpuOps(library, threads)
+def select_ops(kernels: Kernels | None) -> Ops:
+    """The fastest implementation there is: compiled kernels on a CPU that has them, else plain torch on any device."""
+    return ReferenceOps() if kernels is None else CpuOps(kernels)

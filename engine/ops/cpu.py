@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 from torch import Tensor
 
 from engine.ops.interface import AttentionBatch
+from engine.ops.native import Kernels
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -18,31 +17,23 @@ class CpuOps:
     The arguments are what the decoder made itself; shapes are its contract and are not checked on each call.
     """
 
-    def __init__(self, library: ctypes.CDLL, threads: int) -> None:
-        self._library = library
-        self._threads = threads
-
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        out = torch.empty_like(x)
-        self._norm(x, 0, weight, out, eps)
-        return out
+    def __init__(self, kernels: Kernels) -> None:
+        self._library = kernels.library
+        self._threads = kernels.threads
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
         out = torch.empty_like(x)
-        self._norm(x, residual.data_ptr(), weight, out, eps)
-        return out
-
-    def _norm(self, x: Tensor, residual: int, weight: Tensor, out: Tensor, eps: float) -> None:
-        self._library.nemo_rms_norm(
+        self._library.nemo_add_rms_norm(
             DTYPES[x.dtype],
             x.data_ptr(),
-            residual,
+            residual.data_ptr(),
             weight.data_ptr(),
             out.data_ptr(),
             *x.shape,
             eps,
             self._threads,
         )
+        return out
 
     def rope_and_write(
         self, qkv: Tensor, rope_table: Tensor, keys: Tensor, values: Tensor, batch: AttentionBatch

@@ -12,6 +12,9 @@
 #include <cstdint>
 #include <cstring>
 #include <vector>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -65,24 +68,23 @@ inline void parallel_for(int64_t n, int64_t work_per_item, int threads, const Bo
     for (int64_t i = 0; i < n; i++) body(i);
 }
 
-// residual == nullptr: plain norm of x. Otherwise residual += x first, and the norm is of the rounded sum.
+// residual += x; out = residual / rms(residual) * weight.
 template <typename T>
-void rms_norm(const T* x, T* residual, const T* weight, T* out, int64_t rows, int64_t width, float eps, int threads) {
+void add_rms_norm(const T* x, float* residual, const T* weight, T* out, int64_t rows, int64_t width, float eps,
+                  int threads) {
     parallel_for(rows, width, threads, [&](int64_t row) {
         const T* from = x + row * width;
-        if (residual != nullptr) {
-            T* sum = residual + row * width;
-#pragma omp simd
-            for (int64_t i = 0; i < width; i++) store(sum[i], load(sum[i]) + load(from[i]));
-            from = sum;
-        }
+        float* sum = residual + row * width;
+        T* to = out + row * width;
         float squares = 0.0f;
 #pragma omp simd reduction(+ : squares)
-        for (int64_t i = 0; i < width; i++) squares += load(from[i]) * load(from[i]);
+        for (int64_t i = 0; i < width; i++) {
+            sum[i] += load(from[i]);
+            squares += sum[i] * sum[i];
+        }
         const float inverse = 1.0f / std::sqrt(squares / float(width) + eps);
-        T* to = out + row * width;
 #pragma omp simd
-        for (int64_t i = 0; i < width; i++) store(to[i], load(from[i]) * inverse * load(weight[i]));
+        for (int64_t i = 0; i < width; i++) store(to[i], sum[i] * inverse * load(weight[i]));
     });
 }
 
@@ -301,16 +303,83 @@ void attention(const Attention<T>& a, int64_t sequences, int threads) {
     }
 }
 
+// ---- linear: bfloat16 weights ----------------------------------------------------------------------------------
+// weight [outputs / 64, width / 2, 64, 2], zero-padded: one vector holds the same two inputs of 16 outputs, which is
+// what the dot-product instruction wants, and no sum crosses lanes. A block of 64 outputs is read from memory once and
+// stays in L2 for all rows. Beats oneDNN at 1 to 128 rows and equals it at 512 (Zen 4), because decoding is mostly the
+// reading of weights, and nothing here stands between the reads.
+
+#ifdef __AVX512BF16__
+constexpr int kBlockVecs = 4, kBlock = kBlockVecs * kLanes;
+
+template <int ROWS, typename Out>
+void linear_rows(const Bf16* x, const Bf16* weight, const float* bias, Out* out, int64_t width, int64_t outputs,
+                 int64_t valid) {
+    __m512 sum[ROWS][kBlockVecs] = {};
+    for (int64_t k = 0; k < width; k += 2, weight += 2 * kBlock)
+        for (int r = 0; r < ROWS; r++) {
+            int32_t pair;
+            std::memcpy(&pair, x + r * width + k, sizeof pair);
+            for (int v = 0; v < kBlockVecs; v++)
+                sum[r][v] = _mm512_dpbf16_ps(sum[r][v], (__m512bh)_mm512_set1_epi32(pair),
+                                             (__m512bh)_mm512_loadu_si512(weight + v * 2 * kLanes));
+        }
+    for (int r = 0; r < ROWS; r++) {
+        float row[kBlock];
+        std::memcpy(row, sum[r], sizeof row);
+        if (bias != nullptr)
+            for (int64_t i = 0; i < valid; i++) row[i] += bias[i];
+        for (int64_t i = 0; i < valid; i++) store(out[r * outputs + i], row[i]);
+    }
+}
+
+template <typename Out>
+void linear(const Bf16* x, const Bf16* weight, const float* bias, Out* out, int64_t rows, int64_t width,
+            int64_t outputs, int threads) {
+    parallel_for((outputs + kBlock - 1) / kBlock, kBlock / 8 * width * rows, threads, [&](int64_t block) {
+        const int64_t first = block * kBlock, valid = std::min<int64_t>(kBlock, outputs - first);
+        const Bf16* w = weight + first * width;
+        const float* b = bias == nullptr ? nullptr : bias + first;
+        Out* to = out + first;
+        int64_t r = 0;
+        for (; r + 6 <= rows; r += 6) linear_rows<6>(x + r * width, w, b, to + r * outputs, width, outputs, valid);
+        for (; r + 2 <= rows; r += 2) linear_rows<2>(x + r * width, w, b, to + r * outputs, width, outputs, valid);
+        if (r < rows) linear_rows<1>(x + r * width, w, b, to + r * outputs, width, outputs, valid);
+    });
+}
+#endif
+
 }  // namespace
 
 extern "C" {
 
-void nemo_rms_norm(int dtype, const void* x, void* residual, const void* weight, void* out, int64_t rows, int64_t width,
-                   float eps, int threads) {
-    if (dtype == 0)
-        rms_norm((const float*)x, (float*)residual, (const float*)weight, (float*)out, rows, width, eps, threads);
+// 1 where nemo_linear exists: elsewhere bfloat16 products are emulated, and torch's own are as good.
+int nemo_has_linear() {
+#ifdef __AVX512BF16__
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+// out is float where wide is not 0, else bfloat16. width is even.
+void nemo_linear([[maybe_unused]] int wide, [[maybe_unused]] const void* x, [[maybe_unused]] const void* weight,
+                 [[maybe_unused]] const float* bias, [[maybe_unused]] void* out, [[maybe_unused]] int64_t rows,
+                 [[maybe_unused]] int64_t width, [[maybe_unused]] int64_t outputs, [[maybe_unused]] int threads) {
+#ifdef __AVX512BF16__
+    if (wide)
+        linear((const Bf16*)x, (const Bf16*)weight, bias, (float*)out, rows, width, outputs, threads);
     else
-        rms_norm((const Bf16*)x, (Bf16*)residual, (const Bf16*)weight, (Bf16*)out, rows, width, eps, threads);
+        linear((const Bf16*)x, (const Bf16*)weight, bias, (Bf16*)out, rows, width, outputs, threads);
+#endif
+}
+
+void nemo_add_rms_norm(int dtype, const void* x, float* residual, const void* weight, void* out, int64_t rows,
+                       int64_t width, float eps, int threads) {
+    if (dtype == 0)
+        add_rms_norm((const float*)x, residual, (const float*)weight, (float*)out, rows, width, eps, threads);
+    else
+        add_rms_norm((const Bf16*)x, residual, (const Bf16*)weight, (Bf16*)out, rows, width, eps, threads);
 }
 
 void nemo_silu_mul(int dtype, const void* gate_up, void* out, int64_t rows, int64_t width, int threads) {

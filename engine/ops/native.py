@@ -15,6 +15,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,7 +31,8 @@ FLAGS = [
 COMPILE_SECONDS = 120.0
 _POINTER, _INT64, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 SIGNATURES: dict[str, list[type]] = {
-    "nemo_rms_norm": [_INT, *[_POINTER] * 4, *[_INT64] * 2, _FLOAT, _INT],
+    "nemo_linear": [_INT, *[_POINTER] * 4, *[_INT64] * 3, _INT],
+    "nemo_add_rms_norm": [_INT, *[_POINTER] * 4, *[_INT64] * 2, _FLOAT, _INT],
     "nemo_silu_mul": [_INT, *[_POINTER] * 2, *[_INT64] * 2, _INT],
     "nemo_rope_and_write": [_INT, *[_POINTER] * 6, *[_INT64] * 5, _INT],
     "nemo_attention": [_INT, *[_POINTER] * 7, *[_INT64] * 8, _INT],
@@ -41,10 +43,24 @@ def default_cache() -> Path:
     return Path.home() / ".cache" / "nemoserve" / "kernels"
 
 
-def load_kernels(cache: Path | None = None) -> ctypes.CDLL | None:
-    """The compiled kernels with their argument types declared, or None (and one warning) where they cannot be built.
+@dataclass(frozen=True)
+class Kernels:
+    """The compiled library with its argument types declared, and the threads that each call may use."""
+
+    library: ctypes.CDLL
+    threads: int
+
+    @property
+    def has_linear(self) -> bool:
+        """This CPU multiplies bfloat16, so `nemo_linear` exists."""
+        return bool(self.library.nemo_has_linear())
+
+
+def load_kernels(threads: int, cache: Path | None = None) -> Kernels | None:
+    """The kernels for this CPU, or None (and one warning) where they cannot be built.
 
     Args:
+        threads: torch's own intra-op threads; the same pool runs both.
         cache: folder of compiled libraries; created if absent. Default: `default_cache()`.
     """
     compiler = shutil.which("g++") or shutil.which("c++")
@@ -60,7 +76,7 @@ def load_kernels(cache: Path | None = None) -> ctypes.CDLL | None:
     for name, arguments in SIGNATURES.items():
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, None
-    return library
+    return Kernels(library, threads)
 
 
 def _build(compiler: str, cache: Path) -> Path:

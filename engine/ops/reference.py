@@ -12,14 +12,10 @@ from engine.ops.interface import AttentionBatch
 class ReferenceOps:
     """`Ops` in plain torch: one sequence at a time, pages gathered, everything in float32."""
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-        return (wide * weight.float()).to(x.dtype)
-
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
         residual.add_(x)
-        return self.rms_norm(residual, weight, eps)
+        inverse = torch.rsqrt(residual.square().mean(-1, keepdim=True) + eps)
+        return (residual * inverse * weight.float()).to(x.dtype)
 
     def rope_and_write(
         self, qkv: Tensor, rope_table: Tensor, keys: Tensor, values: Tensor, batch: AttentionBatch

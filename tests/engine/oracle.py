@@ -93,13 +93,14 @@ def decoder_of(
 
 
 @torch.inference_mode()
-def teacher_forced(decoder: Decoder, sequences: Sequence[list[int]], chunk: int = 512, page_size: int = 16) -> list[Tensor]:
+def teacher_forced(
+    decoder: Decoder, sequences: Sequence[list[int]], chunk: int = 512, page_size: int = 16
+) -> list[Tensor]:
     """Logits [len, vocab] after every token of each sequence, computed side by side, `chunk` tokens of each a step."""
     pages = [-(-len(tokens) // page_size) for tokens in sequences]
-    weights = decoder.weights.embedding
-    cache = KVCache.allocate(decoder.config, sum(pages), page_size, weights.dtype, weights.device)
+    cache = KVCache.allocate(decoder.config, sum(pages), page_size, decoder.dtype, decoder.device)
     order = torch.randperm(sum(pages), generator=torch.Generator().manual_seed(0)).tolist()
-    rows = Rows(len(sequences), max(pages), page_size, weights.device)
+    rows = Rows(len(sequences), max(pages), page_size, decoder.device)
     rows.append_pages([RowWork(row, 0, [], [order.pop() for _ in range(n)], False) for row, n in enumerate(pages)])
     outputs: list[list[Tensor]] = [[] for _ in sequences]
     for start in range(0, max(map(len, sequences)), chunk):

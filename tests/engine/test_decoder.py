@@ -7,11 +7,10 @@ import pytest
 import torch
 
 from engine.errors import CheckpointError
-from engine.model.load import load_decoder
-from engine.model.rope import inverse_frequencies
-from engine.ops.reference import ReferenceOps
 from engine.model.decoder import Decoder
-from engine.model.rope import rope_table
+from engine.model.load import load_decoder
+from engine.model.rope import inverse_frequencies, rope_table
+from engine.ops.reference import ReferenceOps
 from tests.engine.oracle import BASE, LLAMA3_SCALING, StateDict, decoder_of, teacher_forced, transformers_model
 
 VARIANTS = {

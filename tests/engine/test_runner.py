@@ -85,7 +85,9 @@ def generate(runner: Runner, prompts: list[list[int]], rng: random.Random, preem
             end = rng.randint(sequence.computed + 1, len(known))
             new = [pages.pop() for _ in range(-(-end // page_size) - len(sequence.pages))]
             sequence.pages += new
-            work.append(RowWork(sequence.row, sequence.computed, known[sequence.computed : end], new, end == len(known)))
+            work.append(
+                RowWork(sequence.row, sequence.computed, known[sequence.computed : end], new, end == len(known))
+            )
             sequence.computed = end
         result = runner.run(StepPlan(work=work, admitted=admitted, released=released))
         released = []
@@ -222,9 +224,7 @@ def test_limits_of_a_container_bind(tmp_path: Path) -> None:
     assert free_memory(torch.device("cpu"), tmp_path / "none") > 1 << 20
 
 
-@pytest.mark.parametrize(
-    "choose", [lambda: choose_device("tpu"), lambda: choose_dtype("float16", torch.device("cpu"))]
-)
+@pytest.mark.parametrize("choose", [lambda: choose_device("tpu"), lambda: choose_dtype("float16", torch.device("cpu"))])
 def test_an_unknown_device_or_dtype_is_refused(choose: Callable[[], object]) -> None:
     with pytest.raises(EngineConfigError, match="must be auto"):
         choose()
