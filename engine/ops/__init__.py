@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from engine.ops.cpu import CpuOps
 from engine.ops.interface import AttentionBatch, Ops
 from engine.ops.native import Kernels, load_kernels

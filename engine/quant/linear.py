@@ -110,7 +110,7 @@ def make_linear(
         kernels: the engine's own, on a CPU that has them.
         wide: give float32 results. For the head: in bfloat16 its rounding makes ties of near ties.
     """
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]:
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return DenseLinear(weight, bias, wide)
     tiles = torch.cpu._is_amx_tile_supported()  # oneDNN has AMX kernels, which are several times faster from ~32 rows
     if kernels is not None and kernels.has_linear and weight.dtype == torch.bfloat16 and (wide or not tiles):
