@@ -115,10 +115,8 @@ class _Reader:
     def _matrix(self, names: list[str], outputs: list[int], inputs: int, bias: bool = False) -> Linear:
         """One linear map of several matrices over the same input, their outputs one after the other."""
         weights = [self._tensor(name + ".weight", (n, inputs)) for name, n in zip(names, outputs, strict=True)]
-        biases = [self._tensor(name + ".bias", (n,)) for name, n in zip(names, outputs, strict=True)] if bias else None
-        return self._linear(
-            torch.cat(weights) if len(weights) > 1 else weights[0], None if biases is None else torch.cat(biases)
-        )
+        biases = [self._tensor(name + ".bias", (n,)) for name, n in zip(names, outputs, strict=True) if bias]
+        return self._linear(torch.cat(weights) if len(weights) > 1 else weights[0], torch.cat(biases) if bias else None)
 
     def _linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         linear = make_linear(weight, bias, kernels=self._kernels)

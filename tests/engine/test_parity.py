@@ -97,11 +97,9 @@ def test_float32_logits_and_choices_are_those_of_transformers(oracle: Oracle, de
 def test_greedy_texts_are_those_of_transformers(oracle: Oracle, smollm2_path: Path) -> None:
     prompts = [oracle.prompts[i] for i in (4, 10, 18)]
     config = EngineConfig(
-        model_path=str(smollm2_path), dtype="float32", device="cpu", max_model_len=512, max_batch_size=4
+        model_path=str(smollm2_path), dtype="float32", max_model_len=512, threads=torch.get_num_threads()
     )
-    config_threads = torch.get_num_threads()
     runner = Runner.load(config, lambda phase, done: None)
-    torch.set_num_threads(config_threads)
     pages = runner.info.max_model_len // runner.info.page_size
     greedy = SamplingParams(temperature=0.0)
     outputs: list[list[int]] = [[] for _ in prompts]
@@ -119,15 +117,8 @@ def test_greedy_texts_are_those_of_transformers(oracle: Oracle, smollm2_path: Pa
             ]
         )
     for prompt, output in zip(prompts, outputs, strict=True):
-        expected = oracle.model.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-            do_sample=False,
-            repetition_penalty=1.0,
-            min_new_tokens=GREEDY_TOKENS,
-            max_new_tokens=GREEDY_TOKENS,
-        )[0, len(prompt) :].tolist()
-        assert output == expected
+        # By induction its greedy text: each of our tokens is its choice after the ones before.
+        assert output == oracle.logits(prompt + output)[len(prompt) - 1 : -1].argmax(-1).tolist()
 
 
 def test_bfloat16_is_close_to_float32(oracle: Oracle, decoder: Decoder, smollm2_path: Path) -> None:
@@ -138,9 +129,10 @@ def test_bfloat16_is_close_to_float32(oracle: Oracle, decoder: Decoder, smollm2_
     mean, p99 = divergence.mean().item(), divergence.quantile(0.99).item()
     agreement = (exact.argmax(-1) == rounded.argmax(-1)).float().mean().item()
     print(f"\nbfloat16 vs float32: {len(exact)} tokens, mean KL {mean:.1e}, p99 {p99:.1e}, argmax {agreement:.1%}")
-    assert mean <= 2e-3
-    assert p99 <= 2e-2
-    assert agreement >= 0.96
+    # transformers' own bfloat16 model: mean 1.2e-3, p99 6e-3, argmax 97 %.
+    assert mean <= 8e-4
+    assert p99 <= 5e-3
+    assert agreement >= 0.97
 
 
 @pytest.fixture(scope="module")
