@@ -1,0 +1,30 @@
+"""ServiceError to gRPC status, once for every gRPC adapter."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import grpc
+
+from service.errors import Code, ServiceError
+
+STATUS_CODES = {
+    Code.INVALID_ARGUMENT: grpc.StatusCode.INVALID_ARGUMENT,
+    Code.NOT_FOUND: grpc.StatusCode.NOT_FOUND,
+    Code.RESOURCE_EXHAUSTED: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    Code.DEADLINE_EXCEEDED: grpc.StatusCode.DEADLINE_EXCEEDED,
+    Code.UNIMPLEMENTED: grpc.StatusCode.UNIMPLEMENTED,
+    Code.UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
+    Code.INTERNAL: grpc.StatusCode.INTERNAL,
+}
+
+
+def trailing_metadata(error: ServiceError) -> tuple[tuple[str, str], ...]:
+    """`retry-after-ms` where a retry makes sense, else nothing."""
+    return () if error.retry_after_ms is None else (("retry-after-ms", str(error.retry_after_ms)),)
+
+
+async def abort(context: grpc.aio.ServicerContext[Any, Any], error: ServiceError) -> NoReturn:
+    """End the RPC with the error's status, message and retry hint."""
+    await context.abort(STATUS_CODES[error.code], error.message, trailing_metadata(error))
+    raise AssertionError("abort always raises")  # its type does not say so
