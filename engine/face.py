@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Protocol
 
 from engine.request import EngineInfo, EngineStats, Request, TokenEvent
@@ -30,7 +30,7 @@ class Engine(Protocol):
     def failure(self) -> str | None:
         """Why the engine is dead, or None while it lives."""
 
-    def generate(self, request: Request) -> AsyncIterator[TokenEvent]:
+    def generate(self, request: Request) -> AsyncGenerator[TokenEvent]:
         """Submit a request and yield its events, the last one with a finish_reason.
 
         Closing or cancelling the iterator early cancels the request: its pages are free at the next step.

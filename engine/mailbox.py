@@ -10,7 +10,7 @@ import asyncio
 import itertools
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 from msgspec.structs import replace
 
@@ -91,7 +91,7 @@ class MailboxEngine(ABC):
     def failure(self) -> str | None:
         return self._failure
 
-    async def generate(self, request: Request) -> AsyncIterator[TokenEvent]:
+    async def generate(self, request: Request) -> AsyncGenerator[TokenEvent]:
         """See `engine.face.Engine.generate`."""
         if self._failure is not None:
             raise EngineDeadError(self._failure)

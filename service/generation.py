@@ -6,10 +6,24 @@ one Started, Deltas, one Finished per index. Adapters call nothing below this mo
 
 from __future__ import annotations
 
+import asyncio
+import functools
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from engine import FinishReason, SamplingParams, TokenLogprob
+from msgspec.structs import replace
+
+from engine import Engine, EngineError, FinishReason, Request, SamplingParams, TokenLogprob
+from service.errors import from_engine, invalid
 from service.text.chat import Conversation
+from service.text.detokenize import StreamDecoder
+from service.text.stop import StopMatcher
+from service.text.tokenizer import TextModel
+
+MAX_COMPLETIONS = 32  # of one request; each takes a place in the batch
+INLINE_CHARACTERS = 4096  # encoded within a millisecond; longer texts go to a thread
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +33,7 @@ class GenerationRequest:
     Attributes:
         prompt: raw text, token ids, or a conversation.
         sampling: engine-level parameters, not yet validated.
+        until_context: ignore sampling.max_tokens and generate until the model stops or the context is full.
         n: independent completions; they share nothing but the prompt.
         stop: strings that end a completion; the match is cut off unless include_stop.
     """
@@ -26,6 +41,7 @@ class GenerationRequest:
     request_id: str
     prompt: str | list[int] | Conversation
     sampling: SamplingParams = SamplingParams()
+    until_context: bool = False
     n: int = 1
     stop: tuple[str, ...] = ()
     include_stop: bool = False
@@ -75,3 +91,146 @@ class Finished:
 
 
 GenerationEvent = Started | Delta | Finished
+
+
+class Generator:
+    """Runs GenerationRequests on one engine with one model's text side. Belongs to the engine's event loop."""
+
+    def __init__(self, engine: Engine, text: TextModel) -> None:
+        self._engine = engine
+        self._text = text
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent]:
+        """Yield one Started, Deltas, and one Finished per index. Closing the iterator early cancels the request.
+
+        Raises:
+            ServiceError: before the first event for what is wrong with the request; UNAVAILABLE at any time if the
+                engine dies.
+        """
+        _check(1 <= request.n <= MAX_COMPLETIONS, "n", request.n, f"must be between 1 and {MAX_COMPLETIONS}")
+        stops = [StopMatcher(request.stop, include_stop=request.include_stop) for _ in range(request.n)]
+        prompt = await self.encode(request.prompt)
+        completions = [self._complete(index, request, prompt, stop) for index, stop in enumerate(stops)]
+        events = completions[0] if request.n == 1 else _interleave(completions)
+        started = False
+        try:
+            async with aclosing(events):
+                async for event in events:
+                    if not isinstance(event, Started):
+                        yield event
+                    elif not started:
+                        started = True
+                        yield event
+        except EngineError as error:
+            raise from_engine(error) from error
+
+    async def encode(self, prompt: str | list[int] | Conversation, *, add_bos: bool = True) -> list[int]:
+        """Token ids of a prompt. Long ones are encoded in a thread: the event loop serves everybody.
+
+        Raises:
+            ServiceError: INVALID_ARGUMENT.
+        """
+        if isinstance(prompt, list):
+            return prompt
+        if isinstance(prompt, Conversation):
+            if (chat := self._text.chat) is None:
+                raise invalid("chat", "this model has no chat template; send a prompt")
+            size = sum(len(message.content) for message in prompt.messages)
+            return await asyncio.to_thread(chat.encode, prompt) if size > INLINE_CHARACTERS else chat.encode(prompt)
+        encode = functools.partial(self._text.tokenizer.encode, prompt, add_bos=add_bos)
+        return await asyncio.to_thread(encode) if len(prompt) > INLINE_CHARACTERS else encode()
+
+    def _engine_request(self, index: int, request: GenerationRequest, prompt: list[int]) -> Request:
+        sampling, info = request.sampling, self._engine.info
+        if sampling.seed is not None and index:
+            sampling = replace(sampling, seed=(sampling.seed + index) % 2**64)
+        if not sampling.ignore_eos:
+            stop_ids = dict.fromkeys((*sampling.stop_token_ids, *self._text.stop_ids))
+            sampling = replace(sampling, stop_token_ids=tuple(stop_ids))
+        if request.until_context:
+            room = min(info.max_model_len, info.kv_pages * info.page_size + 1) - len(prompt)
+            sampling = replace(sampling, max_tokens=max(1, room))
+        name = request.request_id if request.n == 1 else f"{request.request_id}#{index}"
+        return Request(request_id=name, prompt_token_ids=prompt, sampling=sampling, priority=request.priority)
+
+    async def _complete(
+        self, index: int, request: GenerationRequest, prompt: list[int], stop: StopMatcher
+    ) -> AsyncGenerator[GenerationEvent]:
+        """One completion. The engine request is cancelled as soon as a stop string is complete."""
+        began = time.monotonic()
+        decoder = StreamDecoder(self._text.tokenizer, prompt)
+        events = self._engine.generate(self._engine_request(index, request, prompt))
+        tokens, queued, first_token = 0, 0.0, None
+        async with aclosing(events):
+            async for event in events:
+                if first_token is None:
+                    first_token = time.monotonic() - began
+                    queued = event.timings.queued if event.timings else 0.0
+                    yield Started(
+                        request_id=request.request_id,
+                        prompt_tokens=len(prompt),
+                        cached_tokens=event.cached_tokens,
+                        queue_seconds=queued,
+                    )
+                ended = event.finish_reason is not None
+                text, ids = _advance(decoder, stop, event.token_ids, last=ended)
+                tokens += len(ids)
+                if text or ids:
+                    yield Delta(index=index, text=text, token_ids=ids, logprobs=(event.logprobs or [])[: len(ids)])
+                if ended or stop.matched is not None:
+                    reason = FinishReason.STOP if stop.matched is not None else event.finish_reason
+                    assert reason is not None
+                    yield Finished(
+                        index=index,
+                        reason=reason,
+                        usage=Usage(
+                            prompt_tokens=len(prompt), completion_tokens=tokens, cached_tokens=event.cached_tokens
+                        ),
+                        matched_stop=stop.matched or _asked_for(event.stop_token_id, request),
+                        error=event.error,
+                        queued_seconds=queued,
+                        first_token_seconds=first_token,
+                        finished_seconds=time.monotonic() - began,
+                    )
+                    return
+
+
+def _advance(decoder: StreamDecoder, stop: StopMatcher, ids: list[int], *, last: bool) -> tuple[str, list[int]]:
+    """Text of the next tokens, and those of them that the completion keeps: none after a stop string."""
+    pieces = []
+    for count, token in enumerate(ids, start=1):
+        pieces.append(stop.push(decoder.push([token])))
+        if stop.matched is not None:
+            return "".join(pieces), ids[:count]
+    if last:
+        pieces += [stop.push(decoder.flush()), stop.flush()]
+    return "".join(pieces), ids
+
+
+def _asked_for(token: int | None, request: GenerationRequest) -> int | None:
+    """The stop token if the request named it; the model's own ends are nobody's wish."""
+    return token if token in request.sampling.stop_token_ids else None
+
+
+async def _interleave(streams: list[AsyncGenerator[GenerationEvent]]) -> AsyncGenerator[GenerationEvent]:
+    """Events of several completions as they come; each holds one back at most while the reader is slow."""
+    pending = {asyncio.ensure_future(anext(stream, None)): stream for stream in streams}
+    try:
+        while pending:
+            done, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                stream = pending.pop(task)
+                if (event := task.result()) is not None:
+                    yield event
+                    pending[asyncio.ensure_future(anext(stream, None))] = stream
+    finally:
+        for task in pending:
+            task.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)
+        for stream in streams:
+            await stream.aclose()
+
+
+def _check(ok: bool, field: str, value: object, rule: str) -> None:
+    if not ok:
+        raise invalid(field, f"{value} {rule}")

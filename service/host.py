@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -62,14 +62,17 @@ class Host(Protocol):
     @property
     def has_chat(self) -> bool: ...
 
-    def wait_change(self, timeout: float) -> AsyncIterator[Status]:
-        """Yield the status now and whenever it changes, and at least every `timeout` seconds, until the server ends."""
+    def watch(self, interval: float) -> AsyncGenerator[Status]:
+        """Yield the status now, whenever it changes, and at least every `interval` seconds; ends with the server."""
 
-    def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationEvent]:
-        """See service.generation."""
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent]:
+        """See `service.generation.Generator.generate`."""
 
-    def tokenize(self, prompt: str | Conversation, *, add_bos: bool = False) -> list[int]: ...
+    async def tokenize(self, prompt: str | Conversation, *, add_bos: bool = False) -> list[int]:
+        """Token ids of a text or of a conversation's whole prompt."""
 
-    def detokenize(self, token_ids: list[int]) -> str: ...
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids; ServiceError(INVALID_ARGUMENT) for one that is not in the vocabulary."""
 
-    def token_bytes(self, token_id: int) -> bytes: ...
+    def token_bytes(self, token_id: int) -> bytes:
+        """See `service.text.tokenizer.Tokenizer.token_bytes`."""

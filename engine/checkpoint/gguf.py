@@ -17,7 +17,7 @@ from gguf.quants import dequantize
 from torch import Tensor
 
 from engine.checkpoint.fields import Fields
-from engine.checkpoint.gguf_header import GGUFHeader, GGUFTensor, read_header
+from engine.gguf_header import GGUFHeader, GGUFTensor, read_header
 from engine.checkpoint.layout import check_tensors, rotate_half_order
 from engine.config import ModelConfig
 from engine.errors import CheckpointError, UnsupportedModelError

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from engine import CheckpointError, UnsupportedModelError
+from engine.gguf_header import read_header
 from service.text.bpe import from_merges, load_tekken
-from service.text.gguf_metadata import read_metadata
 from service.text.hf import load_hf, token_text
 from service.text.mistral import MistralChat
 from service.text.sentencepiece import load_sentencepiece
@@ -48,7 +48,7 @@ def load_text(path: Path) -> TextModel:
 
 
 def _from_gguf(path: Path) -> TextModel:
-    fields = read_metadata(path, lambda key: key.startswith("tokenizer."))
+    fields = read_header(path, lambda key: key.startswith("tokenizer.")).metadata
     try:
         kind = fields["tokenizer.ggml.model"]
         if kind != "gpt2":

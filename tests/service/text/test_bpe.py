@@ -17,7 +17,7 @@ from tokenizers import Regex, models, pre_tokenizers
 from engine import CheckpointError, UnsupportedModelError
 from service.errors import Code, ServiceError
 from service.text.bpe import PATTERNS, BpeTokenizer, byte_alphabet, from_merges, load_tekken
-from service.text.gguf_metadata import read_metadata
+from engine.gguf_header import read_header
 from service.text.tokenizer import TextModel
 from tests.service.text.conversations import CONTROL_STRINGS, text
 
@@ -61,7 +61,7 @@ def test_smollm2_ids_equal_transformers_on_corpora(
 
 @pytest.fixture(scope="module")
 def smollm2_fields(smollm2_path: Path) -> dict[str, Any]:
-    return read_metadata(smollm2_path, lambda key: key.startswith("tokenizer.ggml."))
+    return read_header(smollm2_path, lambda key: key.startswith("tokenizer.ggml.")).metadata
 
 
 @pytest.mark.parametrize("pre", sorted(PATTERNS))

@@ -16,7 +16,7 @@ import pytest
 from engine import CheckpointError
 from service.text.bpe import byte_alphabet
 from service.text.chat import Conversation, Message
-from service.text.gguf_metadata import read_metadata
+from engine.gguf_header import read_header
 from service.text.load import load_text
 from service.text.mistral import MistralChat
 from service.text.template import TemplateChat
@@ -51,7 +51,7 @@ def write_gguf(path: Path, **changes: Any) -> Path:
 
 
 def test_gguf_metadata_equals_the_reference_reader(smollm2_path: Path) -> None:
-    ours = read_metadata(smollm2_path, lambda key: True)
+    ours = read_header(smollm2_path, lambda key: True).metadata
     fields = gguf.GGUFReader(smollm2_path).fields
     assert ours == {key: field.contents() for key, field in fields.items() if not key.startswith("GGUF.")}
 

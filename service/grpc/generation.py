@@ -1,0 +1,263 @@
+"""The typed API, `nemoserve.v1.GenerationService`: translation between protobuf and `service.generation`."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+from nemoserve.v1 import generation_pb2 as pb
+from nemoserve.v1 import generation_pb2_grpc as rpc
+
+from engine import FinishReason, SamplingParams, TokenLogprob
+from service.errors import Code, ServiceError, invalid
+from service.generation import Delta, Finished, GenerationEvent, GenerationRequest, Started
+from service.grpc.status import abort
+from service.host import Host, Phase
+from service.text.chat import Conversation, Message, Tool, ToolCall
+from service.version import VERSION
+
+REASONS = {
+    FinishReason.STOP: pb.FINISH_REASON_STOP,
+    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+    FinishReason.CANCELLED: pb.FINISH_REASON_CANCELLED,
+    FinishReason.ERROR: pb.FINISH_REASON_ERROR,
+}
+PHASES = {
+    Phase.LOADING: pb.PHASE_LOADING,
+    Phase.READY: pb.PHASE_READY,
+    Phase.DRAINING: pb.PHASE_DRAINING,
+    Phase.FAILED: pb.PHASE_FAILED,
+}
+LOAD_INTERVAL_SECONDS = (0.1, 60.0)
+
+
+class GenerationServicer(rpc.GenerationServiceServicer):
+    """See generation.proto for the contract."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+
+    async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse]:
+        try:
+            self._check_model(request.model)
+            generation = to_generation(request, request.request_id or _request_id(context))
+            context.set_trailing_metadata((("x-request-id", generation.request_id),))
+            async with aclosing(self._host.generate(generation)) as events:
+                async for event in events:
+                    yield self._response(event)
+        except ServiceError as error:
+            await abort(context, error)
+
+    async def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:
+        try:
+            self._check_model(request.model)
+            prompt = _conversation(request.chat) if request.WhichOneof("input") == "chat" else request.text
+            return pb.TokenizeResponse(token_ids=await self._host.tokenize(prompt, add_bos=request.add_special_tokens))
+        except ServiceError as error:
+            await abort(context, error)
+
+    async def Detokenize(self, request: pb.DetokenizeRequest, context: Any) -> pb.DetokenizeResponse:
+        try:
+            self._check_model(request.model)
+            return pb.DetokenizeResponse(text=self._host.detokenize(request.token_ids))
+        except ServiceError as error:
+            await abort(context, error)
+
+    async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
+        try:
+            return pb.ListModelsResponse(models=[self._model()])
+        except ServiceError as error:
+            await abort(context, error)
+
+    async def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:
+        try:
+            self._check_model(request.model)
+            return pb.GetModelResponse(model=self._model())
+        except ServiceError as error:
+            await abort(context, error)
+
+    async def GetLoad(self, request: pb.GetLoadRequest, context: Any) -> pb.GetLoadResponse:
+        return pb.GetLoadResponse(load=self._load())
+
+    async def WatchLoad(self, request: pb.WatchLoadRequest, context: Any) -> AsyncIterator[pb.WatchLoadResponse]:
+        low, high = LOAD_INTERVAL_SECONDS
+        interval = request.interval_seconds or 1.0
+        if not low <= interval <= high:
+            await abort(context, invalid("interval_seconds", f"{interval} must be between {low:g} and {high:g}, or 0"))
+        async with aclosing(self._host.watch(interval)) as changes:
+            async for _ in changes:
+                yield pb.WatchLoadResponse(load=self._load())
+
+    def _check_model(self, name: str) -> None:
+        known = (self._host.model_name, *self._host.model_aliases)
+        if name and name not in known:
+            raise ServiceError(Code.NOT_FOUND, f"model: {name!r} is not served here; served are {', '.join(known)}")
+
+    def _response(self, event: GenerationEvent) -> pb.GenerateResponse:
+        match event:
+            case Started():
+                started = pb.Started(
+                    request_id=event.request_id,
+                    model=self._host.model_name,
+                    prompt_tokens=event.prompt_tokens,
+                    cached_tokens=event.cached_tokens,
+                    queue_seconds=event.queue_seconds,
+                )
+                return pb.GenerateResponse(started=started)
+            case Delta():
+                delta = pb.Delta(
+                    index=event.index,
+                    text=event.text,
+                    token_ids=event.token_ids,
+                    logprobs=[self._logprob(each) for each in event.logprobs],
+                )
+                return pb.GenerateResponse(delta=delta)
+            case Finished():
+                return pb.GenerateResponse(finished=_finished(event))
+
+    def _logprob(self, logprob: TokenLogprob) -> pb.TokenLogprob:
+        return pb.TokenLogprob(
+            token_id=logprob.token_id,
+            token=self._host.token_bytes(logprob.token_id),
+            logprob=logprob.logprob,
+            top=[
+                pb.TopLogprob(token_id=token, token=self._host.token_bytes(token), logprob=value)
+                for token, value in logprob.top
+            ],
+        )
+
+    def _model(self) -> pb.Model:
+        info = self._host.info
+        return pb.Model(
+            name=self._host.model_name,
+            aliases=self._host.model_aliases,
+            architecture=info.architecture,
+            parameters=info.num_parameters,
+            dtype=info.dtype,
+            max_model_len=info.max_model_len,
+            vocab_size=info.vocab_size,
+            chat=self._host.has_chat,
+        )
+
+    def _load(self) -> pb.Load:
+        status, stats = self._host.status, self._host.stats
+        return pb.Load(
+            phase=PHASES[status.phase],
+            progress=status.progress,
+            eta_seconds=status.eta_seconds or 0.0,
+            queued_requests=stats.queued,
+            queued_tokens=stats.queued_tokens,
+            oldest_queued_seconds=stats.oldest_queued_seconds,
+            running_requests=stats.running,
+            capacity=stats.max_batch_size,
+            kv_pages_used=stats.kv_pages_used,
+            kv_pages_total=stats.kv_pages_total,
+            prefill_tokens_per_second=stats.prefill_tokens_per_second,
+            decode_tokens_per_second=stats.decode_tokens_per_second,
+            started_at=self._host.started_at,
+            engine_version=VERSION,
+        )
+
+
+def to_generation(request: pb.GenerateRequest, request_id: str) -> GenerationRequest:
+    """The protocol-neutral form of a request.
+
+    Raises:
+        ServiceError: UNIMPLEMENTED for a field that is not served yet, INVALID_ARGUMENT for a missing input.
+    """
+    unserved = {
+        "response_format": request.HasField("response_format"),
+        "adapter": bool(request.adapter),
+        "cache_salt": bool(request.cache_salt),
+    }
+    for field, wanted in unserved.items():
+        if wanted:
+            raise ServiceError(Code.UNIMPLEMENTED, f"{field}: not served by this version")
+    sampling = request.sampling
+    return GenerationRequest(
+        request_id=request_id,
+        prompt=_prompt(request),
+        sampling=_sampling(sampling),
+        until_context=not sampling.HasField("max_tokens"),
+        n=sampling.n if sampling.HasField("n") else 1,
+        stop=tuple(sampling.stop),
+        include_stop=sampling.include_stop,
+        priority=request.priority,
+    )
+
+
+def _prompt(request: pb.GenerateRequest) -> str | list[int] | Conversation:
+    match request.WhichOneof("input"):
+        case "prompt":
+            return request.prompt
+        case "token_ids":
+            return list(request.token_ids.ids)
+        case "chat":
+            return _conversation(request.chat)
+        case _:
+            raise invalid("input", "one of prompt, token_ids and chat must be set")
+
+
+def _conversation(chat: pb.Chat) -> Conversation:
+    return Conversation(
+        messages=tuple(
+            Message(
+                role=message.role,
+                content=message.content,
+                tool_calls=tuple(
+                    ToolCall(id=call.id, name=call.name, arguments=call.arguments_json) for call in message.tool_calls
+                ),
+                tool_call_id=message.tool_call_id or None,
+            )
+            for message in chat.messages
+        ),
+        tools=tuple(
+            Tool(name=tool.name, description=tool.description, parameters=tool.parameters_json or "{}")
+            for tool in chat.tools
+        ),
+        continue_final_message=chat.continue_final_message,
+    )
+
+
+def _sampling(sampling: pb.SamplingParameters) -> SamplingParams:
+    scalars = (
+        *("max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
+        *("presence_penalty", "frequency_penalty", "seed", "logprobs"),
+    )
+    return SamplingParams(
+        **{name: getattr(sampling, name) for name in scalars if sampling.HasField(name)},  # type: ignore[arg-type]
+        logit_bias=dict(sampling.logit_bias),
+        stop_token_ids=tuple(sampling.stop_token_ids),
+        ignore_eos=sampling.ignore_eos,
+    )
+
+
+def _finished(event: Finished) -> pb.Finished:
+    finished = pb.Finished(
+        index=event.index,
+        reason=REASONS[event.reason],
+        usage=pb.Usage(
+            prompt_tokens=event.usage.prompt_tokens,
+            completion_tokens=event.usage.completion_tokens,
+            cached_tokens=event.usage.cached_tokens,
+        ),
+        timings=pb.Timings(
+            queued=event.queued_seconds, first_token=event.first_token_seconds, finished=event.finished_seconds
+        ),
+        error=event.error or "",
+    )
+    if isinstance(event.matched_stop, str):
+        finished.stop = event.matched_stop
+    elif event.matched_stop is not None:
+        finished.stop_token_id = event.matched_stop
+    return finished
+
+
+def _request_id(context: Any) -> str:
+    """The client's `x-request-id`, or one of our own."""
+    for name, value in context.invocation_metadata() or ():
+        if name == "x-request-id" and isinstance(value, str):
+            return value
+    return secrets.token_hex(8)

@@ -1,0 +1,83 @@
+"""The gRPC port: both services, health, reflection, and the options that every connection gets."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing, suppress
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from nemoserve.v1 import generation_pb2, generation_pb2_grpc
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from service.grpc.generation import GenerationServicer
+from service.grpc.interceptors import Guard
+from service.grpc.kserve import KServeServicer, llm_models
+from service.host import Host, Phase
+
+MAX_RECEIVE_BYTES = 128 * 2**20  # far above any prompt; Triton allows 2 GiB, which one client could fill memory with
+HEALTH_SECONDS = 1.0  # how late health may notice that the engine's heart has stopped
+OPTIONS = [
+    ("grpc.max_receive_message_length", MAX_RECEIVE_BYTES),
+    ("grpc.max_send_message_length", -1),
+    # Clients that ping every second are welcome; by default gRPC cuts them off after a few pings.
+    ("grpc.http2.max_ping_strikes", 0),
+    # A second server on the same port must fail to start, not take half of the connections.
+    ("grpc.so_reuseport", 0),
+]
+SERVICES = (
+    generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
+    service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name,
+)
+LIVE, READY = "nemoserve.live", "nemoserve.ready"
+
+
+class GrpcServer:
+    """Start, stop, and the health of one port. Belongs to one event loop."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._server = grpc.aio.server(interceptors=[Guard()], options=OPTIONS)
+        self._health = health.aio.HealthServicer()
+        self._health_task: asyncio.Task[None] | None = None
+        generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(host), self._server)  # type: ignore[no-untyped-call,unused-ignore]
+        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(KServeServicer(llm_models(host)), self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection([*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server)
+
+    async def start(self, address: str) -> int:
+        """Listen on HOST:PORT, port 0 for any free one. Returns the port.
+
+        Raises:
+            OSError: the address cannot be bound.
+        """
+        try:
+            port: int = self._server.add_insecure_port(address)
+        except RuntimeError:
+            raise OSError(f"cannot listen on {address}: the address is in use or not of this machine") from None
+        await self._report()
+        await self._server.start()
+        self._health_task = asyncio.create_task(self._watch(), name="grpc-health")
+        return port
+
+    async def stop(self, grace: float) -> None:
+        """Refuse new RPCs at once, let running ones end for `grace` seconds, then cancel them."""
+        await self._server.stop(grace)
+        if self._health_task is not None:
+            self._health_task.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._health_task
+
+    async def _watch(self) -> None:
+        async with aclosing(self._host.watch(HEALTH_SECONDS)) as changes:
+            async for _ in changes:
+                await self._report()
+
+    async def _report(self) -> None:
+        """Serving means: a token could be made now. Live means: a restart would not help."""
+        serving, not_serving = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+        ready = self._host.status.phase is Phase.READY and self._host.alive
+        for service in ("", READY, *SERVICES):
+            await self._health.set(service, serving if ready else not_serving)
+        await self._health.set(LIVE, serving if self._host.alive else not_serving)

@@ -1,0 +1,140 @@
+"""The served model as protocol adapters see it: `service.host.Host` over an engine, once there is one.
+
+The server moves it through its phases; adapters only look. What needs the model is refused with UNAVAILABLE in every
+phase but READY, except that requests which were accepted before go on while draining.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+
+from engine import Engine, EngineInfo, EngineStats
+from service.errors import Code, ServiceError, invalid
+from service.generation import GenerationEvent, GenerationRequest, Generator
+from service.host import Phase, Status
+from service.text.chat import Conversation
+from service.text.tokenizer import TextModel
+
+LIVE_SECONDS = 30.0  # without a heart beat; a step of the largest prefill on a slow CPU takes less
+
+
+class ServedModel:
+    """One model under one name and its aliases. Belongs to one event loop."""
+
+    def __init__(self, name: str, aliases: tuple[str, ...] = ()) -> None:
+        self.model_name = name
+        self.model_aliases = aliases
+        self.started_at = time.time()
+        self.in_flight = 0
+        self._began = self._last_progress = time.monotonic()
+        self._status = Status(Phase.LOADING, "start")
+        self._changed = asyncio.Event()
+        self._engine: Engine | None = None
+        self._text: TextModel | None = None
+        self._generator: Generator | None = None
+
+    # -- moved by the server -----------------------------------------------------------------------------------
+
+    def loading(self, phase: str, fraction: float) -> None:
+        """Progress of the load; also proof of life. The time left is guessed from the time passed."""
+        self._last_progress = time.monotonic()
+        passed = self._last_progress - self._began
+        eta = passed * (1 - fraction) / fraction if 0.05 < fraction <= 1 else None
+        self._move(Status(Phase.LOADING, phase, fraction, eta))
+
+    def ready(self, engine: Engine, text: TextModel) -> None:
+        self._engine, self._text = engine, text
+        self._generator = Generator(engine, text)
+        self._move(Status(Phase.READY, progress=1.0))
+
+    def draining(self) -> None:
+        self._move(Status(Phase.DRAINING, progress=1.0))
+
+    def failed(self, reason: str) -> None:
+        self._move(Status(Phase.FAILED, reason))
+
+    def _move(self, status: Status) -> None:
+        self._status = status
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    # -- seen by adapters --------------------------------------------------------------------------------------
+
+    @property
+    def status(self) -> Status:
+        return self._status
+
+    @property
+    def alive(self) -> bool:
+        if self._status.phase is Phase.FAILED:
+            return False
+        if self._engine is None:
+            return time.monotonic() - self._last_progress < LIVE_SECONDS
+        return self._engine.failure is None and self._engine.heartbeat_age < LIVE_SECONDS
+
+    @property
+    def stats(self) -> EngineStats:
+        return EngineStats() if self._engine is None else self._engine.stats
+
+    @property
+    def info(self) -> EngineInfo:
+        if self._engine is None:
+            raise self._unavailable()
+        return self._engine.info
+
+    @property
+    def has_chat(self) -> bool:
+        return self._text is not None and self._text.chat is not None
+
+    async def watch(self, interval: float) -> AsyncGenerator[Status]:
+        """See `service.host.Host.watch`."""
+        while True:
+            changed = self._changed
+            yield self._status
+            try:
+                await asyncio.wait_for(changed.wait(), interval)
+            except TimeoutError:
+                continue
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent]:
+        """See `service.generation.Generator.generate`."""
+        if self._generator is None or self._status.phase is not Phase.READY:
+            raise self._unavailable()
+        self.in_flight += 1
+        try:
+            async with aclosing(self._generator.generate(request)) as events:
+                async for event in events:
+                    yield event
+        finally:
+            self.in_flight -= 1
+
+    async def tokenize(self, prompt: str | Conversation, *, add_bos: bool = False) -> list[int]:
+        if self._generator is None:
+            raise self._unavailable()
+        return await self._generator.encode(prompt, add_bos=add_bos)
+
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        tokenizer = self._loaded().tokenizer
+        for index, token in enumerate(token_ids):
+            if not 0 <= token < tokenizer.vocab_size:
+                raise invalid(f"token_ids[{index}]", f"{token} must be between 0 and {tokenizer.vocab_size - 1}")
+        return tokenizer.decode(token_ids)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return self._loaded().tokenizer.token_bytes(token_id)
+
+    def _loaded(self) -> TextModel:
+        if self._text is None:
+            raise self._unavailable()
+        return self._text
+
+    def _unavailable(self) -> ServiceError:
+        reasons = {
+            Phase.LOADING: f"model {self.model_name} is loading ({self._status.progress:.0%}); retry later",
+            Phase.DRAINING: "the server is shutting down; retry with another replica",
+            Phase.FAILED: "the engine is down; retry later",
+        }
+        return ServiceError(Code.UNAVAILABLE, reasons.get(self._status.phase, "the model is not loaded"))

@@ -1,0 +1,153 @@
+"""A server's life: open the port, load, serve, drain, stop. Returns the exit code that says how it went.
+
+port open, loading ──► ready ──SIGTERM──► draining ──accepted requests done, or drain_timeout──► 0
+     │ model cannot be loaded: 1     │ engine lost: 70        │ second signal: at once
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine import Engine, EngineConfig, EngineError
+from engine.remote import RemoteEngine
+from service.grpc.server import GrpcServer
+from service.served import ServedModel
+from service.text.load import load_text
+
+log = logging.getLogger(__name__)
+
+EXIT_DRAINED, EXIT_CONFIGURATION, EXIT_ENGINE_LOST = 0, 1, 70
+ENGINE_CHECK_SECONDS = 0.2
+LAST_WORDS_SECONDS = 1.0  # for the errors of a lost engine to reach their clients
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """What a server is started with.
+
+    Attributes:
+        grpc_address: HOST:PORT, port 0 for any free one.
+        drain_timeout: seconds that accepted requests have to end after SIGTERM.
+    """
+
+    engine: EngineConfig
+    model_name: str
+    model_aliases: tuple[str, ...] = ()
+    grpc_address: str = "127.0.0.1:8001"
+    drain_timeout: float = 30.0
+
+
+ReadyCallback = Callable[[str], Awaitable[None]]
+"""Awaited once when the model is ready, with the address that the port is bound to."""
+
+
+class Server:
+    """One run of one server, in the running event loop."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        self._config = config
+        self._stop = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self.model = ServedModel(config.model_name, config.model_aliases)
+
+    def stop(self) -> None:
+        """What SIGTERM and SIGINT do: the first call drains, the second ends the draining."""
+        (self._hurry if self._stop.is_set() else self._stop).set()
+
+    async def run(self, on_ready: ReadyCallback | None = None) -> int:
+        """Serve until `stop` is called or the engine is lost.
+
+        Raises:
+            CheckpointError, EngineConfigError: the model cannot be loaded.
+            OSError: the port cannot be opened.
+        """
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stop)
+        grpc_server = GrpcServer(self.model)
+        host = self._config.grpc_address.rpartition(":")[0]
+        address = f"{host}:{await grpc_server.start(self._config.grpc_address)}"
+        log.info("listening", extra={"address": address})
+        try:
+            engine = await self._unless_stopped(self._load())
+            if engine is None:
+                return EXIT_DRAINED
+            try:
+                return await self._serve(engine, grpc_server, address, on_ready)
+            finally:
+                await engine.close()
+        except EngineError as error:
+            self.model.failed(str(error))
+            raise
+        finally:
+            await grpc_server.stop(0)
+
+    async def _load(self) -> Engine:
+        """Text side and engine at the same time; both or neither."""
+        path = Path(self._config.engine.model_path)
+        text_task = asyncio.create_task(asyncio.to_thread(load_text, path))
+        try:
+            engine = await RemoteEngine.start(self._config.engine, self.model.loading)
+        except BaseException:
+            text_task.cancel()
+            raise
+        try:
+            text = await text_task
+        except BaseException:
+            await engine.close()
+            raise
+        self.model.ready(engine, text)
+        return engine
+
+    async def _unless_stopped(self, work: Awaitable[Engine]) -> Engine | None:
+        """The result of `work`, or None, and `work` undone, if the server is told to stop first."""
+        task, stop = asyncio.ensure_future(work), asyncio.ensure_future(self._stop.wait())
+        await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
+        stop.cancel()
+        if not task.done():
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+            return None
+        return task.result()
+
+    async def _serve(
+        self, engine: Engine, grpc_server: GrpcServer, address: str, on_ready: ReadyCallback | None
+    ) -> int:
+        log.info("ready", extra={"address": address, "model": self.model.model_name})
+        greeting = asyncio.ensure_future(on_ready(address)) if on_ready else None
+        try:
+            while not self._stop.is_set():
+                if engine.failure is not None:
+                    log.error("engine lost", extra={"reason": engine.failure})
+                    self.model.failed(engine.failure)
+                    await grpc_server.stop(LAST_WORDS_SECONDS)
+                    return EXIT_ENGINE_LOST
+                if greeting is not None and greeting.done():
+                    greeting.result()
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._stop.wait(), ENGINE_CHECK_SECONDS)
+            return await self._drain(grpc_server)
+        finally:
+            if greeting is not None and not greeting.done():
+                greeting.cancel()
+
+    async def _drain(self, grpc_server: GrpcServer) -> int:
+        """Accepted requests end, or are cancelled at the limit; nothing is accepted any more."""
+        log.info("draining", extra={"in_flight": self.model.in_flight, "timeout": self._config.drain_timeout})
+        self.model.draining()
+        stopping = asyncio.create_task(grpc_server.stop(self._config.drain_timeout))
+        hurry = asyncio.create_task(self._hurry.wait())
+        await asyncio.wait({stopping, hurry}, return_when=asyncio.FIRST_COMPLETED)
+        hurry.cancel()
+        if not stopping.done():
+            await grpc_server.stop(0)
+            await stopping
+        log.info("stopped")
+        return EXIT_DRAINED
