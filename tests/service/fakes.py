@@ -111,16 +111,16 @@ class FakeHost:
         async with asyncio.timeout(seconds), self._changed:
             await self._changed.wait_for(condition)
 
-    async def wait_change(self, timeout: float) -> AsyncIterator[Status]:  # noqa: ASYNC109 - the Host's signature
+    async def watch(self, interval: float) -> AsyncIterator[Status]:
         while True:
             yield self.status
             async with self._changed:
                 try:
-                    await asyncio.wait_for(self._changed.wait(), timeout)
+                    await asyncio.wait_for(self._changed.wait(), interval)
                 except TimeoutError:
                     pass
 
-    def tokenize(self, prompt: str | Conversation, *, add_bos: bool = False) -> list[int]:
+    async def tokenize(self, prompt: str | Conversation, *, add_bos: bool = False) -> list[int]:
         self._check_ready()
         if isinstance(prompt, Conversation):
             prompt = "".join(f"<{message.role}>{message.content}" for message in prompt.messages)
@@ -138,7 +138,7 @@ class FakeHost:
     async def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationEvent]:
         self._check_ready()
         self.requests.append(request)
-        prompt = request.prompt if isinstance(request.prompt, list) else self.tokenize(request.prompt)
+        prompt = request.prompt if isinstance(request.prompt, list) else await self.tokenize(request.prompt)
         self._validate(request, prompt)
         answer = self.answers.get(request.prompt if isinstance(request.prompt, str) else "", Answer())
         ended = False
