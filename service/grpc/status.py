@@ -8,6 +8,8 @@ import grpc
 
 from service.errors import Code, ServiceError
 
+Context = grpc.aio.ServicerContext[Any, Any]
+
 STATUS_CODES = {
     Code.INVALID_ARGUMENT: grpc.StatusCode.INVALID_ARGUMENT,
     Code.NOT_FOUND: grpc.StatusCode.NOT_FOUND,
@@ -24,7 +26,16 @@ def trailing_metadata(error: ServiceError) -> tuple[tuple[str, str], ...]:
     return () if error.retry_after_ms is None else (("retry-after-ms", str(error.retry_after_ms)),)
 
 
-async def abort(context: grpc.aio.ServicerContext[Any, Any], error: ServiceError) -> NoReturn:
-    """End the RPC with the error's status, message and retry hint."""
-    await context.abort(STATUS_CODES[error.code], error.message, trailing_metadata(error))
+def metadata_value(context: Context, key: str) -> str | None:
+    """The text that the client sent under `key`, None without one."""
+    for name, value in context.invocation_metadata() or ():
+        if name == key and isinstance(value, str):
+            return value
+    return None
+
+
+async def abort(context: Context, error: ServiceError) -> NoReturn:
+    """End the RPC with the error's status, message and retry hint; trailing metadata set before stay."""
+    kept = tuple(context.trailing_metadata() or ())
+    await context.abort(STATUS_CODES[error.code], error.message, (*kept, *trailing_metadata(error)))
     raise AssertionError("abort always raises")  # its type does not say so

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from engine import EngineError, EngineInfo, EngineStats, FinishReason, Request, TokenLogprob
 from engine.request import validate_request
-from service.errors import Code, ServiceError, from_engine
+from service.errors import Code, ServiceError, from_engine, invalid
 from service.generation import Delta, Finished, GenerationEvent, GenerationRequest, Started, Usage
 from service.host import Phase, Status
 from service.text.chat import Conversation
@@ -111,7 +111,7 @@ class FakeHost:
         async with asyncio.timeout(seconds), self._changed:
             await self._changed.wait_for(condition)
 
-    async def watch(self, interval: float) -> AsyncIterator[Status]:
+    async def watch(self, interval: float) -> AsyncGenerator[Status]:
         while True:
             yield self.status
             async with self._changed:
@@ -126,16 +126,19 @@ class FakeHost:
             prompt = "".join(f"<{message.role}>{message.content}" for message in prompt.messages)
         return list(prompt.encode())
 
-    def detokenize(self, token_ids: list[int]) -> str:
+    def detokenize(self, token_ids: Sequence[int]) -> str:
         self._check_ready()
-        return b"".join(self.token_bytes(token) for token in token_ids).decode(errors="replace")
+        try:
+            return b"".join(self.token_bytes(token) for token in token_ids).decode(errors="replace")
+        except ValueError as error:
+            raise invalid("token_ids", str(error)) from error
 
     def token_bytes(self, token_id: int) -> bytes:
         if not 0 <= token_id < INFO.vocab_size:
             raise ValueError(f"token id {token_id} is not in the vocabulary")
         return bytes([token_id]) if token_id < FIRST_PIECE else f" t{token_id - FIRST_PIECE}".encode()
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationEvent]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent]:
         self._check_ready()
         self.requests.append(request)
         prompt = request.prompt if isinstance(request.prompt, list) else await self.tokenize(request.prompt)
@@ -159,7 +162,7 @@ class FakeHost:
 
     async def _answer(
         self, index: int, request: GenerationRequest, answer: Answer, prompt_tokens: int
-    ) -> AsyncIterator[GenerationEvent]:
+    ) -> AsyncGenerator[GenerationEvent]:
         pieces = answer.pieces if answer.pieces is not None else tuple(f" t{i}" for i in range(PIECES))
         wanted = min(len(pieces), request.sampling.max_tokens)
         started = False
