@@ -1,0 +1,2 @@
+"""The parts of sampling: `adjust` (bias, bans, penalties), `draw` (truncation and chance), `logprobs`, and `reference`,
+the slow and obvious description of all of it for one row."""

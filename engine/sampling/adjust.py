@@ -1,0 +1,86 @@
+"""What a request's own wishes and past do to its logits before any probability is taken: bias, bans, penalties.
+
+Only rows that ask for something own an `Adjustment`, and it holds only the tokens that it touches, so that the cost is
+that of the tokens seen and not of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from engine.request import SamplingParams
+from engine.step import RowInit
+
+
+class Adjustment:
+    """Changes the logits of one row in place: logit_bias, then min_tokens, then the penalties."""
+
+    def __init__(self, init: RowInit, eos_token_ids: tuple[int, ...], device: torch.device) -> None:
+        params = init.sampling
+        stops = params.stop_token_ids if params.ignore_eos else (*params.stop_token_ids, *eos_token_ids)
+        self._banned = torch.tensor(stops, dtype=torch.int64, device=device)
+        self._banned_before = len(init.prompt_token_ids) + params.min_tokens if stops else 0
+        self._bias_ids = torch.tensor([*params.logit_bias], dtype=torch.int64, device=device)
+        self._bias = torch.tensor([*params.logit_bias.values()], dtype=torch.float32, device=device)
+        self._penalties = _Penalties(init, device) if _penalised(params) else None
+
+    @staticmethod
+    def wanted(params: SamplingParams) -> bool:
+        """Whether a request needs an Adjustment at all."""
+        return bool(params.logit_bias) or params.min_tokens > 0 or _penalised(params)
+
+    def apply(self, logits: Tensor, position: int) -> None:
+        """Adjust float32 [V], which choose the token that will stand at `position`, counting the prompt from 0."""
+        if len(self._bias):
+            logits[self._bias_ids] += self._bias
+        if position < self._banned_before:
+            logits[self._banned] = -math.inf
+        if self._penalties is not None:
+            self._penalties.apply(logits)
+
+    def remember(self, token_id: int) -> None:
+        """The token was chosen: penalties count it from now on."""
+        if self._penalties is not None:
+            self._penalties.add(token_id)
+
+
+def _penalised(params: SamplingParams) -> bool:
+    return params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
+
+
+class _Penalties:
+    """The distinct tokens of a row's prompt and output, and how often each one is in the output.
+
+    ids     int64   [ 17 | 4 | 901 | – | – ]    capacity doubles when it is full
+    counts  float32 [  0 | 2 |   1 | – | – ]    0 = in the prompt only
+    """
+
+    def __init__(self, init: RowInit, device: torch.device) -> None:
+        counts = dict.fromkeys(init.prompt_token_ids if init.sampling.repetition_penalty != 1 else (), 0)
+        for token in init.output_token_ids:
+            counts[token] = counts.get(token, 0) + 1
+        self._params = init.sampling
+        self._slots = {token: slot for slot, token in enumerate(counts)}
+        self._ids = torch.tensor([*counts], dtype=torch.int64, device=device)
+        self._counts = torch.tensor([*counts.values()], dtype=torch.float32, device=device)
+
+    def apply(self, logits: Tensor) -> None:
+        """Repetition penalty of CTRL (arXiv 1909.05858), then presence and frequency penalties of the OpenAI API."""
+        params, used = self._params, len(self._slots)
+        ids, counts = self._ids[:used], self._counts[:used]
+        scores = logits[ids]
+        if params.repetition_penalty != 1:
+            scores = torch.where(scores > 0, scores / params.repetition_penalty, scores * params.repetition_penalty)
+        scores -= params.presence_penalty * (counts > 0) + params.frequency_penalty * counts
+        logits[ids] = scores
+
+    def add(self, token_id: int) -> None:
+        slot = self._slots.setdefault(token_id, len(self._slots))
+        if slot == len(self._ids):
+            self._ids = torch.cat([self._ids, torch.zeros_like(self._ids), self._ids.new_zeros(16)])
+            self._counts = torch.cat([self._counts, torch.zeros_like(self._counts), self._counts.new_zeros(16)])
+        self._ids[slot] = token_id
+        self._counts[slot] += 1
