@@ -17,7 +17,7 @@ from torch import Tensor
 
 from engine.request import SamplingParams, TokenLogprob
 from engine.sampling.adjust import Adjustment
-from engine.sampling.draw import draw, uniform
+from engine.sampling.draw import draw, take_rows, uniform
 from engine.sampling.logprobs import logprobs_of
 from engine.step import RowInit, SampledToken
 
@@ -99,4 +99,5 @@ class Sampler:
         if not tops:
             return {}
         where = torch.tensor([*tops], device=self._device)
-        return dict(zip(tops, logprobs_of(logits[where], tokens[where], [*tops.values()]), strict=True))
+        found = logprobs_of(take_rows(logits, [*tops]), tokens[where], [*tops.values()])
+        return dict(zip(tops, found, strict=True))

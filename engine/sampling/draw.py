@@ -40,6 +40,13 @@ def _mix(value: int) -> int:
     return value ^ (value >> 31)
 
 
+def take_rows(values: Tensor, rows: list[int]) -> Tensor:
+    """The named rows, ascending, of [S, V]: `values` itself where they are all of it, since its copy costs a pass."""
+    if len(rows) == len(values):
+        return values
+    return values.index_select(0, torch.tensor(rows, device=values.device))
+
+
 def draw(logits: Tensor, peaks: Tensor, params: list[SamplingParams], uniforms: list[float]) -> Tensor:
     """One token per row.
 
@@ -63,11 +70,11 @@ def draw(logits: Tensor, peaks: Tensor, params: list[SamplingParams], uniforms: 
     tokens = _draw_plain(blocks, sums, u)
     truncated = [i for i, each in enumerate(params) if each.top_k > 0 or each.top_p < 1 or each.min_p > 0]
     if truncated:
-        where = torch.tensor(truncated, device=device)
         limits = [(params[i].top_k or vocab, params[i].top_p, params[i].min_p) for i in truncated]
+        where = torch.tensor(truncated, device=device)
         tokens[where] = _draw_truncated(
-            logits.index_select(0, where),
-            weights.index_select(0, where),
+            take_rows(logits, truncated),
+            take_rows(weights, truncated),
             sums[where, -1:],
             torch.tensor(limits, dtype=torch.float64, device=device),
             u[where],
