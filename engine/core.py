@@ -90,12 +90,11 @@ class EngineCore:
         """Load as of now."""
         scheduler = self._scheduler
         waiting = scheduler.waiting
-        now = self._clock()
         return EngineStats(
             steps=self._steps,
             queued=len(waiting),
-            queued_tokens=sum(len(sequence.tokens) for sequence in waiting),
-            oldest_queued_seconds=max((now - sequence.arrived for sequence in waiting), default=0.0),
+            queued_tokens=waiting.num_tokens,
+            oldest_queued_seconds=0.0 if waiting.waiting_since is None else self._clock() - waiting.waiting_since,
             running=scheduler.num_running,
             max_batch_size=self.info.max_batch_size,
             kv_pages_used=self._pool.num_used,

@@ -96,8 +96,8 @@ class MailboxEngine(ABC):
         if self._failure is not None:
             raise EngineDeadError(self._failure)
         validate_request(request, self._info)
-        # A number makes the id unique for ever: events of a cancelled request can never reach its namesake.
-        inner = f"{next(self._numbers)}:{request.request_id}"
+        # Inside, requests have numbers: events of a cancelled request can never reach its namesake.
+        inner = str(next(self._numbers))
         mailbox = self._mailboxes[inner] = Mailbox()
         ended = False
         try:

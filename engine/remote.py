@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
 import sys
 
@@ -31,6 +32,10 @@ from engine.wire import (
     to_error,
 )
 
+log = logging.getLogger(__name__)
+
+# -P: a folder named `engine` where the server is started must not be taken for ours.
+WORKER = (sys.executable, "-P", "-m", "engine.worker")
 EXIT_SECONDS = 10.0  # a worker in the middle of a long step ends after it
 _SOCKET_BUFFER = 4 * 2**20  # several steps of events: the worker does not wait while this side is busy
 
@@ -84,17 +89,27 @@ class RemoteEngine(MailboxEngine):
         self._worker.send(command)
 
     async def _receive(self) -> None:
+        """Deliver until the worker is gone or broken; what is left of it ends, so that its memory is free."""
         try:
-            while True:
-                match await self._worker.receive():
-                    case StepOutput() as output:
-                        self._deliver(output)
-                    case Failed(_, message):
-                        return self._die(message)
-                    case message:
-                        return self._die(f"the engine sent {type(message).__name__} out of turn")
+            reason = await self._deliver_all()
         except EngineDeadError as error:
-            self._die(str(error))
+            reason = str(error)
+        except Exception as error:  # ours: whoever waits for events must not wait for ever
+            log.exception("the engine's events cannot be delivered")
+            reason = f"the engine's events cannot be delivered: {type(error).__name__}"
+        self._die(reason)
+        await self._worker.close()
+
+    async def _deliver_all(self) -> str:
+        """Returns why there is nothing more to deliver."""
+        while True:
+            match await self._worker.receive():
+                case StepOutput() as output:
+                    self._deliver(output)
+                case Failed(_, message):
+                    return message
+                case message:
+                    return f"the engine sent {type(message).__name__} out of turn"
 
 
 class Worker:
@@ -113,10 +128,13 @@ class Worker:
         with theirs:
             for end in (ours, theirs):
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER)
-            # -P: a folder named `engine` where the server is started must not be taken for ours.
-            command = [sys.executable, "-P", "-m", "engine.worker", "--fd", str(theirs.fileno())]
+            fd = theirs.fileno()
             process = await asyncio.create_subprocess_exec(
-                *command, pass_fds=[theirs.fileno()], stdin=asyncio.subprocess.DEVNULL, start_new_session=True
+                *WORKER,
+                f"--fd={fd}",
+                pass_fds=[fd],
+                stdin=asyncio.subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C in a terminal is for the service alone
             )
         reader, writer = await asyncio.open_connection(sock=ours)
         return cls(process, reader, writer)

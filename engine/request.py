@@ -17,6 +17,7 @@ from engine.errors import InvalidRequestError
 MAX_LOGPROBS = 20  # as the OpenAI API; each one costs a top-k over the vocabulary
 MAX_LOGIT_BIAS = 1024  # entries per request
 MAX_STOP_TOKEN_IDS = 1024
+MAX_INT = 2**31 - 1  # of fields that have no limit of their own; they cross borders and reach tensors as int32
 
 
 class FinishReason(enum.StrEnum):
@@ -70,7 +71,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         Raises:
             InvalidRequestError: names the field, the value and the limit.
         """
-        _check(self.max_tokens >= 1, "max_tokens", self.max_tokens, "must be at least 1")
+        _check(1 <= self.max_tokens <= MAX_INT, "max_tokens", self.max_tokens, f"must be between 1 and {MAX_INT}")
         _check(
             0 <= self.min_tokens <= self.max_tokens,
             "min_tokens",
@@ -78,7 +79,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             f"must be between 0 and max_tokens ({self.max_tokens})",
         )
         _check_range("temperature", self.temperature, 0.0, 100.0)
-        _check(self.top_k >= 0, "top_k", self.top_k, "must be 0 (off) or positive")
+        _check(0 <= self.top_k <= MAX_INT, "top_k", self.top_k, f"must be 0 (off) or positive, at most {MAX_INT}")
         _check(
             math.isfinite(self.top_p) and 0.0 < self.top_p <= 1.0,
             "top_p",
@@ -238,6 +239,7 @@ def validate_request(request: Request, info: EngineInfo) -> None:
         bad = next(i for i, token in enumerate(prompt) if not 0 <= token < info.vocab_size)
         rule = f"{prompt[bad]} must be between 0 and {info.vocab_size - 1}"
         raise InvalidRequestError(f"prompt_token_ids[{bad}]", rule)
+    _check(abs(request.priority) <= MAX_INT, "priority", request.priority, f"must be between -{MAX_INT} and {MAX_INT}")
     request.sampling.validate(info.vocab_size)
     # The last token is never computed: nothing comes after it.
     computed = min(len(prompt) + request.sampling.max_tokens, limit) - 1

@@ -4,9 +4,9 @@ One rule: every request has a number of computed tokens and catches up with its 
 token budget. What others call decode is catching up by one; prefill is catching up by many; a chunk is what the budget
 leaves; a pre-empted request has computed nothing and catches up again.
 
-    submit ─► waiting (heap by priority, arrival) ─► running (a row, pages) ─► finished
-                     ▲                                   │ pages run out: the last in (priority, arrival)
-                     └───────────────────────────────────┘ gives its own back and keeps its tokens and its place
+    submit ─► waiting, by (priority, arrival) ─► running (a row, pages) ─► finished
+                     ▲                               │ pages run out: the last in (priority, arrival)
+                     └───────────────────────────────┘ gives its own back and keeps its tokens and its place
 
 Invariants, tested as properties: the budget is never exceeded; a page has one owner; every submitted request gets
 exactly one terminal event; the first in (priority, arrival) always advances, so that everything ends.
@@ -14,46 +14,14 @@ exactly one terminal event; the first in (priority, arrival) always advances, so
 
 from __future__ import annotations
 
-import heapq
+from bisect import insort
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
+from engine.errors import InvalidRequestError
 from engine.kv.pages import PagePool
 from engine.request import FinishReason, Request, Timings, TokenEvent
+from engine.sequence import Sequence, WaitingLine
 from engine.step import RowInit, RowWork, SampledToken, StepPlan, StepResult
-
-
-@dataclass(slots=True, eq=False)
-class Sequence:
-    """A request on its way.
-
-    Attributes:
-        order: (priority, arrival number); smaller runs first and is pre-empted last.
-        computed: tokens whose keys and values are in pages.
-        tokens: known tokens, prompt and output.
-    """
-
-    request: Request
-    seed: int
-    order: tuple[int, int]
-    arrived: float
-    tokens: list[int]
-    computed: int = 0
-    row: int | None = None
-    pages: list[int] = field(default_factory=list)
-    started: float | None = None
-    first_token: float | None = None
-
-    @property
-    def num_prompt(self) -> int:
-        return len(self.request.prompt_token_ids)
-
-    @property
-    def num_output(self) -> int:
-        return len(self.tokens) - self.num_prompt
-
-    def __lt__(self, other: Sequence) -> bool:
-        return self.order < other.order
 
 
 class Scheduler:
@@ -74,7 +42,7 @@ class Scheduler:
         self._budget = max_batch_tokens
         self._max_model_len = max_model_len
         self._eos = frozenset(eos_token_ids)
-        self._waiting: list[Sequence] = []
+        self.waiting = WaitingLine()
         self._running: list[Sequence] = []  # sorted by order
         self._by_id: dict[str, Sequence] = {}
         self._rows = list(range(max_batch_size - 1, -1, -1))
@@ -91,26 +59,25 @@ class Scheduler:
         return bool(self._by_id or self._released)
 
     @property
-    def waiting(self) -> list[Sequence]:
-        """Requests not in the batch, in no order."""
-        return self._waiting
-
-    @property
     def num_running(self) -> int:
         return len(self._running)
 
     def submit(self, request: Request, seed: int, now: float) -> None:
-        """Queue a valid request whose id is not in use.
+        """Queue a request that `engine.request.validate_request` has passed: it fits into an empty pool.
 
         Args:
             seed: of its random stream.
             now: seconds on the clock that all times here are on.
+
+        Raises:
+            InvalidRequestError: its id is in use.
         """
-        assert request.request_id not in self._by_id, f"request {request.request_id} is in flight already"
+        if request.request_id in self._by_id:
+            raise InvalidRequestError("request_id", f"{request.request_id} is in flight already")
         self._arrivals += 1
         sequence = Sequence(request, seed, (request.priority, self._arrivals), now, list(request.prompt_token_ids))
         self._by_id[request.request_id] = sequence
-        heapq.heappush(self._waiting, sequence)
+        self.waiting.push(sequence, now)
 
     def cancel(self, request_id: str, now: float) -> TokenEvent | None:
         """End a request between two steps; its pages are free for the next one. None if there is no such request."""
@@ -122,37 +89,44 @@ class Scheduler:
     def plan(self, now: float) -> StepPlan:
         """Choose the next step's work within the budget, taking rows and pages for it."""
         work: dict[Sequence, RowWork] = {}
+        budget = self._catch_up(work, self._budget, now)
         admitted: list[RowInit] = []
-        budget = self._budget
-        preempted = False
-        # Decodes first: a long prompt must not hold up the streams that are already flowing.
-        for sequence in sorted(self._running, key=lambda each: (len(each.tokens) - each.computed > 1, each.order)):
-            if sequence.row is None or budget == 0:
-                continue
-            wanted = min(len(sequence.tokens) - sequence.computed, budget)
-            while (count := self._room(sequence, wanted)) == 0:
-                victim = self._running[-1]
-                self._preempt(victim)
-                preempted = True
-                if (lost := work.pop(victim, None)) is not None:
-                    budget += len(lost.token_ids)
-                if victim is sequence:
-                    break
-            if sequence.row is not None:
-                work[sequence] = self._advance(sequence, count)
-                budget -= count
-        while self._waiting and self._rows and budget and not preempted:
-            sequence = self._waiting[0]
-            if self._pages_for(len(sequence.tokens)) > self._pool.num_free:
-                break  # first come, first served: nobody overtakes because it is smaller
-            heapq.heappop(self._waiting)
+        while budget and self._can_admit():
+            sequence = self.waiting.pop()
             admitted.append(self._admit(sequence, now))
-            count = min(len(sequence.tokens), budget)
-            work[sequence] = self._advance(sequence, count)
-            budget -= count
+            budget -= self._advance(work, sequence, min(sequence.behind, budget))
         released, self._released = self._released, []
         self._planned = {item.row: sequence for sequence, item in work.items()}
         return StepPlan(list(work.values()), admitted, released)
+
+    def _catch_up(self, work: dict[Sequence, RowWork], budget: int, now: float) -> int:
+        """Plan work for those that run, pre-empting the last of them while pages lack. Returns the budget left."""
+        # Decodes first: a long prompt must not hold up the streams that are already flowing.
+        decoding = [sequence for sequence in self._running if sequence.behind == 1]
+        prefilling = [sequence for sequence in self._running if sequence.behind > 1]
+        for sequence in decoding + prefilling:
+            if budget == 0:
+                break
+            wanted = min(sequence.behind, budget)
+            while sequence.row is not None and (count := self._room(sequence, wanted)) == 0:
+                victim = self._running[-1]
+                self._preempt(victim, now)
+                if (lost := work.pop(victim, None)) is not None:
+                    budget += len(lost.token_ids)
+            if sequence.row is not None:
+                budget -= self._advance(work, sequence, count)
+        return budget
+
+    def _can_admit(self) -> bool:
+        """The first that waits gets a row and pages for all its tokens. Nobody overtakes it for being smaller.
+
+        One page is left for each that runs: without it the newcomer would soon be pre-empted by those who grow, and
+        computed twice. The rule cannot block: an empty batch needs no such reserve.
+        """
+        if not self.waiting or not self._rows:
+            return False
+        needed = self._pages_for(len(self.waiting.first.tokens)) + len(self._running)
+        return needed <= self._pool.num_free
 
     def _pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._page_size)
@@ -162,30 +136,30 @@ class Scheduler:
         held = (len(sequence.pages) + self._pool.num_free) * self._page_size
         return min(wanted, held - sequence.computed)
 
-    def _advance(self, sequence: Sequence, count: int) -> RowWork:
-        """Take pages for the next `count` tokens; there is room."""
+    def _advance(self, work: dict[Sequence, RowWork], sequence: Sequence, count: int) -> int:
+        """Plan the next `count` tokens of a sequence and take pages for them; there is room. Returns `count`."""
         end = sequence.computed + count
         new_pages = self._pool.take(self._pages_for(end) - len(sequence.pages))
         assert new_pages is not None
         assert sequence.row is not None
         sequence.pages += new_pages
         tokens = sequence.tokens[sequence.computed : end]
-        return RowWork(sequence.row, sequence.computed, tokens, new_pages, sample=end == len(sequence.tokens))
+        sample = end == len(sequence.tokens)
+        work[sequence] = RowWork(sequence.row, sequence.computed, tokens, new_pages, sample)
+        return count
 
     def _admit(self, sequence: Sequence, now: float) -> RowInit:
         sequence.row = self._rows.pop()
-        sequence.started = sequence.started if sequence.started is not None else now
-        self._running.append(sequence)
-        self._running.sort()
-        prompt = sequence.num_prompt
-        return RowInit(
-            sequence.row, sequence.request.sampling, sequence.seed, sequence.tokens[:prompt], sequence.tokens[prompt:]
-        )
+        if sequence.started is None:
+            sequence.started = now
+        insort(self._running, sequence)
+        prompt, output = sequence.tokens[: sequence.num_prompt], sequence.tokens[sequence.num_prompt :]
+        return RowInit(sequence.row, sequence.request.sampling, sequence.seed, prompt, output)
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _preempt(self, sequence: Sequence, now: float) -> None:
         self._free(sequence)
         sequence.computed = 0
-        heapq.heappush(self._waiting, sequence)
+        self.waiting.push(sequence, now)
         self.preemptions += 1
 
     def _free(self, sequence: Sequence) -> None:
@@ -215,13 +189,12 @@ class Scheduler:
 
     def _take(self, sequence: Sequence, sampled: SampledToken, now: float) -> TokenEvent:
         """Append one sampled token, or end the request."""
-        params = sequence.request.sampling
-        if sequence.first_token is None:
-            sequence.first_token = now
         if sampled.failed is not None:
             return self._end(sequence, FinishReason.ERROR, now, error=sampled.failed)
-        token = sampled.token_id
-        if token in params.stop_token_ids or (token in self._eos and not params.ignore_eos):
+        if sequence.first_token is None:
+            sequence.first_token = now
+        params, token = sequence.request.sampling, sampled.token_id
+        if self._stops(sequence, token):
             return self._end(sequence, FinishReason.STOP, now, stop_token_id=token)
         sequence.tokens.append(token)
         self.generated_tokens += 1
@@ -236,13 +209,18 @@ class Scheduler:
             timings=self._timings(sequence, now) if sequence.num_output == 1 else None,
         )
 
+    def _stops(self, sequence: Sequence, token: int) -> bool:
+        params = sequence.request.sampling
+        if sequence.num_output < params.min_tokens:
+            return False
+        return token in params.stop_token_ids or (token in self._eos and not params.ignore_eos)
+
     def _end(self, sequence: Sequence, reason: FinishReason, now: float, **details: object) -> TokenEvent:
         """Remove a request, wherever it is, and make its terminal event."""
         if sequence.row is not None:
             self._free(sequence)
         else:
-            self._waiting.remove(sequence)
-            heapq.heapify(self._waiting)
+            self.waiting.remove(sequence)
         del self._by_id[sequence.request.request_id]
         return TokenEvent(
             request_id=sequence.request.request_id,

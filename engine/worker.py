@@ -7,7 +7,9 @@ a service manager reach the whole group, and the service wants to drain first.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
+import os
 import select
 import signal
 import socket
@@ -41,6 +43,8 @@ class Inbox:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._buffer = bytearray()
+        self._poll = select.poll()  # unlike select(), for descriptors of any number: it is inherited from a busy server
+        self._poll.register(sock, select.POLLIN)
 
     def receive(self, timeout: float) -> list[ToWorker] | None:
         """Messages that have arrived, waiting at most `timeout` seconds for the first bytes; None at the end of file.
@@ -49,7 +53,7 @@ class Inbox:
             ValueError: the other side sent what is no message.
         """
         messages: list[ToWorker] = []
-        while select.select([self._sock], [], [], 0.0 if messages else timeout)[0]:
+        while self._poll.poll(0 if messages else timeout * 1000):
             data = self._sock.recv(2**20)
             if not data:
                 return None
@@ -82,7 +86,10 @@ class Outbox:
 
 
 class LoadingBeat:
-    """Repeats the latest progress once a second while the model loads, however long a phase takes."""
+    """Repeats the latest progress once a second while the model loads, however long a phase takes.
+
+    Ends the process when nobody listens any more: minutes of loading must not go on beside a restarted service.
+    """
 
     def __init__(self, outbox: Outbox) -> None:
         self._outbox = outbox
@@ -107,7 +114,7 @@ class LoadingBeat:
             try:
                 self._outbox.send(self._latest)
             except OSError:
-                return  # the parent is gone; the main thread finds out by itself
+                os._exit(1)  # the main thread is deep in torch, and nothing that it holds outlives the process
 
 
 def serve(sock: socket.socket) -> None:
@@ -169,7 +176,8 @@ def main() -> int:
             return 1
         except Exception as error:  # ours or torch's: the service learns of it before the process ends
             log.exception("the engine failed")
-            Outbox(sock).send(Failed("", f"the engine failed: {type(error).__name__}"))
+            with contextlib.suppress(OSError):
+                Outbox(sock).send(Failed("", f"the engine failed: {type(error).__name__}"))
             return 1
     return 0
 

@@ -1,0 +1,139 @@
+"""A runner without a model that notices every mistake of a scheduler, and what its tokens must be.
+
+Its pages hold token ids, and the next token is a hash of what a row's pages hold: a page that is lost, shared, stale or
+out of order changes the tokens. Pages of a released row are wiped at once.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from engine.request import EngineInfo, FinishReason, Request, TokenLogprob
+from engine.step import RowInit, RowWork, SampledToken, StepPlan, StepResult
+
+VOCAB = 50
+EOS = 7
+NAN = 13  # a prompt with this token has logits that are not numbers
+CRASH = 17  # a prompt with this token brings the runner down
+
+
+def engine_info(
+    *,
+    page_size: int = 4,
+    kv_pages: int = 64,
+    max_batch_size: int = 4,
+    max_batch_tokens: int = 16,
+    max_model_len: int = 128,
+) -> EngineInfo:
+    return EngineInfo(
+        vocab_size=VOCAB,
+        max_model_len=max_model_len,
+        max_batch_size=max_batch_size,
+        max_batch_tokens=max_batch_tokens,
+        page_size=page_size,
+        kv_pages=kv_pages,
+        dtype="none",
+        device="none",
+        architecture="fake",
+        num_parameters=0,
+        weight_bytes=0,
+        load_seconds=0.0,
+    )
+
+
+def next_token(tokens: list[int], seed: int) -> int:
+    return zlib.crc32(struct.pack(f"<Q{len(tokens)}q", seed, *tokens)) % VOCAB
+
+
+@dataclass(frozen=True)
+class Expected:
+    token_ids: list[int]
+    reason: FinishReason
+    stop_token_id: int | None = None
+
+
+def expected(request: Request, info: EngineInfo) -> Expected:
+    """What a request must yield whatever else runs: written without steps, chunks or pages."""
+    params, prompt = request.sampling, request.prompt_token_ids
+    if NAN in prompt:
+        return Expected([], FinishReason.ERROR)
+    output: list[int] = []
+    while len(output) < params.max_tokens and len(prompt) + len(output) < info.max_model_len:
+        token = next_token(prompt + output, _stream(request.sampling.temperature, params.seed or 0))
+        if len(output) >= params.min_tokens and (
+            token in params.stop_token_ids or (token == EOS and not params.ignore_eos)
+        ):
+            return Expected(output, FinishReason.STOP, token)
+        output.append(token)
+    return Expected(output, FinishReason.LENGTH)
+
+
+def _stream(temperature: float, seed: int) -> int:
+    return seed if temperature > 0 else 0
+
+
+@dataclass
+class Row:
+    init: RowInit
+    pages: list[int]
+    computed: int = 0
+
+
+class FakeRunner:
+    """See `engine.core.StepRunner`. `on_run` is called at the beginning of each step."""
+
+    eos_token_ids = (EOS,)
+
+    def __init__(self, info: EngineInfo, on_run: Callable[[StepPlan], None] = lambda plan: None) -> None:
+        self.info = info
+        self.plans: list[StepPlan] = []
+        self._on_run = on_run
+        self._pages: list[list[int | None]] = [[None] * info.page_size for _ in range(info.kv_pages)]
+        self._rows: dict[int, Row] = {}
+
+    def run(self, plan: StepPlan) -> StepResult:
+        self._on_run(plan)
+        self.plans.append(plan)
+        assert plan.num_tokens <= self.info.max_batch_tokens, "the budget is exceeded"
+        assert len({work.row for work in plan.work}) == len(plan.work), "a row has work twice"
+        for row in plan.released:
+            for page in self._rows.pop(row).pages:
+                self._pages[page] = [None] * self.info.page_size
+        for init in plan.admitted:
+            assert 0 <= init.row < self.info.max_batch_size
+            assert init.row not in self._rows, "an admitted row is in use"
+            self._rows[init.row] = Row(init, [])
+        for work in plan.work:
+            self._write(work)
+        return StepResult([self._sample(work.row) for work in plan.work if work.sample])
+
+    def _write(self, work: RowWork) -> None:
+        row, size = self._rows[work.row], self.info.page_size
+        owned = {page for each in self._rows.values() for page in each.pages}
+        assert owned.isdisjoint(work.new_pages), "a page has two owners"
+        assert work.token_ids, "work without tokens"
+        assert work.start == row.computed, "a row's work is not contiguous"
+        row.pages += work.new_pages
+        row.computed += len(work.token_ids)
+        assert len(row.pages) == -(-row.computed // size), "a row has too few or too many pages"
+        for position, token in enumerate(work.token_ids, work.start):
+            self._pages[row.pages[position // size]][position % size] = token
+
+    def _sample(self, number: int) -> SampledToken:
+        row = self._rows[number]
+        tokens = [token for page in row.pages for token in self._pages[page]][: row.computed]
+        assert None not in tokens, "a page was wiped while in use"
+        known = [token for token in tokens if token is not None]
+        init, params = row.init, row.init.sampling
+        prompt = init.prompt_token_ids
+        assert known[: len(prompt) + len(init.output_token_ids)] == prompt + init.output_token_ids
+        if CRASH in prompt:
+            raise RuntimeError("the device is on fire")
+        if NAN in prompt:
+            return SampledToken(number, -1, failed="the logits are not numbers")
+        token = next_token(known, _stream(params.temperature, init.seed))
+        logprob = None if params.logprobs is None else TokenLogprob(token, -float(len(known)), 1)
+        return SampledToken(number, token, logprob)
