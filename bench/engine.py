@@ -1,0 +1,165 @@
+"""`python -m bench.engine`: this engine beside `transformers.generate`; same weights, prompts and machine, one run.
+
+Each peer is a process of its own, so that threads, allocator and peak memory are its own, and they take turns (A B A B)
+so that a machine that grows slower or faster does so for both. Of each peer the best round counts, since other load
+only ever takes speed away; `--json` keeps all rounds (`bench.measure.Comparison`).
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from bench.measure import Bandwidth, Comparison, Job, Machine, PeerReport, agreement
+
+T = TypeVar("T")
+
+
+def main(
+    model: Annotated[str, typer.Option(help="A .gguf file, a checkpoint directory, or a name of the catalogue.")] = (
+        "smollm2-135m-instruct"
+    ),
+    streams: Annotated[str, typer.Option(help="Numbers of concurrent requests, comma separated.")] = "1,4,16,32",
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate per request.")] = 128,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 128,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each peer has its turn.")] = 2,
+    dtype: Annotated[str, typer.Option(help="Of this engine: auto, bfloat16 or float32.")] = "auto",
+    transformers_dtype: Annotated[str, typer.Option(help="Of transformers: bfloat16 or float32.")] = "bfloat16",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of each peer.")] = len(os.sched_getaffinity(0)),
+    timeout: Annotated[float, typer.Option(help="Seconds that one turn of one peer may take.")] = 3600.0,
+    transformers: Annotated[bool, typer.Option(help="Measure transformers as well.")] = True,
+    json: Annotated[Path | None, typer.Option(help="Also write the result to this file.")] = None,
+) -> None:
+    """Measure tokens/s, TTFT, ITL, peak memory and weight streaming of the engine, beside transformers."""
+    job = Job(
+        model=str(_model_path(model)),
+        dtype=dtype,
+        device=device,
+        threads=threads,
+        streams=_numbers(streams),
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        seed=0,
+    )
+    started_at = datetime.now(UTC).isoformat(timespec="seconds")
+    bandwidth = _measure("bandwidth", job, timeout, Bandwidth)
+    reports = []
+    for seed in range(rounds):
+        print(f"round {seed + 1} of {rounds}", file=sys.stderr)
+        turn = msgspec.structs.replace(job, seed=seed)
+        reports.append(_measure("nemoserve", turn, timeout, PeerReport))
+        if transformers:
+            theirs = msgspec.structs.replace(turn, dtype=transformers_dtype)
+            reports.append(_measure("transformers", theirs, timeout, PeerReport))
+    result = Comparison(started_at=started_at, machine=_machine(), bandwidth=bandwidth, job=job, reports=reports)
+    if json is not None:
+        json.parent.mkdir(parents=True, exist_ok=True)
+        json.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n")
+    show(result, Console())
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise typer.BadParameter(f"{text!r} is no list of positive numbers", param_hint="--streams")
+    return numbers
+
+
+def _model_path(model: str) -> Path:
+    if Path(model).exists():
+        return Path(model).resolve()
+    from service.models.store import ModelStore
+
+    return ModelStore.default().pull(model).path
+
+
+def _measure(peer: str, job: Job, timeout: float, result: type[T]) -> T:
+    """Run one peer's process to its end; what it says on standard error goes to ours."""
+    command = [sys.executable, "-m", f"bench.peers.{peer}"]
+    try:
+        done = subprocess.run(
+            command, input=msgspec.json.encode(job), stdout=subprocess.PIPE, timeout=timeout, check=True
+        )
+    except subprocess.CalledProcessError as error:
+        raise SystemExit(f"{peer} ended with status {error.returncode}; see above") from None
+    except subprocess.TimeoutExpired:
+        raise SystemExit(f"{peer} took longer than --timeout {timeout:g} seconds") from None
+    return msgspec.json.decode(done.stdout, type=result)
+
+
+def _machine() -> Machine:
+    info = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in info if line.startswith("model name")]
+    return Machine(
+        cpu=names[0] if names else platform.processor(),
+        cores=len(os.sched_getaffinity(0)),
+        python=platform.python_version(),
+        system=platform.platform(),
+    )
+
+
+def show(result: Comparison, console: Console) -> None:
+    """The comparison as a table: best round of each peer, spread over the rounds, and ratios to the last peer."""
+    job, peers = result.job, result.peers()
+    table = Table(
+        title=f"{Path(job.model).name}: {job.prompt_tokens} prompt + {job.new_tokens} new tokens, greedy, "
+        f"{job.threads} threads"
+    )
+    table.add_column("streams", justify="right")
+    table.add_column("engine")
+    for column in ("tokens/s", "worst round", "ratio", "TTFT p50", "p95", "ITL p50", "p95", "weights read"):
+        table.add_column(column, justify="right")
+    for streams in job.streams:
+        baseline = result.best(peers[-1], streams).tokens_per_second
+        for peer in peers:
+            best = result.best(peer, streams)
+            worst = min(run.tokens_per_second for run in result.runs(peer, streams))
+            table.add_row(
+                str(streams),
+                peer,
+                f"{best.tokens_per_second:.1f}",
+                f"{worst:.1f}",
+                f"{best.tokens_per_second / baseline:.2f}x" if len(peers) > 1 else "",
+                *(f"{1000 * t:.0f} ms" for t in (best.ttft_p50_seconds, best.ttft_p95_seconds)),
+                *(f"{1000 * t:.1f} ms" for t in (best.itl_p50_seconds, best.itl_p95_seconds)),
+                f"{result.of(peer)[0].weight_bytes / best.itl_p50_seconds / 1e9:.1f} GB/s",
+                end_section=peer == peers[-1],
+            )
+    console.print(table)
+    for peer in peers:
+        report = result.of(peer)[0]
+        peak = max(each.peak_rss_bytes for each in result.of(peer))
+        console.print(
+            f"{peer} ({report.version}): {report.dtype} on {report.device}, weights {report.weight_bytes / 2**20:.0f} "
+            f"MiB, loaded in {report.load_seconds:.1f} s, peak memory {peak / 2**20:.0f} MiB"
+        )
+    console.print(
+        f"memory of this machine: copy {result.bandwidth.copy_bytes_per_second / 1e9:.1f} GB/s (read plus written), "
+        f"read {result.bandwidth.read_bytes_per_second / 1e9:.1f} GB/s; weights read = bytes of weights / ITL p50"
+    )
+    if len(peers) > 1:
+        pairs = [
+            (ours.first_tokens, theirs.first_tokens)
+            for streams in job.streams
+            for ours, theirs in zip(result.runs(peers[0], streams), result.runs(peers[-1], streams), strict=True)
+        ]
+        same = agreement([t for pair in pairs for t in pair[0]], [t for pair in pairs for t in pair[1]])
+        console.print(f"same first token: {100 * same:.0f} % of {sum(len(pair[0]) for pair in pairs)} streams")
+
+
+if __name__ == "__main__":
+    typer.run(main)
