@@ -94,7 +94,7 @@ class Scheduler:
         while budget and self._can_admit():
             sequence = self.waiting.pop()
             admitted.append(self._admit(sequence, now))
-            budget -= self._advance(work, sequence, min(sequence.behind, budget))
+            budget -= self._advance(work, sequence, self._room(sequence, budget))
         released, self._released = self._released, []
         self._planned = {item.row: sequence for sequence, item in work.items()}
         return StepPlan(list(work.values()), admitted, released)
@@ -107,8 +107,7 @@ class Scheduler:
         for sequence in decoding + prefilling:
             if budget == 0:
                 break
-            wanted = min(sequence.behind, budget)
-            while sequence.row is not None and (count := self._room(sequence, wanted)) == 0:
+            while sequence.row is not None and (count := self._room(sequence, budget)) == 0:
                 victim = self._running[-1]
                 self._preempt(victim, now)
                 if (lost := work.pop(victim, None)) is not None:
@@ -131,10 +130,10 @@ class Scheduler:
     def _pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._page_size)
 
-    def _room(self, sequence: Sequence, wanted: int) -> int:
-        """How many of the wanted tokens the sequence's own and the free pages hold."""
-        held = (len(sequence.pages) + self._pool.num_free) * self._page_size
-        return min(wanted, held - sequence.computed)
+    def _room(self, sequence: Sequence, budget: int) -> int:
+        """How many tokens the sequence can compute: those it is behind, as far as budget and pages go."""
+        pages = len(sequence.pages) + self._pool.num_free
+        return min(sequence.behind, budget, pages * self._page_size - sequence.computed)
 
     def _advance(self, work: dict[Sequence, RowWork], sequence: Sequence, count: int) -> int:
         """Plan the next `count` tokens of a sequence and take pages for them; there is room. Returns `count`."""

@@ -112,6 +112,18 @@ def test_when_pages_run_out_the_newest_of_the_lowest_priority_gives_way_and_resu
     assert driver.work()[init.row] == (0, 13, True)
 
 
+def test_a_victim_that_was_planned_already_gives_its_budget_back() -> None:
+    driver = Driver(page_size=1, kv_pages=22, max_batch_tokens=4)
+    driver.submit(request("a", 2), request("b", 2))
+    driver.step()
+    driver.submit(request("urgent", 12, priority=-1))
+    while driver.scheduler.preemptions == 0:
+        driver.step()
+    # The decodes came first, then pages lacked for `urgent`: `b` went, and with it its token of this step.
+    assert driver.plan.released == [1]
+    assert driver.work() == {0: (6, 1, True), 2: (8, 3, False)}
+
+
 def test_a_newcomer_leaves_one_page_for_each_that_runs() -> None:
     driver = Driver(page_size=4, kv_pages=4, max_batch_tokens=100)
     driver.submit(request("a", 8, max_tokens=2), request("b", 8, max_tokens=1))
