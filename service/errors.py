@@ -39,6 +39,10 @@ class ServiceError(Exception):
         self.retry_after_ms = retry_after_ms
 
 
+class TalkError(Exception):
+    """A conversation partner cannot answer; the message is one line for the person at the terminal."""
+
+
 def invalid(field: str, reason: str) -> ServiceError:
     """INVALID_ARGUMENT about `field`; the message reads `field: reason`."""
     return ServiceError(Code.INVALID_ARGUMENT, f"{field}: {reason}", field=field)

@@ -1,0 +1,253 @@
+"""`nemoserve`: the command line. Exit codes: 0 done, 1 failed, 2 wrong usage, 70 the engine was lost while serving.
+
+Imports are made where they are needed: `--help` must not wait for gRPC.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from service.models.catalog import CATALOG, DEFAULT_MODEL
+from service.models.errors import StoreError
+from service.settings import SETTINGS, Resolved, SettingError, resolve, unknown_variables
+from service.version import VERSION
+
+if TYPE_CHECKING:
+    from engine import EngineConfig
+    from service.models.store import StoredModel
+
+EXIT_FAILED, EXIT_USAGE = 1, 2
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(VERSION, prog_name="nemoserve")
+def main() -> None:
+    """Serve Mistral NeMo 12B and its dense Llama and Mistral relatives over gRPC."""
+
+
+def _setting_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """A flag for each setting; text as given, so that flags and variables are parsed by the same code."""
+    for setting in reversed(SETTINGS):
+        if setting.name == "model":
+            continue
+        shown = "" if setting.default in (None, False) else f"  [default: {setting.default}]"
+        switch: dict[str, Any] = {"flag_value": "true", "is_flag": True} if setting.is_switch else {}
+        option = click.option(setting.flag, setting.name, default=None, help=setting.why + shown, **switch)
+        command = option(command)
+    return command
+
+
+@main.command()
+@click.argument("model", required=False)
+@_setting_options
+@click.option("--sample-prompt", metavar="TEXT", help="once ready, stream the answer to this and keep serving")
+@click.option("--dry-run", is_flag=True, help="print every setting and where its value comes from, then end")
+@click.option("--json", "as_json", is_flag=True, help="with --dry-run: print JSON")
+def serve(sample_prompt: str | None, dry_run: bool, as_json: bool, **flags: str | None) -> None:
+    """Load MODEL, warm up, and serve it until SIGTERM or Ctrl-C.
+
+    MODEL is a name of `nemoserve models`, hf://org/name[@revision], a folder with config.json and safetensors, or a
+    .gguf file. Every option is also a variable: NEMOSERVE_GRPC_PORT=8001.
+    """
+    with _errors():
+        settings = resolve(flags, os.environ)
+        if dry_run:
+            _print_settings(settings, as_json)
+            return
+        _serve({name: each.value for name, each in settings.items()}, sample_prompt)
+
+
+def _serve(values: dict[str, Any], sample_prompt: str | None) -> None:
+    import logging
+
+    from service.logs import configure
+    from service.server import Server, ServerConfig
+
+    configure(values["log_level"], as_json=values["log_json"])
+    for name in unknown_variables(os.environ):
+        logging.getLogger(__name__).warning("unknown variable", extra={"variable": name})
+    stored = _pull(values["model"])
+    config = ServerConfig(
+        engine=_engine_config(stored, values),
+        model_name=values["served_model_name"] or stored.name,
+        grpc_address=f"{values['host']}:{values['grpc_port']}",
+        drain_timeout=values["drain_timeout"],
+    )
+
+    async def run() -> int:
+        async def on_ready(address: str) -> None:
+            await _welcome(config.model_name, address, sample_prompt)
+
+        return await Server(config).run(on_ready)
+
+    sys.exit(asyncio.run(run()))
+
+
+def _engine_config(stored: StoredModel, values: dict[str, Any]) -> EngineConfig:
+    from engine import EngineConfig
+
+    precisions = {"auto": "auto", "bf16": "bfloat16", "fp32": "float32"}
+    return EngineConfig(
+        model_path=str(stored.path),
+        dtype=precisions[values["precision"]],
+        device=values["device"],
+        max_model_len=values["max_model_len"],
+        max_batch_size=values["max_batch_size"],
+        max_batch_tokens=values["max_batch_tokens"],
+        kv_memory_bytes=values["kv_memory"],
+        threads=values["threads"],
+    )
+
+
+async def _welcome(model: str, address: str, sample_prompt: str | None) -> None:
+    """What a person at the terminal wants to know once the model is ready."""
+    from service.errors import TalkError
+    from service.talk import RemotePartner, say
+    from service.text.chat import Message
+
+    if sample_prompt:
+        click.echo(f"\n> {sample_prompt}\n")
+        partner = RemotePartner(address, max_tokens=128, temperature=0.0)
+        try:
+            await say(partner, [Message(role="user", content=sample_prompt)], sys.stdout)
+        except TalkError as error:
+            click.echo(f"no sample: {error}")
+        finally:
+            await partner.close()
+    click.echo(f"""
+{model} is ready at {address} (gRPC)
+
+  talk to it      nemoserve chat --address {address}
+  Triton clients  tritonclient.grpc.InferenceServerClient("{address}"), models {model}, vllm_model, ensemble
+  typed API       nemoserve.v1.GenerationService; grpcurl -plaintext {address} list
+  stop            Ctrl-C
+""")
+
+
+@main.command()
+@click.argument("model", default=DEFAULT_MODEL)
+@click.option("--address", metavar="HOST:PORT", help="talk to a running server instead of starting an engine")
+@click.option("--once", metavar="TEXT", help="ask this, print the answer, end")
+@click.option("--max-tokens", type=click.IntRange(1), help="longest answer  [default: until the model stops]")
+@click.option("--temperature", type=click.FloatRange(0, 100), help="0 = always the likeliest token  [default: 1]")
+def chat(model: str, address: str | None, once: str | None, max_tokens: int | None, temperature: float | None) -> None:
+    """Talk to MODEL, streaming. Text from a pipe is taken as one question."""
+    with _errors(), asyncio.Runner() as runner:
+        from engine import EngineConfig
+        from service.talk import LocalPartner, Partner, RemotePartner, converse, say
+        from service.text.chat import Message
+
+        async def connect() -> Partner:
+            if address is not None:
+                return RemotePartner(address, max_tokens, temperature)
+            return await LocalPartner.start(EngineConfig(model_path=str(_pull(model).path)), max_tokens, temperature)
+
+        partner = runner.run(connect())
+        try:
+            question = once if once is not None else None if sys.stdin.isatty() else sys.stdin.read()
+            if question is not None:
+                runner.run(say(partner, [Message(role="user", content=question)], sys.stdout))
+            else:
+                converse(runner, partner, _line_reader())
+        finally:
+            runner.run(partner.close())
+
+
+def _line_reader() -> Callable[[], str]:
+    """`input` with line editing, where the platform has it."""
+    try:
+        import readline  # noqa: F401 - its import is its effect
+    except ImportError:
+        pass
+    return lambda: input("> ")
+
+
+@main.command()
+@click.argument("model", default=DEFAULT_MODEL)
+@click.option("--json", "as_json", is_flag=True, help="print JSON")
+def pull(model: str, as_json: bool) -> None:
+    """Fetch MODEL into the model store, resuming what was begun; prints its path."""
+    with _errors():
+        stored = _pull(model)
+        click.echo(json.dumps({"name": stored.name, "path": str(stored.path)}) if as_json else str(stored.path))
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="print JSON")
+def models(as_json: bool) -> None:
+    """The models that have a name, and whether they are in the store."""
+    from service.models.store import ModelStore
+
+    store = ModelStore.default()
+    rows = [
+        {
+            "name": entry.name,
+            "short_names": list(entry.short_names),
+            "parameters": entry.parameters,
+            "bytes": entry.num_bytes,
+            "licence": entry.licence,
+            "stored": store.find(entry.name) is not None,
+        }
+        for entry in CATALOG.values()
+    ]
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+        return
+    for row, entry in zip(rows, CATALOG.values(), strict=True):
+        here = "in store" if row["stored"] else f"{entry.num_bytes / 1e9:.1f} GB to fetch"
+        click.echo(f"{entry.name:28} {entry.parameters / 1e9:6.2f} B  {entry.licence:26} {here}")
+
+
+def _pull(model: str) -> StoredModel:
+    """The model, with a progress bar if something has to be fetched."""
+    from service.models.store import ModelStore
+
+    store = ModelStore.default()
+    if (stored := store.find(model)) is not None:
+        return stored
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(f"pull {model}", total=None)
+        return store.pull(model, lambda done, total: bar.update(task, completed=done, total=total))
+
+
+def _print_settings(settings: dict[str, Resolved], as_json: bool) -> None:
+    if as_json:
+        rows = {name: {"value": each.value, "source": each.source} for name, each in settings.items()}
+        click.echo(json.dumps(rows, indent=2))
+        return
+    for name, each in settings.items():
+        shown = "auto" if each.value is None else each.value
+        click.echo(f"{name:18} {shown!s:28} {each.source}")
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """What a person can act on is one line on stderr; everything else is a traceback, for us."""
+    from engine import EngineError
+    from service.errors import ServiceError, TalkError
+
+    try:
+        yield
+    except SettingError as error:
+        _fail(str(error), EXIT_USAGE)
+    except (StoreError, EngineError, ServiceError, TalkError) as error:
+        _fail(str(error), EXIT_FAILED)
+    except OSError as error:
+        _fail(error.strerror or str(error), EXIT_FAILED)
+
+
+def _fail(message: str, code: int) -> None:
+    click.echo(f"nemoserve: {message}", err=True)
+    sys.exit(code)

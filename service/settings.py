@@ -1,0 +1,222 @@
+"""Every setting of `nemoserve serve`, once: name, type, default and its reason; flags and help are made of it.
+
+Precedence: flag > NEMOSERVE_* > NIM_* alias > default. Each resolved value remembers where it came from.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+PREFIX, ALIAS_PREFIX = "NEMOSERVE_", "NIM_"
+OTHER_VARIABLES = ("NEMOSERVE_CACHE", "NIM_CACHE_PATH", "NEMOSERVE_TEST_DATA")  # read elsewhere
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
+
+
+class SettingError(Exception):
+    """A value is wrong: the message names where it came from, the value and the limit."""
+
+
+def _text(value: str) -> str:
+    if not value:
+        raise ValueError("must not be empty")
+    return value
+
+
+def _count(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
+    def parse(value: str) -> int:
+        try:
+            number = int(value)
+        except ValueError:
+            raise ValueError("must be a whole number") from None
+        if not low <= number <= high:
+            raise ValueError(f"must be between {low} and {high}")
+        return number
+
+    return parse
+
+
+def _seconds(value: str) -> float:
+    try:
+        number = float(value)
+    except ValueError:
+        raise ValueError("must be a number of seconds") from None
+    if not 0 <= number <= 86400:
+        raise ValueError("must be between 0 and 86400 seconds")
+    return number
+
+
+def _bytes(value: str) -> int:
+    match = re.fullmatch(r"(\d{1,15})([KMG]i?)?B?", value)
+    if match is None or int(match[1]) == 0:
+        raise ValueError("must be a number of bytes, such as 800M or 4Gi")
+    return int(match[1]) * _UNITS[match[2] or ""]
+
+
+def _choice(*choices: str) -> Callable[[str], str]:
+    def parse(value: str) -> str:
+        if value not in choices:
+            raise ValueError(f"must be one of {', '.join(choices)}")
+        return value
+
+    return parse
+
+
+def _flag(value: str) -> bool:
+    words = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+    if value.lower() not in words:
+        raise ValueError("must be true or false")
+    return words[value.lower()]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """One setting. `default` None: the program works it out. `why` says how, or why the default is what it is."""
+
+    name: str
+    parse: Callable[[str], Any]
+    default: Any
+    why: str
+    alias: str | None = None
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def variable(self) -> str:
+        return PREFIX + self.name.upper()
+
+    @property
+    def is_switch(self) -> bool:
+        return self.parse is _flag
+
+
+SETTINGS = (
+    Setting(
+        name="model",
+        parse=_text,
+        default="smollm2-135m-instruct",
+        why="a catalogue name, hf://org/name[@revision], a folder or a .gguf file; the default runs anywhere",
+        alias="NIM_MODEL_PATH",
+    ),
+    Setting(
+        name="served_model_name",
+        parse=_text,
+        default=None,
+        why="what clients call the model; by default the catalogue's or the file's name",
+        alias="NIM_SERVED_MODEL_NAME",
+    ),
+    Setting(name="host", parse=_text, default="127.0.0.1", why="address to listen on; others need --allow-anonymous"),
+    Setting(
+        name="grpc_port",
+        parse=_count(0, 65535),
+        default=8001,
+        why="Triton's port, which its clients expect; 0 for any free one",
+        alias="NIM_GRPC_API_PORT",
+    ),
+    Setting(
+        name="allow_anonymous",
+        parse=_flag,
+        default=False,
+        why="serve beyond loopback to whoever can reach the port; for networks that are closed themselves",
+    ),
+    Setting(
+        name="precision",
+        parse=_choice("auto", "bf16", "fp32"),
+        default="auto",
+        why="auto: bf16 where the CPU or GPU has it",
+    ),
+    Setting(name="device", parse=_choice("auto", "cpu", "cuda"), default="auto", why="auto: a GPU if there is one"),
+    Setting(
+        name="max_model_len",
+        parse=_count(2),
+        default=None,
+        why="longest prompt and completion in tokens; by default what the model, 131072 and the KV cache allow",
+        alias="NIM_MAX_MODEL_LEN",
+    ),
+    Setting(
+        name="max_batch_size",
+        parse=_count(1, 4096),
+        default=32,
+        why="requests that run at once; more gain nothing on a CPU",
+    ),
+    Setting(
+        name="max_batch_tokens",
+        parse=_count(1),
+        default=512,
+        why="tokens of one step; bounds how long a long prompt can hold up the other streams",
+    ),
+    Setting(
+        name="kv_memory",
+        parse=_bytes,
+        default=None,
+        why="bytes of KV cache (800M, 4Gi); by default 2,048 tokens per request, at most half of the free memory",
+    ),
+    Setting(name="threads", parse=_count(1, 1024), default=None, why="CPU threads of the engine; by default all cores"),
+    Setting(
+        name="drain_timeout",
+        parse=_seconds,
+        default=30.0,
+        why="seconds that accepted requests have to end after SIGTERM; Kubernetes' own default grace",
+    ),
+    Setting(
+        name="log_level",
+        parse=lambda value: _choice("debug", "info", "warning", "error")(value.lower()),
+        default="info",
+        why="debug, info, warning or error",
+        alias="NIM_LOG_LEVEL",
+    ),
+    Setting(name="log_json", parse=_flag, default=False, why="one JSON object per line, for log collectors"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A value and where it came from: a flag, a variable or "default"."""
+
+    value: Any
+    source: str
+
+
+def resolve(flags: Mapping[str, str | None], environ: Mapping[str, str]) -> dict[str, Resolved]:
+    """Every setting by name.
+
+    Args:
+        flags: text of the flags that were given, by setting name.
+
+    Raises:
+        SettingError: a value is wrong, or two do not go together.
+    """
+    settings = {setting.name: _resolve(setting, flags, environ) for setting in SETTINGS}
+    host = settings["host"]
+    if host.value not in ("127.0.0.1", "localhost", "::1", "[::1]") and not settings["allow_anonymous"].value:
+        raise SettingError(
+            f"{host.source}: {host.value} is reachable by others and requests are not authenticated; "
+            "use 127.0.0.1, or add --allow-anonymous on a network that is closed itself"
+        )
+    return settings
+
+
+def _resolve(setting: Setting, flags: Mapping[str, str | None], environ: Mapping[str, str]) -> Resolved:
+    sources = (
+        (setting.flag, flags.get(setting.name)),
+        (setting.variable, environ.get(setting.variable)),
+        (setting.alias or "", environ.get(setting.alias or "")),
+    )
+    for source, text in sources:
+        if text is not None:
+            try:
+                return Resolved(setting.parse(text), source)
+            except ValueError as error:
+                raise SettingError(f"{source}: {text!r} {error}") from None
+    return Resolved(setting.default, "default")
+
+
+def unknown_variables(environ: Iterable[str]) -> list[str]:
+    """Variables with our prefixes that mean nothing here, likely misspelt."""
+    known = {*OTHER_VARIABLES, *(setting.variable for setting in SETTINGS), *(setting.alias for setting in SETTINGS)}
+    return sorted(name for name in environ if name.startswith((PREFIX, ALIAS_PREFIX)) and name not in known)

