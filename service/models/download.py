@@ -21,7 +21,6 @@ Progress = Callable[[int, int], None]
 
 ATTEMPTS = 5  # in a row without a single byte of progress
 BACKOFF_SECONDS = 1.0
-_CHUNK = 2**18
 
 
 def download(client: httpx.Client, url: str, target: Path, *, sha256: str, num_bytes: int, progress: Progress) -> None:
@@ -52,12 +51,12 @@ def download(client: httpx.Client, url: str, target: Path, *, sha256: str, num_b
 
 def _append(client: httpx.Client, url: str, partial: Path, done: int, num_bytes: int, progress: Progress) -> None:
     """Add what the server sends from byte `done` on; from the start if it does not know ranges."""
-    headers = {"Range": f"bytes={done}-"} if done else {}
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={done}-"} if done else {})
     with client.stream("GET", url, headers=headers) as response:
         response.raise_for_status()
         resumed = response.status_code == httpx.codes.PARTIAL_CONTENT
         with partial.open("ab" if resumed else "wb") as file:
-            for chunk in response.iter_bytes(_CHUNK):
+            for chunk in response.iter_raw():  # as it arrives, so that a break loses nothing
                 file.write(chunk)
                 progress(min(file.tell(), num_bytes), num_bytes)
                 if file.tell() > num_bytes:

