@@ -20,6 +20,7 @@ namespace {
 
 constexpr int kLanes = 16;
 typedef float Vec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+typedef float Vec4 __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int32_t IntVec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 
 struct Bf16 {
@@ -192,25 +193,52 @@ void multiply(const float* a, int64_t lda, const float* b, int64_t ldb, float* o
     if (rows - r == 1) multiply_rows<1>(a + r * lda, lda, b, ldb, out + r * ldo, ldo, depth, columns);
 }
 
-// scores[rows][n] = query · keys, the keys at element offsets at[0..n).
+// Lane i of the result is the sum of all lanes of v[i], for i < 4.
+inline Vec4 sum_four(const Vec* v) {
+#define FOLD(a, b, ...) (__builtin_shufflevector(a, b, __VA_ARGS__))
+    Vec pair[2];
+    for (int i = 0; i < 2; i++)  // halves of 8 lanes: v[2i], v[2i + 1]
+        pair[i] = FOLD(v[2 * i], v[2 * i + 1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+                  FOLD(v[2 * i], v[2 * i + 1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    Vec four = FOLD(pair[0], pair[1], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+               FOLD(pair[0], pair[1], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+    four += FOLD(four, four, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    four += FOLD(four, four, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+#undef FOLD
+    return Vec4{four[0], four[4], four[8], four[12]};
+}
+
+// Ask for n elements that the next tile will need, so that memory works while this tile is computed.
 template <typename T>
-void score_tile(const T* keys, const int64_t* at, int n, int rows, int64_t dim, Scratch& s) {
+inline void fetch(const T* from, int64_t n) {
+    for (int64_t i = 0; i < n; i += int64_t(64 / sizeof(T))) __builtin_prefetch(from + i);
+}
+
+// scores[rows][n] = query · keys, the keys at element offsets at[0..n). Scores beyond n are undefined.
+template <typename T>
+void score_tile(const T* keys, const int64_t* at, const int64_t* next, int n, int rows, int64_t dim, Scratch& s) {
     if (rows >= kManyRows) {
         for (int j = 0; j < n; j++)
             for (int64_t d = 0; d < dim; d++) s.tile[d * kTile + j] = load(keys[at[j] + d]);
+        for (int j = 0; j < n; j++) fetch(keys + next[j], dim);
         std::fill_n(s.scores.begin(), rows * kTile, 0.0f);
         multiply(s.query.data(), s.dim, s.tile.data(), kTile, s.scores.data(), kTile, rows, int(dim), kTile);
         return;
     }
-    float* key = s.tile.data();
-    for (int j = 0; j < n; j++) {
-        widen(keys + at[j], key, dim);
+    for (int j = 0; j < n; j += 4) {
+        for (int i = 0; i < 4; i++) {
+            float* key = s.tile.data() + i * s.dim;
+            fetch(keys + next[j + i], dim);
+            widen(keys + at[std::min(j + i, n - 1)], key, dim);
+            std::fill(key + dim, key + s.dim, 0.0f);  // not what another sequence left there
+        }
         for (int r = 0; r < rows; r++) {
-            const float* query = s.query.data() + r * s.dim;
-            float dot = 0.0f;
-#pragma omp simd reduction(+ : dot)
-            for (int64_t d = 0; d < dim; d++) dot += query[d] * key[d];
-            s.scores[r * kTile + j] = dot;
+            Vec sum[4] = {};
+            for (int64_t d = 0; d < s.dim; d += kLanes) {
+                const Vec query = *(const Vec*)(s.query.data() + r * s.dim + d);
+                for (int i = 0; i < 4; i++) sum[i] += query * *(const Vec*)(s.tile.data() + i * s.dim + d);
+            }
+            *(Vec4*)(s.scores.data() + r * kTile + j) = sum_four(sum);
         }
     }
 }
@@ -244,6 +272,19 @@ void soften(Scratch& s, int row, int64_t low, int64_t high) {
         for (int64_t d = 0; d < s.dim; d++) s.acc[row * s.dim + d] *= keep;
 }
 
+// Element offsets of the keys (and values) at positions first .. min(first + kTile - 1, last); returns how many.
+template <typename T>
+int locate(const Attention<T>& a, const int32_t* table, int kv_head, int64_t first, int64_t last, int64_t* at) {
+    const int n = int(std::clamp<int64_t>(last + 1 - first, 0, kTile));
+    int64_t page = first / a.page_size, offset = first % a.page_size;
+    for (int j = 0; j < n; j++) {
+        at[j] = ((table[page] * a.kv_heads + kv_head) * a.page_size + offset) * a.dim;
+        if (++offset == a.page_size) offset = 0, page++;
+    }
+    std::fill(at + n, at + kTile, 0);
+    return n;
+}
+
 template <typename T>
 void attend(const Attention<T>& a, const Task& task, Scratch& s) {
     const int64_t group = a.heads / a.kv_heads, start = a.query_starts[task.sequence], dim = a.dim;
@@ -261,21 +302,23 @@ void attend(const Attention<T>& a, const Task& task, Scratch& s) {
     std::fill_n(s.peak.begin(), rows, -INFINITY);
     std::fill_n(s.total.begin(), rows, 0.0f);
 
-    for (int64_t tile = a.window ? std::max<int64_t>(0, position - a.window + 1) : 0; tile <= last; tile += kTile) {
-        const int n = int(std::min<int64_t>(kTile, last + 1 - tile));
-        int64_t at[kTile];
-        int64_t page = tile / a.page_size, offset = tile % a.page_size;
-        for (int j = 0; j < n; j++) {
-            at[j] = ((table[page] * a.kv_heads + task.kv_head) * a.page_size + offset) * dim;
-            if (++offset == a.page_size) offset = 0, page++;
-        }
-        score_tile(a.keys, at, n, rows, dim, s);
+    int64_t tile = a.window ? std::max<int64_t>(0, position - a.window + 1) : 0, places[2][kTile];
+    int n = locate(a, table, task.kv_head, tile, last, places[0]);
+    for (int turn = 0; n > 0; turn ^= 1) {
+        const int64_t* at = places[turn];
+        const int next = locate(a, table, task.kv_head, tile + kTile, last, places[turn ^ 1]);
+        score_tile(a.keys, at, places[turn ^ 1], n, rows, dim, s);
         for (int r = 0; r < rows; r++) {
             const int64_t mine = position + r / group - tile;
             soften(s, r, a.window ? mine - a.window + 1 : 0, std::min<int64_t>(mine, n - 1));
         }
-        for (int j = 0; j < n; j++) widen(a.values + at[j], s.tile.data() + j * s.dim, dim);
+        for (int j = 0; j < n; j++) {
+            fetch(a.values + places[turn ^ 1][j], dim);
+            widen(a.values + at[j], s.tile.data() + j * s.dim, dim);
+        }
         multiply(s.scores.data(), kTile, s.tile.data(), s.dim, s.acc.data(), s.dim, rows, n, s.dim);
+        tile += kTile;
+        n = next;
     }
     for (int r = 0; r < rows; r++) {
         T* to = a.out + ((start + task.first + r / group) * a.heads + task.kv_head * group + r % group) * dim;
