@@ -54,7 +54,7 @@ def model_config(config: dict[str, Any]) -> ModelConfig:
         head_dim=config["head_dim"],
         intermediate_size=config["intermediate_size"],
         rms_norm_eps=config["rms_norm_eps"],
-        rope_theta=config["rope_theta"],
+        rope_theta=config.get("rope_theta", 10000.0),
         max_position_embeddings=config["max_position_embeddings"],
         qkv_bias=config["architectures"] == ["Qwen2ForCausalLM"],
         tie_word_embeddings=config["tie_word_embeddings"],
