@@ -1,0 +1,238 @@
+"""One served language model under the tensor names of Triton's two LLM backends.
+
+This module is what the two views share: a request becomes an `Ask`, the generation runs, its events are gathered into
+responses. `vllm.py` and `trtllm.py` know the names.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from engine import FinishReason, TokenLogprob
+from engine.request import MAX_LOGIT_BIAS
+from service.errors import Code, ServiceError, invalid
+from service.generation import MAX_COMPLETIONS, Delta, Finished, GenerationEvent, GenerationRequest, Started
+from service.grpc.kserve.model import LOADING, READY, UNAVAILABLE, Array, InferRequest, InferResult, ModelSpec
+from service.grpc.kserve.values import Inputs, conversation, shown
+from service.host import Host, Phase
+from service.text.chat import Conversation
+
+EVENTS_AHEAD = 8  # taken from the generation while a response waits to be written
+NORMAL_PRIORITY = 2  # Triton counts from 1 = highest; 0 = unset is as good as this
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """A request in our terms.
+
+    Attributes:
+        wants: names of the inputs that ask for more outputs than the text and are true.
+        has_logprobs: the sampling parameters ask for logprobs.
+        prefix: goes before a whole answer.
+    """
+
+    generation: GenerationRequest
+    stream: bool
+    wants: frozenset[str]
+    has_logprobs: bool = False
+    prefix: str = ""
+
+
+@dataclass(slots=True)
+class Completion:
+    """What one completion has added since the last response, and its running sum of log probabilities."""
+
+    text: str = ""
+    tokens: int = 0
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    cumulative_logprob: float = 0.0
+    reason: FinishReason | None = None
+
+    def add(self, event: Delta) -> None:
+        self.text += event.text
+        self.tokens += len(event.token_ids)
+        self.logprobs += event.logprobs
+        self.cumulative_logprob += sum(entry.logprob for entry in event.logprobs)
+
+    def clear(self) -> None:
+        self.text, self.tokens, self.logprobs = "", 0, []
+
+
+class LlmModel(ABC):
+    """One name of the served model."""
+
+    def __init__(self, host: Host, spec: ModelSpec) -> None:
+        self._host = host
+        self._spec = spec
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self._spec
+
+    @property
+    def state(self) -> tuple[str, str]:
+        status = self._host.status
+        if status.phase is Phase.READY and self._host.alive:
+            return READY, ""
+        reason = status.detail or (status.phase.value if status.phase is not Phase.READY else "engine not responding")
+        return (LOADING if status.phase is Phase.LOADING else UNAVAILABLE), reason
+
+    @abstractmethod
+    async def ask(self, request: InferRequest) -> Ask:
+        """Translate the request.
+
+        Raises:
+            ServiceError: INVALID_ARGUMENT naming the tensor or parameter.
+        """
+
+    @abstractmethod
+    def outputs(self, ask: Ask, completions: list[Completion], prompt_tokens: int) -> Mapping[str, Array]:
+        """Output tensors of one response; the completions hold what is new in it."""
+
+    async def infer(self, request: InferRequest) -> AsyncGenerator[InferResult]:
+        """One response per piece of text when streaming, else one response. The last is marked final."""
+        ask = await self.ask(request)
+        completions = [Completion() for _ in range(ask.generation.n)]
+        prompt_tokens, queued = 0, 0.0
+        async with aclosing(batches(self._host.generate(ask.generation), request.timeout)) as arriving:
+            async for events in arriving:
+                for event in events:
+                    if isinstance(event, Started):
+                        prompt_tokens, queued = event.prompt_tokens, event.queue_seconds
+                    elif isinstance(event, Delta):
+                        completions[event.index].add(event)
+                    else:
+                        completions[event.index].reason = ended(event)
+                final = all(completion.reason is not None for completion in completions)
+                if final or (ask.stream and any(completion.tokens or completion.text for completion in completions)):
+                    outputs = self.outputs(ask, completions, prompt_tokens)
+                    yield InferResult(outputs=outputs, final=final, queued_seconds=queued)
+                    for completion in completions:
+                        completion.clear()
+
+    # -- for the views -----------------------------------------------------------------------------------------
+
+    def request_id(self, request: InferRequest) -> str:
+        """Unique in the engine: clients choose their ids without knowing of one another."""
+        return f"{request.id or 'kserve'}~{secrets.token_hex(8)}"
+
+    def prompt(self, inputs: Inputs, parameters: Mapping[str, object]) -> str | Conversation:
+        """Text of `text_input`, or the chat of the `messages` tensor or parameter."""
+        text: str = inputs.one("text_input", "")
+        messages = inputs.one("messages", parameters.get("messages"))
+        if messages is None:
+            if not text:
+                raise invalid("text_input", "is empty; a prompt needs at least one character")
+            return text
+        if text:
+            raise invalid("messages", "cannot stand beside a text_input that is not empty")
+        if not isinstance(messages, str):
+            raise invalid("messages", f"{shown(messages)} must be JSON text")
+        if not self._host.has_chat and self._host.status.phase is Phase.READY:
+            raise invalid("messages", "this model has no chat template; send text_input")
+        return conversation("messages", messages)
+
+    async def banned_tokens(self, field_name: str, words: tuple[str, ...], *, both_spacings: bool) -> dict[int, float]:
+        """Logit biases that make words impossible. Only words of one token can be banned.
+
+        Args:
+            both_spacings: also ban the word after a space, as vLLM does.
+        """
+        if len(words) > MAX_LOGIT_BIAS:
+            raise invalid(field_name, f"{len(words)} words must be at most {MAX_LOGIT_BIAS}")
+        banned: dict[int, float] = {}
+        for word in words:
+            spellings = (word.lstrip(), " " + word.lstrip()) if both_spacings else (word,)
+            encoded = [await self._host.tokenize(spelling) for spelling in spellings]
+            banned |= {tokens[0]: float("-inf") for tokens in encoded if len(tokens) == 1}
+            for spelling, tokens in zip(spellings, encoded, strict=True):
+                if not any(token in banned for token in tokens):
+                    raise invalid(
+                        field_name,
+                        f"{shown(spelling)} takes {len(tokens)} tokens; only words of one token can be banned",
+                    )
+        return banned
+
+
+def count(field_name: str, value: int) -> int:
+    """A number of completions, checked before anything is made for each of them."""
+    if not 1 <= value <= MAX_COMPLETIONS:
+        raise invalid(field_name, f"{value} must be between 1 and {MAX_COMPLETIONS}")
+    return value
+
+
+def priority(value: int) -> int:
+    """Triton's priority (1 = highest, 0 = unset) as ours (lower runs first, 0 = normal)."""
+    return value - NORMAL_PRIORITY if value else 0
+
+
+def ended(event: Finished) -> FinishReason:
+    """The reason of a completion that ended well.
+
+    Raises:
+        ServiceError: it did not.
+    """
+    if event.reason is FinishReason.ERROR:
+        raise ServiceError(Code.INTERNAL, event.error or "the generation failed")
+    if event.reason is FinishReason.CANCELLED:
+        raise ServiceError(Code.UNAVAILABLE, "Request was cancelled")
+    return event.reason
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    error: Exception | None
+
+
+async def batches(
+    events: AsyncGenerator[GenerationEvent], first_within: float | None
+) -> AsyncGenerator[list[GenerationEvent]]:
+    """Events that are there already come together: Finished joins the last Delta, and a slow reader gets fewer and
+    longer pieces of text. At most EVENTS_AHEAD wait; then the generation does.
+
+    Args:
+        first_within: longest wait for the first event in seconds, None = no limit.
+
+    Raises:
+        ServiceError: UNAVAILABLE in Triton's words when the timeout has passed.
+    """
+    queue: asyncio.Queue[GenerationEvent | _End] = asyncio.Queue(EVENTS_AHEAD)
+
+    async def pump() -> None:
+        failure: Exception | None = None
+        try:
+            async with aclosing(events):
+                async for event in events:
+                    await queue.put(event)
+        except Exception as error:  # raised where the events are read
+            failure = error
+        await queue.put(_End(failure))
+
+    task = asyncio.create_task(pump())
+    try:
+        try:
+            item = await asyncio.wait_for(queue.get(), first_within)
+        except TimeoutError:
+            raise ServiceError(Code.UNAVAILABLE, "Request timeout expired") from None
+        while True:
+            batch: list[GenerationEvent] = []
+            while not isinstance(item, _End):
+                batch.append(item)
+                if queue.empty():
+                    break
+                item = queue.get_nowait()
+            if batch:
+                yield batch
+            if isinstance(item, _End):
+                if item.error is not None:
+                    raise item.error
+                return
+            item = await queue.get()
+    finally:
+        task.cancel()
+        await asyncio.wait([task])

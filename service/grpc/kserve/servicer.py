@@ -1,0 +1,318 @@
+"""The twenty RPCs of `inference.GRPCInferenceService` over any models. Thin: parsing, tensors, management answers and
+streams live in the modules beside this one.
+
+Two refinements of Triton's behaviour: ModelInfer also serves decoupled models where there is exactly one response, and
+ServerLive answers while the server is draining.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing
+from functools import wraps
+from typing import Any, TypeVar
+
+import numpy as np
+from tritonclient.grpc import service_pb2 as pb
+from tritonclient.grpc import service_pb2_grpc
+
+from service.errors import Code, ServiceError
+from service.grpc.kserve.management import (
+    EXTENSIONS,
+    Statistics,
+    log_settings,
+    model_config,
+    model_metadata,
+    trace_settings,
+)
+from service.grpc.kserve.model import READY, InferResult, Model
+from service.grpc.kserve.requests import parse, wants_empty_final
+from service.grpc.kserve.stream import Stream
+from service.grpc.kserve.tensors import add_output, refused
+from service.grpc.status import Context, abort, metadata_value
+from service.version import VERSION
+
+log = logging.getLogger(__name__)
+
+FINAL = "triton_final_response"
+NO_LOADING = "explicit model load / unload is not allowed if polling is enabled"
+NO_REPOSITORY = "'repository_name' specification is not supported"
+NO_STREAMING = "ModelInfer RPC doesn't support models with decoupled transaction policy"
+NO_SHARED_MEMORY = "Client shared memory is disabled. Start the server with '--allow-client-shm=true' to enable."
+
+Response = TypeVar("Response")
+
+
+def unary(
+    handler: Callable[[KServeServicer, Any], Response],
+) -> Callable[[KServeServicer, Any, Context], Awaitable[Response]]:
+    """An RPC from a plain function: ServiceErrors become statuses."""
+
+    @wraps(handler)
+    async def answer(self: KServeServicer, request: Any, context: Context) -> Response:
+        try:
+            return handler(self, request)
+        except ServiceError as error:
+            await abort(context, error)
+
+    return answer
+
+
+class KServeServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
+    """Serves each model under its own name.
+
+    Args:
+        server_name: what ServerMetadata tells; some clients insist on "triton".
+        logger: whose level LogSettings reads and sets; None = the logger of the whole service.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[Model],
+        server_name: str = "nemoserve",
+        server_version: str = VERSION,
+        logger: logging.Logger | None = None,
+    ) -> None:
+        self._models = {model.spec.name: model for model in models}
+        self._statistics = {name: Statistics() for name in self._models}
+        self._server = pb.ServerMetadataResponse(name=server_name, version=server_version, extensions=EXTENSIONS)
+        self._logger = logger if logger is not None else logging.getLogger("service")
+
+    # -- the server --------------------------------------------------------------------------------------------
+
+    @unary
+    def ServerLive(self, request: pb.ServerLiveRequest) -> pb.ServerLiveResponse:
+        return pb.ServerLiveResponse(live=True)
+
+    @unary
+    def ServerReady(self, request: pb.ServerReadyRequest) -> pb.ServerReadyResponse:
+        return pb.ServerReadyResponse(ready=all(model.state[0] == READY for model in self._models.values()))
+
+    @unary
+    def ServerMetadata(self, request: pb.ServerMetadataRequest) -> pb.ServerMetadataResponse:
+        return self._server
+
+    @unary
+    def TraceSetting(self, request: pb.TraceSettingRequest) -> pb.TraceSettingResponse:
+        if request.model_name and request.model_name not in self._models:
+            raise refused(f"Request for unknown model : {request.model_name}")
+        return trace_settings(request)
+
+    @unary
+    def LogSettings(self, request: pb.LogSettingsRequest) -> pb.LogSettingsResponse:
+        return log_settings(request, self._logger)
+
+    # -- its models --------------------------------------------------------------------------------------------
+
+    @unary
+    def ModelReady(self, request: pb.ModelReadyRequest) -> pb.ModelReadyResponse:
+        try:
+            model = self._find(request.name, request.version)
+        except ServiceError as error:
+            if error.code is Code.NOT_FOUND:
+                return pb.ModelReadyResponse(ready=False)
+            raise
+        return pb.ModelReadyResponse(ready=model.state[0] == READY)
+
+    @unary
+    def ModelMetadata(self, request: pb.ModelMetadataRequest) -> pb.ModelMetadataResponse:
+        return model_metadata(self._find(request.name, request.version).spec)
+
+    @unary
+    def ModelConfig(self, request: pb.ModelConfigRequest) -> pb.ModelConfigResponse:
+        return pb.ModelConfigResponse(config=model_config(self._find(request.name, request.version).spec))
+
+    @unary
+    def ModelStatistics(self, request: pb.ModelStatisticsRequest) -> pb.ModelStatisticsResponse:
+        names = [request.name] if request.name else sorted(self._models)
+        if request.name not in self._models and request.name:
+            raise refused(f"requested model '{request.name}' is not available")
+        if request.name and request.version not in ("", self._models[request.name].spec.version):
+            _check_version(request.version)
+            raise refused(f"requested model version is not available for model '{request.name}'")
+        return pb.ModelStatisticsResponse(
+            model_stats=[self._statistics[name].message(self._models[name].spec) for name in names]
+        )
+
+    @unary
+    def RepositoryIndex(self, request: pb.RepositoryIndexRequest) -> pb.RepositoryIndexResponse:
+        if request.repository_name:
+            raise ServiceError(Code.UNIMPLEMENTED, NO_REPOSITORY)
+        response = pb.RepositoryIndexResponse()
+        for name, model in sorted(self._models.items()):
+            state, reason = model.state
+            if state == READY or not request.ready:
+                response.models.add(name=name, version=model.spec.version, state=state, reason=reason)
+        return response
+
+    @unary
+    def RepositoryModelLoad(self, request: pb.RepositoryModelLoadRequest) -> pb.RepositoryModelLoadResponse:
+        unknown = next((key for key in request.parameters if key != "config" and not key.startswith("file:")), None)
+        if not request.repository_name and unknown is not None:
+            raise refused(f"unrecognized load parameter '{unknown}'.")
+        raise _no_repository(request.repository_name)
+
+    @unary
+    def RepositoryModelUnload(self, request: pb.RepositoryModelUnloadRequest) -> pb.RepositoryModelUnloadResponse:
+        raise _no_repository(request.repository_name)
+
+    # -- shared memory: none -----------------------------------------------------------------------------------
+
+    @unary
+    def SystemSharedMemoryStatus(
+        self, request: pb.SystemSharedMemoryStatusRequest
+    ) -> pb.SystemSharedMemoryStatusResponse:
+        _check_region("system", request.name)
+        return pb.SystemSharedMemoryStatusResponse()
+
+    @unary
+    def CudaSharedMemoryStatus(self, request: pb.CudaSharedMemoryStatusRequest) -> pb.CudaSharedMemoryStatusResponse:
+        _check_region("cuda", request.name)
+        return pb.CudaSharedMemoryStatusResponse()
+
+    @unary
+    def SystemSharedMemoryRegister(
+        self, request: pb.SystemSharedMemoryRegisterRequest
+    ) -> pb.SystemSharedMemoryRegisterResponse:
+        raise ServiceError(Code.UNIMPLEMENTED, NO_SHARED_MEMORY)
+
+    @unary
+    def SystemSharedMemoryUnregister(
+        self, request: pb.SystemSharedMemoryUnregisterRequest
+    ) -> pb.SystemSharedMemoryUnregisterResponse:
+        raise ServiceError(Code.UNIMPLEMENTED, NO_SHARED_MEMORY)
+
+    @unary
+    def CudaSharedMemoryRegister(
+        self, request: pb.CudaSharedMemoryRegisterRequest
+    ) -> pb.CudaSharedMemoryRegisterResponse:
+        raise ServiceError(Code.UNIMPLEMENTED, NO_SHARED_MEMORY)
+
+    @unary
+    def CudaSharedMemoryUnregister(
+        self, request: pb.CudaSharedMemoryUnregisterRequest
+    ) -> pb.CudaSharedMemoryUnregisterResponse:
+        raise ServiceError(Code.UNIMPLEMENTED, NO_SHARED_MEMORY)
+
+    # -- inference ---------------------------------------------------------------------------------------------
+
+    async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> pb.ModelInferResponse:
+        _echo_request_id(context)
+        try:
+            async with aclosing(self._results(request, single=True)) as results:
+                async for result in results:
+                    return self._response(request, result)
+            return self._response(request, InferResult(outputs={}))
+        except ServiceError as error:
+            await abort(context, error)
+
+    async def ModelStreamInfer(self, request_iterator: AsyncIterator[pb.ModelInferRequest], context: Context) -> None:
+        _echo_request_id(context)
+        states = [model.state for model in self._models.values()]
+        try:
+            if states and all(state != READY for state, _ in states):
+                raise ServiceError(Code.UNAVAILABLE, states[0][1])
+            strict = metadata_value(context, "triton_grpc_error") == "true"
+            await Stream(context, self._responses, strict=strict).run(request_iterator)
+        except ServiceError as error:
+            await abort(context, error)
+
+    async def _responses(self, request: pb.ModelInferRequest) -> AsyncGenerator[pb.ModelInferResponse]:
+        """All responses to one request of a stream, each with its final flag."""
+        final = False
+        async with aclosing(self._results(request, single=False)) as results:
+            async for result in results:
+                response = self._response(request, result)
+                final = result.final
+                response.parameters[FINAL].bool_param = final
+                yield response
+        if not final and wants_empty_final(request):
+            response = pb.ModelInferResponse(model_name=request.model_name, id=request.id)
+            response.parameters[FINAL].bool_param = True
+            yield response
+
+    async def _results(self, request: pb.ModelInferRequest, *, single: bool) -> AsyncGenerator[InferResult]:
+        """What the model says to one request; counts how it ended.
+
+        Args:
+            single: serve only requests with exactly one response.
+
+        Raises:
+            ServiceError: also for faults of the model, which the client learns by an id only.
+        """
+        model = self._find(request.model_name, request.model_version)
+        spec = model.spec
+        if single and spec.decoupled and spec.stream_input is None:
+            raise ServiceError(Code.UNIMPLEMENTED, NO_STREAMING)
+        parsed = parse(request, spec)
+        if single and spec.stream_input is not None and np.any(parsed.inputs.get(spec.stream_input, False)):
+            raise ServiceError(Code.UNIMPLEMENTED, NO_STREAMING)
+        statistics, began, queued, done = self._statistics[spec.name], time.monotonic(), 0.0, False
+        try:
+            async with aclosing(model.infer(parsed)) as results:
+                async for result in results:
+                    queued = max(queued, result.queued_seconds)
+                    done = result.final or not spec.decoupled
+                    yield InferResult(outputs=result.outputs, final=done)
+                    if done:
+                        break
+            done = True
+        except ServiceError:
+            raise
+        except Exception as error:
+            reference = secrets.token_hex(8)
+            log.exception("a model failed", extra={"error_id": reference, "model": spec.name})
+            raise ServiceError(Code.INTERNAL, f"internal error {reference}") from error
+        finally:
+            passed = time.monotonic() - began
+            if done:
+                statistics.succeeded(passed, queued)
+            else:
+                statistics.failed(passed)
+
+    def _response(self, request: pb.ModelInferRequest, result: InferResult) -> pb.ModelInferResponse:
+        """The outputs that the request asks for, in the model's order."""
+        spec = self._models[request.model_name].spec
+        wanted = {output.name for output in request.outputs}
+        response = pb.ModelInferResponse(model_name=spec.name, model_version=spec.version, id=request.id)
+        for output in spec.outputs:
+            if output.name in result.outputs and (not wanted or output.name in wanted):
+                add_output(response, output, result.outputs[output.name])
+        return response
+
+    def _find(self, name: str, version: str) -> Model:
+        """Raises ServiceError: NOT_FOUND, or INVALID_ARGUMENT for a version that is no number."""
+        _check_version(version)
+        model = self._models.get(name)
+        if model is None:
+            raise ServiceError(Code.NOT_FOUND, f"Request for unknown model: '{name}' is not found")
+        if version not in ("", model.spec.version):
+            raise ServiceError(Code.NOT_FOUND, f"Request for unknown model: '{name}' version {version} is not found")
+        return model
+
+
+def _check_version(version: str) -> None:
+    if version and not (version.isascii() and version.isdigit()):
+        raise refused(
+            f"failed to get model version from specified version string '{version}' (details: stol), version should be "
+            "an integral value > 0"
+        )
+
+
+def _no_repository(repository: str) -> ServiceError:
+    return ServiceError(
+        Code.UNIMPLEMENTED if repository else Code.UNAVAILABLE, NO_REPOSITORY if repository else NO_LOADING
+    )
+
+
+def _check_region(kind: str, name: str) -> None:
+    if name:
+        raise ServiceError(Code.NOT_FOUND, f"Unable to find {kind} shared memory region: '{name}'")
+
+
+def _echo_request_id(context: Context) -> None:
+    if (request_id := metadata_value(context, "x-request-id")) is not None:
+        context.set_trailing_metadata((("x-request-id", request_id),))
