@@ -158,12 +158,13 @@ class Generator:
     ) -> AsyncGenerator[GenerationEvent]:
         """One completion. The engine request is cancelled as soon as a stop string is complete."""
         began = time.monotonic()
-        decoder = StreamDecoder(self._text.tokenizer, prompt)
         events = self._engine.generate(self._engine_request(index, request, prompt))
-        tokens, queued, first_token = 0, 0.0, None
+        decoder: StreamDecoder | None = None  # made when the engine has accepted the prompt's ids
+        tokens, queued, first_token = 0, 0.0, 0.0
         async with aclosing(events):
             async for event in events:
-                if first_token is None:
+                if decoder is None:
+                    decoder = StreamDecoder(self._text.tokenizer, prompt)
                     first_token = time.monotonic() - began
                     queued = event.timings.queued if event.timings else 0.0
                     yield Started(

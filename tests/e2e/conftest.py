@@ -45,7 +45,7 @@ class ServerProcess:
         while not server.address:
             line = fresh.get(timeout=max(0.0, limit - time.monotonic()))
             assert line is not None, "the server ended before it was ready:\n" + "".join(server.lines)
-            if found := re.search(r"(127\.0\.0\.1:\d+)", line):
+            if found := re.search(r"ready at (127\.0\.0\.1:\d+)", line):
                 server.address = found[1]
         return server
 
