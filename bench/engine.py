@@ -17,12 +17,14 @@ from typing import Annotated, TypeVar
 
 import msgspec
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from bench.measure import Bandwidth, Comparison, Job, Machine, PeerReport, agreement
 
 T = TypeVar("T")
+QUIET = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}  # progress bars and advice of transformers
 
 
 def main(
@@ -53,6 +55,7 @@ def main(
         seed=0,
     )
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
+    machine = _machine()
     bandwidth = _measure("bandwidth", job, timeout, Bandwidth)
     reports = []
     for seed in range(rounds):
@@ -62,7 +65,7 @@ def main(
         if transformers:
             theirs = msgspec.structs.replace(turn, dtype=transformers_dtype)
             reports.append(_measure("transformers", theirs, timeout, PeerReport))
-    result = Comparison(started_at=started_at, machine=_machine(), bandwidth=bandwidth, job=job, reports=reports)
+    result = Comparison(started_at=started_at, machine=machine, bandwidth=bandwidth, job=job, reports=reports)
     if json is not None:
         json.parent.mkdir(parents=True, exist_ok=True)
         json.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n")
@@ -92,7 +95,12 @@ def _measure(peer: str, job: Job, timeout: float, result: type[T]) -> T:
     command = [sys.executable, "-m", f"bench.peers.{peer}"]
     try:
         done = subprocess.run(
-            command, input=msgspec.json.encode(job), stdout=subprocess.PIPE, timeout=timeout, check=True
+            command,
+            input=msgspec.json.encode(job),
+            stdout=subprocess.PIPE,
+            timeout=timeout,
+            check=True,
+            env=os.environ | QUIET,
         )
     except subprocess.CalledProcessError as error:
         raise SystemExit(f"{peer} ended with status {error.returncode}; see above") from None
@@ -109,6 +117,7 @@ def _machine() -> Machine:
         cores=len(os.sched_getaffinity(0)),
         python=platform.python_version(),
         system=platform.platform(),
+        load_average=os.getloadavg()[0],
     )
 
 
@@ -117,11 +126,15 @@ def show(result: Comparison, console: Console) -> None:
     job, peers = result.job, result.peers()
     table = Table(
         title=f"{Path(job.model).name}: {job.prompt_tokens} prompt + {job.new_tokens} new tokens, greedy, "
-        f"{job.threads} threads"
+        f"{job.threads} threads",
+        caption="best round; TTFT and ITL are p50/p95; GB/s = bytes of weights / ITL p50",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
     )
     table.add_column("streams", justify="right")
     table.add_column("engine")
-    for column in ("tokens/s", "worst round", "ratio", "TTFT p50", "p95", "ITL p50", "p95", "weights read"):
+    for column in ("tokens/s (worst)", "ratio", "TTFT ms", "ITL ms", "GB/s"):
         table.add_column(column, justify="right")
     for streams in job.streams:
         baseline = result.best(peers[-1], streams).tokens_per_second
@@ -131,15 +144,19 @@ def show(result: Comparison, console: Console) -> None:
             table.add_row(
                 str(streams),
                 peer,
-                f"{best.tokens_per_second:.1f}",
-                f"{worst:.1f}",
+                f"{best.tokens_per_second:.1f} ({worst:.1f})",
                 f"{best.tokens_per_second / baseline:.2f}x" if len(peers) > 1 else "",
-                *(f"{1000 * t:.0f} ms" for t in (best.ttft_p50_seconds, best.ttft_p95_seconds)),
-                *(f"{1000 * t:.1f} ms" for t in (best.itl_p50_seconds, best.itl_p95_seconds)),
-                f"{result.of(peer)[0].weight_bytes / best.itl_p50_seconds / 1e9:.1f} GB/s",
+                f"{1000 * best.ttft_p50_seconds:.0f}/{1000 * best.ttft_p95_seconds:.0f}",
+                f"{1000 * best.itl_p50_seconds:.1f}/{1000 * best.itl_p95_seconds:.1f}",
+                f"{result.of(peer)[0].weight_bytes / best.itl_p50_seconds / 1e9:.1f}",
                 end_section=peer == peers[-1],
             )
     console.print(table)
+    _show_details(result, console)
+
+
+def _show_details(result: Comparison, console: Console) -> None:
+    job, peers = result.job, result.peers()
     for peer in peers:
         report = result.of(peer)[0]
         peak = max(each.peak_rss_bytes for each in result.of(peer))
@@ -149,7 +166,8 @@ def show(result: Comparison, console: Console) -> None:
         )
     console.print(
         f"memory of this machine: copy {result.bandwidth.copy_bytes_per_second / 1e9:.1f} GB/s (read plus written), "
-        f"read {result.bandwidth.read_bytes_per_second / 1e9:.1f} GB/s; weights read = bytes of weights / ITL p50"
+        f"read {result.bandwidth.read_bytes_per_second / 1e9:.1f} GB/s; "
+        f"load average before: {result.machine.load_average:.2f}"
     )
     if len(peers) > 1:
         pairs = [

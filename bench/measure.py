@@ -87,10 +87,13 @@ class Bandwidth(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
+    """Where it was measured. `load_average` is the one-minute average before the first peer: near 0, or others ran."""
+
     cpu: str
     cores: int
     python: str
     system: str
+    load_average: float
 
 
 class Comparison(msgspec.Struct, frozen=True, kw_only=True):

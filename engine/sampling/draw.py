@@ -64,7 +64,7 @@ def draw(logits: Tensor, peaks: Tensor, params: list[SamplingParams], uniforms: 
     temperatures = torch.tensor([each.temperature for each in params], dtype=torch.float32, device=device)
     weights = (logits - peaks[:, None]).div_(temperatures[:, None]).exp_()
     padded = functional.pad(weights, (0, -vocab % BLOCK)) if vocab % BLOCK else weights
-    blocks = padded.view(len(params), -1, BLOCK)
+    blocks = padded.reshape(len(params), -1, BLOCK)
     sums = blocks.sum(-1).double().cumsum(-1)
 
     tokens = _draw_plain(blocks, sums, u)

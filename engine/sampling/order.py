@@ -24,7 +24,7 @@ def likeliest(logits: Tensor, n: int) -> Tensor:
     vocab = logits.shape[-1]
     if vocab % BLOCK or 2 * n * BLOCK > vocab:
         return _first(logits, n)
-    blocks = logits.view(-1, vocab // BLOCK, BLOCK)
+    blocks = logits.reshape(-1, vocab // BLOCK, BLOCK)
     best, _ = _first(blocks.amax(-1), n).sort()  # in order of ids, so that indices rank among equals as ids do
     among = (best[:, :, None] * BLOCK + torch.arange(BLOCK, device=logits.device)).flatten(1)
     return among.gather(-1, _first(logits.gather(-1, among), n))
