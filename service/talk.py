@@ -35,7 +35,7 @@ class Partner(Protocol):
 class RemotePartner:
     """A server at HOST:PORT."""
 
-    def __init__(self, address: str, max_tokens: int | None, temperature: float | None) -> None:
+    def __init__(self, address: str, max_tokens: int | None, temperature: float) -> None:
         self._address = address
         self._channel = grpc.aio.insecure_channel(address)
         self._service = rpc.GenerationServiceStub(self._channel)
@@ -62,18 +62,14 @@ class RemotePartner:
 class LocalPartner:
     """An engine that this program started for itself."""
 
-    def __init__(
-        self, engine: RemoteEngine, generator: Generator, max_tokens: int | None, temperature: float | None
-    ) -> None:
+    def __init__(self, engine: RemoteEngine, generator: Generator, max_tokens: int | None, temperature: float) -> None:
         self._engine = engine
         self._generator = generator
         self._until_context = max_tokens is None
-        self._sampling = SamplingParams(
-            max_tokens=max_tokens or 1, temperature=1.0 if temperature is None else temperature
-        )
+        self._sampling = SamplingParams(max_tokens=max_tokens or 1, temperature=temperature)
 
     @classmethod
-    async def start(cls, config: EngineConfig, max_tokens: int | None, temperature: float | None) -> LocalPartner:
+    async def start(cls, config: EngineConfig, max_tokens: int | None, temperature: float) -> LocalPartner:
         """Raises EngineError: the model cannot be loaded."""
         text = await asyncio.to_thread(load_text, Path(config.model_path))
         engine = await RemoteEngine.start(config)

@@ -127,7 +127,16 @@ def test_control_tokens_in_user_text_are_text(typed: rpc.GenerationServiceStub) 
 
 def test_chat_in_the_terminal_over_grpc(server: ServerProcess) -> None:
     done = subprocess.run(
-        [NEMOSERVE, "chat", "--address", server.address, "--once", "What is the capital of France?"],
+        [
+            NEMOSERVE,
+            "chat",
+            "--address",
+            server.address,
+            "--temperature",
+            "0",
+            "--once",
+            "What is the capital of France?",
+        ],
         capture_output=True,
         text=True,
         timeout=60,
