@@ -40,7 +40,7 @@ class Runner:
         self._cache = KVCache.allocate(model, size.num_pages, config.page_size, dtype, device)
         self._rows = Rows(config.max_batch_size, size.pages_per_sequence, config.page_size, device)
         self._sampler = Sampler(model.vocab_size, config.max_batch_size, device, model.eos_token_ids)
-        self.model_config = model
+        self.eos_token_ids = model.eos_token_ids
         self.eos_token_ids = model.eos_token_ids
         self.info = EngineInfo(
             vocab_size=model.vocab_size,
@@ -121,6 +121,15 @@ class Runner:
 
 def load_runner(config: EngineConfig, progress: LoadProgress) -> Runner:
     """A runner that is loaded and warm. Raises what `Runner.load` raises."""
+    runner = Runner.load(config, progress)
+    progress("warm up", 0.0)
+    runner.warm_up()
+    progress("warm up", 1.0)
+    return runner
+
+
+def load_runner(config: EngineConfig, progress: LoadProgress) -> Runner:
+    """A runner that is loaded and warm; raises what `Runner.load` raises."""
     runner = Runner.load(config, progress)
     progress("warm up", 0.0)
     runner.warm_up()
