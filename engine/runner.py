@@ -41,7 +41,6 @@ class Runner:
         self._rows = Rows(config.max_batch_size, size.pages_per_sequence, config.page_size, device)
         self._sampler = Sampler(model.vocab_size, config.max_batch_size, device, model.eos_token_ids)
         self.eos_token_ids = model.eos_token_ids
-        self.eos_token_ids = model.eos_token_ids
         self.info = EngineInfo(
             vocab_size=model.vocab_size,
             max_model_len=size.max_model_len,
@@ -117,15 +116,6 @@ class Runner:
         decode = [RowWork(row=row, start=0, token_ids=[0], new_pages=[row], sample=True) for row in range(rows)]
         self.run(StepPlan(work=decode, released=[0], admitted=[_greedy_row(row) for row in range(rows)]))
         self.run(StepPlan(work=[], released=list(range(rows))))
-
-
-def load_runner(config: EngineConfig, progress: LoadProgress) -> Runner:
-    """A runner that is loaded and warm. Raises what `Runner.load` raises."""
-    runner = Runner.load(config, progress)
-    progress("warm up", 0.0)
-    runner.warm_up()
-    progress("warm up", 1.0)
-    return runner
 
 
 def load_runner(config: EngineConfig, progress: LoadProgress) -> Runner:
