@@ -107,7 +107,7 @@ class FakeHost:
         await self._notify()
 
     async def until(self, condition: Callable[[], bool], seconds: float = 10.0) -> None:
-        """Wait until `condition` holds; it is looked at after every token, end and status change."""
+        """Wait until `condition` holds; it is looked at after every start, token, end and change of status."""
         async with asyncio.timeout(seconds), self._changed:
             await self._changed.wait_for(condition)
 
@@ -147,6 +147,7 @@ class FakeHost:
         ended = False
         self.running += 1
         try:
+            await self._notify()
             for index in range(request.n):
                 async for event in self._answer(index, request, answer, len(prompt)):
                     yield event
