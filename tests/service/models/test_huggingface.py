@@ -1,0 +1,186 @@
+"""Checkpoints from a hub on loopback: what is taken, what is refused, and what the person at the terminal reads."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from service.models.catalog import HubRepository
+from service.models.errors import StoreError
+from service.models.huggingface import HubFile, choose_files, pull_repository
+
+COMMIT = "c" * 40
+WEIGHTS = bytes(range(256)) * 3000
+FILES = {
+    "config.json": b'{"model_type": "mistral"}',
+    "tekken.json": b"{}",
+    "model.safetensors": WEIGHTS,
+    "consolidated.safetensors": WEIGHTS,
+    "pytorch_model.bin": b"a pickle",
+    "onnx/config.json": b"{}",
+}
+SOURCE = HubRepository(repo="org/toy")
+
+
+@dataclass
+class Hub:
+    """As much of huggingface.co as a pull uses. `announced` is what it says its files are, `files` what it sends."""
+
+    files: dict[str, bytes]
+    announced: dict[str, bytes]
+    refusal: tuple[int, str] | None = None
+    tree_status: int = 200
+    fetched: list[str] = field(default_factory=list)
+    url: str = ""
+
+    def entry(self, name: str) -> dict[str, object]:
+        body = self.announced[name]
+        blob = hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
+        large = {"lfs": {"sha256": hashlib.sha256(body).hexdigest(), "size": len(body), "pointerSize": 1}}
+        return {"size": len(body), "blobId": blob, **(large if name.endswith("safetensors") else {})}
+
+    def info(self) -> object:
+        siblings = [{"rfilename": name, **self.entry(name)} for name in self.announced]
+        return {"id": SOURCE.repo, "sha": COMMIT, "siblings": siblings}
+
+    def tree(self) -> object:
+        entries = [(name, self.entry(name)) for name in self.announced]
+        return [
+            {"type": "file", "path": name, "oid": entry.pop("blobId"), **entry}
+            | ({"lfs": {"oid": entry["lfs"]["sha256"], **entry["lfs"]}} if "lfs" in entry else {})  # type: ignore[index,dict-item]
+            for name, entry in entries
+        ]
+
+    def handler(hub) -> type[http.server.BaseHTTPRequestHandler]:
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                path = self.path.partition("?")[0]
+                if hub.refusal:
+                    self.reply(hub.refusal[0], b"{}", {"X-Error-Code": hub.refusal[1]})
+                elif path.startswith(f"/api/models/{SOURCE.repo}/tree/"):
+                    self.reply(hub.tree_status, json.dumps(hub.tree()).encode() if hub.tree_status == 200 else b"{}")
+                elif path.startswith(f"/api/models/{SOURCE.repo}"):
+                    self.reply(200, json.dumps(hub.info()).encode())
+                else:
+                    self.send_file(path.partition(f"/resolve/{COMMIT}/")[2])
+
+            do_HEAD = do_GET
+
+            def send_file(self, name: str) -> None:
+                if self.command == "GET":
+                    hub.fetched.append(name)
+                body = hub.files[name]
+                self.reply(200, body, {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Repo-Commit": COMMIT})
+
+            def reply(self, code: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+                self.send_response(code)
+                for name, value in (headers or {}).items():
+                    self.send_header(name, value)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                if self.command == "GET":
+                    self.wfile.write(body)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        return Handler
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    made = Hub(files=dict(FILES), announced=dict(FILES))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), made.handler()) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+        thread.start()
+        made.url = f"http://127.0.0.1:{server.server_port}"
+        yield made
+        server.shutdown()
+        thread.join()
+
+
+def pull(hub: Hub, folder: Path) -> list[tuple[int, int]]:
+    seen: list[tuple[int, int]] = []
+    assert pull_repository(SOURCE, folder, lambda done, total: seen.append((done, total)), endpoint=hub.url) == COMMIT
+    return seen
+
+
+def test_one_form_of_the_weights_is_fetched_and_no_pickle(hub: Hub, tmp_path: Path) -> None:
+    seen = pull(hub, tmp_path)
+    assert sorted(hub.fetched) == ["config.json", "model.safetensors", "tekken.json"]
+    assert (tmp_path / "model.safetensors").read_bytes() == WEIGHTS
+    total = sum(len(FILES[name]) for name in hub.fetched)
+    assert seen[-1] == (total, total)
+
+
+def test_a_second_pull_fetches_nothing(hub: Hub, tmp_path: Path) -> None:
+    pull(hub, tmp_path)
+    hub.fetched.clear()
+    pull(hub, tmp_path)
+    assert hub.fetched == []
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_file_that_is_not_the_announced_one_is_refused_and_removed(hub: Hub, tmp_path: Path, name: str) -> None:
+    hub.files[name] = FILES[name].replace(b"m", b"n")
+    with pytest.raises(StoreError, match=rf"{name}.*the file was removed, try again"):
+        pull(hub, tmp_path)
+    assert not (tmp_path / name).exists()
+
+
+def test_a_folder_that_was_only_begun_is_not_taken_for_whole(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(FILES["config.json"])
+    hub.tree_status = 400  # upon which huggingface_hub returns the folder as it is
+    with pytest.raises(StoreError, match=r"has 0 of its \d+ bytes; try again"):
+        pull(hub, tmp_path)
+
+
+def test_offline_is_one_line(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(StoreError, match="HF_HUB_OFFLINE is set"):
+        pull(hub, tmp_path)
+    assert hub.fetched == []
+
+
+@pytest.mark.parametrize(
+    ("refusal", "advice"),
+    [
+        ((403, "GatedRepo"), "accept its licence on huggingface.co, then set HF_TOKEN"),
+        ((404, "RepoNotFound"), "no such model on Hugging Face, or a private one and HF_TOKEN is not set"),
+        ((404, "RevisionNotFound"), "no such revision"),
+        ((403, ""), "answers 403; set HF_TOKEN"),
+    ],
+)
+def test_a_refusal_is_one_line_that_says_what_to_do(
+    hub: Hub, tmp_path: Path, refusal: tuple[int, str], advice: str
+) -> None:
+    hub.refusal = refusal
+    with pytest.raises(StoreError, match=advice) as caught:
+        pull(hub, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_name_that_the_hub_cannot_have_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="a--b"):
+        pull_repository(
+            HubRepository(repo="org/a--b"), tmp_path, lambda done, total: None, endpoint="http://127.0.0.1:9"
+        )
+
+
+def test_mistrals_own_form_is_taken_where_it_is_the_only_one() -> None:
+    names = ("params.json", "consolidated.safetensors", "tekken.json", "consolidated.00.pth")
+    chosen = choose_files("x", [HubFile(name, 1, None, None) for name in names])
+    assert [file.name for file in chosen] == ["params.json", "consolidated.safetensors", "tekken.json"]
+
+
+def test_a_repository_without_safetensors_is_refused() -> None:
+    with pytest.raises(StoreError, match="no safetensors"):
+        choose_files("x", [HubFile("pytorch_model.bin", 1, None, None), HubFile("config.json", 1, None, None)])
