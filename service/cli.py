@@ -17,7 +17,7 @@ import click
 
 from service.models.catalog import CATALOG, DEFAULT_MODEL
 from service.models.errors import StoreError
-from service.settings import SETTINGS, Resolved, SettingError, resolve, unknown_variables
+from service.settings import SETTINGS, Resolved, SettingError, join_address, resolve, unknown_variables
 from service.version import VERSION
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ EXIT_FAILED, EXIT_USAGE = 1, 2
 @click.version_option(VERSION, prog_name="nemoserve")
 def main() -> None:
     """Serve Mistral NeMo 12B and its dense Llama and Mistral relatives over gRPC."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what the C core would print, our own errors say better
 
 
 def _setting_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -60,6 +61,8 @@ def serve(sample_prompt: str | None, dry_run: bool, as_json: bool, **flags: str 
     with _errors():
         settings = resolve(flags, os.environ)
         if dry_run:
+            for name in unknown_variables(os.environ):
+                click.echo(f"nemoserve: unknown variable {name}", err=True)
             _print_settings(settings, as_json)
             return
         _serve({name: each.value for name, each in settings.items()}, sample_prompt)
@@ -78,7 +81,7 @@ def _serve(values: dict[str, Any], sample_prompt: str | None) -> None:
     config = ServerConfig(
         engine=_engine_config(stored, values),
         model_name=values["served_model_name"] or stored.name,
-        grpc_address=f"{values['host']}:{values['grpc_port']}",
+        grpc_address=join_address(values["host"], values["grpc_port"]),
         drain_timeout=values["drain_timeout"],
     )
 
@@ -115,7 +118,7 @@ async def _welcome(model: str, address: str, sample_prompt: str | None) -> None:
 
     if sample_prompt:
         click.echo(f"\n> {sample_prompt}\n")
-        partner = RemotePartner(address, max_tokens=128, temperature=0.0)
+        partner = RemotePartner(address, "", max_tokens=128, temperature=0.0)
         try:
             await say(partner, [Message(role="user", content=sample_prompt)], sys.stdout)
         except TalkError as error:
@@ -125,15 +128,21 @@ async def _welcome(model: str, address: str, sample_prompt: str | None) -> None:
     click.echo(f"""
 {model} is ready at {address} (gRPC)
 
-  talk to it      nemoserve chat --address {address}
-  Triton clients  tritonclient.grpc.InferenceServerClient("{address}"), models {model}, vllm_model, ensemble
-  typed API       nemoserve.v1.GenerationService; grpcurl -plaintext {address} list
-  stop            Ctrl-C
+  talk to it     nemoserve chat --address {address}
+  typed API      nemoserve.v1.GenerationService; grpcurl -plaintext {address} list
+  Triton client  as below; for TensorRT-LLM's tensor names ask for "ensemble"
+  stop           Ctrl-C
+
+import numpy, tritonclient.grpc as triton
+text = triton.InferInput("text_input", [1], "BYTES")
+text.set_data_from_numpy(numpy.array([b"The capital of France is"], dtype=object))
+client = triton.InferenceServerClient("{address}")
+print(client.infer("{model}", [text]).as_numpy("text_output")[0].decode())
 """)
 
 
 @main.command()
-@click.argument("model", default=DEFAULT_MODEL)
+@click.argument("model", required=False)
 @click.option("--address", metavar="HOST:PORT", help="talk to a running server instead of starting an engine")
 @click.option("--once", metavar="TEXT", help="ask this, print the answer, end")
 @click.option("--max-tokens", type=click.IntRange(1), help="longest answer  [default: until the model stops]")
@@ -144,21 +153,25 @@ async def _welcome(model: str, address: str, sample_prompt: str | None) -> None:
     show_default=True,
     help="0 = always the likeliest token",
 )
-def chat(model: str, address: str | None, once: str | None, max_tokens: int | None, temperature: float) -> None:
-    """Talk to MODEL, streaming. Text from a pipe is taken as one question."""
+def chat(model: str | None, address: str | None, once: str | None, max_tokens: int | None, temperature: float) -> None:
+    """Talk to MODEL, streaming. Text from a pipe is taken as one question.
+
+    By default smollm2-135m-instruct, or with --address what the server serves.
+    """
+    question = once if once is not None else None if sys.stdin.isatty() else sys.stdin.read()
+    if question is not None and not question.strip():
+        raise click.UsageError("the question is empty")
     with _errors(), asyncio.Runner() as runner:
-        from engine import EngineConfig
         from service.talk import LocalPartner, Partner, RemotePartner, converse, say
         from service.text.chat import Message
 
         async def connect() -> Partner:
             if address is not None:
-                return RemotePartner(address, max_tokens, temperature)
-            return await LocalPartner.start(EngineConfig(model_path=str(_pull(model).path)), max_tokens, temperature)
+                return RemotePartner(address, model or "", max_tokens, temperature)
+            return await LocalPartner.start(_pull(model or DEFAULT_MODEL).path, max_tokens, temperature)
 
         partner = runner.run(connect())
         try:
-            question = once if once is not None else None if sys.stdin.isatty() else sys.stdin.read()
             if question is not None:
                 runner.run(say(partner, [Message(role="user", content=question)], sys.stdout))
             else:
@@ -213,19 +226,16 @@ def models(as_json: bool) -> None:
 
 
 def _pull(model: str) -> StoredModel:
-    """The model, with a progress bar if something has to be fetched."""
+    """The model; shows the progress if something has to be fetched."""
     from service.models.store import ModelStore
 
     store = ModelStore.default()
     if (stored := store.find(model)) is not None:
         return stored
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+    from service.progress import pull_progress
 
-    columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(f"pull {model}", total=None)
-        return store.pull(model, lambda done, total: bar.update(task, completed=done, total=total))
+    with pull_progress(model) as progress:
+        return store.pull(model, progress)
 
 
 def _print_settings(settings: dict[str, Resolved], as_json: bool) -> None:

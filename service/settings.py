@@ -5,6 +5,7 @@ Precedence: flag > NEMOSERVE_* > NIM_* alias > default. Each resolved value reme
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -170,7 +171,13 @@ SETTINGS = (
         why="debug, info, warning or error",
         alias="NIM_LOG_LEVEL",
     ),
-    Setting(name="log_json", parse=_flag, default=False, why="one JSON object per line, for log collectors"),
+    Setting(
+        name="log_json",
+        parse=_flag,
+        default=False,
+        why="one JSON object per line, for log collectors; people read the other form",
+        alias="NIM_JSONL_LOGGING",
+    ),
 )
 
 
@@ -193,12 +200,24 @@ def resolve(flags: Mapping[str, str | None], environ: Mapping[str, str]) -> dict
     """
     settings = {setting.name: _resolve(setting, flags, environ) for setting in SETTINGS}
     host = settings["host"]
-    if host.value not in ("127.0.0.1", "localhost", "::1", "[::1]") and not settings["allow_anonymous"].value:
+    if not _is_loopback(host.value) and not settings["allow_anonymous"].value:
         raise SettingError(
             f"{host.source}: {host.value} is reachable by others and requests are not authenticated; "
             "use 127.0.0.1, or add --allow-anonymous on a network that is closed itself"
         )
     return settings
+
+
+def join_address(host: str, port: int) -> str:
+    """HOST:PORT as gRPC takes it, IPv6 addresses in brackets."""
+    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.removeprefix("[").removesuffix("]")).is_loopback
+    except ValueError:
+        return host == "localhost"  # other names may come to mean anything
 
 
 def _resolve(setting: Setting, flags: Mapping[str, str | None], environ: Mapping[str, str]) -> Resolved:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import sys
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
@@ -15,7 +16,7 @@ from nemoserve.v1 import generation_pb2_grpc as rpc
 
 from engine import EngineConfig, FinishReason, SamplingParams
 from engine.remote import RemoteEngine
-from service.errors import TalkError
+from service.errors import ServiceError, TalkError
 from service.generation import Delta, Finished, GenerationRequest, Generator
 from service.text.chat import Conversation, Message
 from service.text.load import load_text
@@ -35,15 +36,17 @@ class Partner(Protocol):
 class RemotePartner:
     """A server at HOST:PORT."""
 
-    def __init__(self, address: str, max_tokens: int | None, temperature: float) -> None:
+    def __init__(self, address: str, model: str, max_tokens: int | None, temperature: float) -> None:
+        """`model` empty: whatever the server serves."""
         self._address = address
+        self._model = model
         self._channel = grpc.aio.insecure_channel(address)
         self._service = rpc.GenerationServiceStub(self._channel)
         self._sampling = pb.SamplingParameters(max_tokens=max_tokens, temperature=temperature)
 
     async def answer(self, messages: list[Message]) -> AsyncGenerator[str]:
         chat = pb.Chat(messages=[pb.ChatMessage(role=each.role, content=each.content) for each in messages])
-        call = self._service.Generate(pb.GenerateRequest(chat=chat, sampling=self._sampling))
+        call = self._service.Generate(pb.GenerateRequest(model=self._model, chat=chat, sampling=self._sampling))
         try:
             async for response in call:
                 if response.delta.text:
@@ -69,25 +72,28 @@ class LocalPartner:
         self._sampling = SamplingParams(max_tokens=max_tokens or 1, temperature=temperature)
 
     @classmethod
-    async def start(cls, config: EngineConfig, max_tokens: int | None, temperature: float) -> LocalPartner:
+    async def start(cls, path: Path, max_tokens: int | None, temperature: float) -> LocalPartner:
         """Raises EngineError: the model cannot be loaded."""
-        text = await asyncio.to_thread(load_text, Path(config.model_path))
-        engine = await RemoteEngine.start(config)
+        text = await asyncio.to_thread(load_text, path)
+        engine = await RemoteEngine.start(EngineConfig(model_path=str(path)))
         return cls(engine, Generator(engine, text), max_tokens, temperature)
 
     async def answer(self, messages: list[Message]) -> AsyncGenerator[str]:
         request = GenerationRequest(
-            request_id="chat",
+            request_id=secrets.token_hex(8),  # the one that was stopped may not be gone yet
             prompt=Conversation(messages=tuple(messages)),
             sampling=self._sampling,
             until_context=self._until_context,
         )
-        async with aclosing(self._generator.generate(request)) as events:
-            async for event in events:
-                if isinstance(event, Delta):
-                    yield event.text
-                elif isinstance(event, Finished) and event.reason is FinishReason.ERROR:
-                    raise TalkError(event.error or "the engine failed")
+        try:
+            async with aclosing(self._generator.generate(request)) as events:
+                async for event in events:
+                    if isinstance(event, Delta):
+                        yield event.text
+                    elif isinstance(event, Finished) and event.reason is FinishReason.ERROR:
+                        raise TalkError(event.error or "the engine failed")
+        except ServiceError as error:
+            raise TalkError(error.message) from None
 
     async def close(self) -> None:
         await self._engine.close()
