@@ -32,6 +32,7 @@ class Ask:
 
     Attributes:
         wants: names of the inputs that ask for more outputs than the text and are true.
+        single: the answer must be one response.
         has_logprobs: the sampling parameters ask for logprobs.
         prefix: goes before a whole answer.
     """
@@ -39,6 +40,7 @@ class Ask:
     generation: GenerationRequest
     stream: bool
     wants: frozenset[str]
+    single: bool = False
     has_logprobs: bool = False
     prefix: str = ""
 
@@ -47,6 +49,8 @@ class Ask:
 class Completion:
     """What one completion has added since the last response, and its running sum of log probabilities."""
 
+    index: int
+    changed: bool = False
     text: str = ""
     tokens: int = 0
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -54,13 +58,23 @@ class Completion:
     reason: FinishReason | None = None
 
     def add(self, event: Delta) -> None:
+        self.changed = True
         self.text += event.text
         self.tokens += len(event.token_ids)
         self.logprobs += event.logprobs
         self.cumulative_logprob += sum(entry.logprob for entry in event.logprobs)
 
+    def end(self, event: Finished) -> None:
+        """Raises ServiceError: it did not end well."""
+        self.changed = True
+        if event.reason is FinishReason.ERROR:
+            raise ServiceError(Code.INTERNAL, event.error or "the generation failed")
+        if event.reason is FinishReason.CANCELLED:
+            raise ServiceError(Code.UNAVAILABLE, "Request was cancelled")
+        self.reason = event.reason
+
     def clear(self) -> None:
-        self.text, self.tokens, self.logprobs = "", 0, []
+        self.changed, self.text, self.tokens, self.logprobs = False, "", 0, []
 
 
 class LlmModel(ABC):
@@ -91,13 +105,14 @@ class LlmModel(ABC):
         """
 
     @abstractmethod
-    def outputs(self, ask: Ask, completions: list[Completion], prompt_tokens: int) -> Mapping[str, Array]:
-        """Output tensors of one response; the completions hold what is new in it."""
+    def outputs(self, ask: Ask, completions: list[Completion], prompt_tokens: int) -> list[Mapping[str, Array]]:
+        """Output tensors of the next responses, one mapping each: at least one, and just one if `ask.single`. The
+        completions hold what is new."""
 
     async def infer(self, request: InferRequest) -> AsyncGenerator[InferResult]:
-        """One response per piece of text when streaming, else one response. The last is marked final."""
+        """Responses as the text comes when streaming, else when it is complete. The last is marked final."""
         ask = await self.ask(request)
-        completions = [Completion() for _ in range(ask.generation.n)]
+        completions = [Completion(index) for index in range(ask.generation.n)]
         prompt_tokens, queued = 0, 0.0
         async with aclosing(batches(self._host.generate(ask.generation), request.timeout)) as arriving:
             async for events in arriving:
@@ -107,13 +122,15 @@ class LlmModel(ABC):
                     elif isinstance(event, Delta):
                         completions[event.index].add(event)
                     else:
-                        completions[event.index].reason = ended(event)
-                final = all(completion.reason is not None for completion in completions)
-                if final or (ask.stream and any(completion.tokens or completion.text for completion in completions)):
-                    outputs = self.outputs(ask, completions, prompt_tokens)
-                    yield InferResult(outputs=outputs, final=final, queued_seconds=queued)
-                    for completion in completions:
-                        completion.clear()
+                        completions[event.index].end(event)
+                ended = all(completion.reason is not None for completion in completions)
+                if not ended and not (ask.stream and any(completion.changed for completion in completions)):
+                    continue
+                responses = self.outputs(ask, completions, prompt_tokens)
+                for left, response in zip(reversed(range(len(responses))), responses, strict=True):
+                    yield InferResult(outputs=response, final=ended and left == 0, queued_seconds=queued)
+                for completion in completions:
+                    completion.clear()
 
     # -- for the views -----------------------------------------------------------------------------------------
 
@@ -169,19 +186,6 @@ def count(field_name: str, value: int) -> int:
 def priority(value: int) -> int:
     """Triton's priority (1 = highest, 0 = unset) as ours (lower runs first, 0 = normal)."""
     return value - NORMAL_PRIORITY if value else 0
-
-
-def ended(event: Finished) -> FinishReason:
-    """The reason of a completion that ended well.
-
-    Raises:
-        ServiceError: it did not.
-    """
-    if event.reason is FinishReason.ERROR:
-        raise ServiceError(Code.INTERNAL, event.error or "the generation failed")
-    if event.reason is FinishReason.CANCELLED:
-        raise ServiceError(Code.UNAVAILABLE, "Request was cancelled")
-    return event.reason
 
 
 @dataclass(frozen=True, slots=True)

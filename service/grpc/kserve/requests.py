@@ -15,8 +15,8 @@ VALUE_FIELDS = ("bool_param", "int64_param", "string_param", "double_param")
 SHARED_MEMORY = "shared_memory_region"
 
 
-def parse(request: service_pb2.ModelInferRequest, spec: ModelSpec) -> InferRequest:
-    """Validate and decode.
+def parse(request: service_pb2.ModelInferRequest, spec: ModelSpec, *, single: bool = False) -> InferRequest:
+    """Validate and decode. `single` goes into the result.
 
     Raises:
         ServiceError: INVALID_ARGUMENT.
@@ -34,6 +34,7 @@ def parse(request: service_pb2.ModelInferRequest, spec: ModelSpec) -> InferReque
         parameters=parameters,
         priority=priority,
         timeout=timeout,
+        single=single,
     )
 
 

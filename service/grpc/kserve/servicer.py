@@ -247,7 +247,7 @@ class KServeServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
         spec = model.spec
         if single and spec.decoupled and spec.stream_input is None:
             raise ServiceError(Code.UNIMPLEMENTED, NO_STREAMING)
-        parsed = parse(request, spec)
+        parsed = parse(request, spec, single=single)
         if single and spec.stream_input is not None and np.any(parsed.inputs.get(spec.stream_input, False)):
             raise ServiceError(Code.UNIMPLEMENTED, NO_STREAMING)
         statistics, began, queued, done = self._statistics[spec.name], time.monotonic(), 0.0, False

@@ -88,6 +88,24 @@ OUTPUTS = (
     TensorSpec("sequence_index", "INT32", ANY),
     TensorSpec("num_input_tokens", "INT32", ONE),
     TensorSpec("num_output_tokens", "INT32", ANY),
+    # Clients may name these; they come with inputs that we do not serve, and so never.
+    TensorSpec("context_logits", "FP32", (-1, -1)),
+    TensorSpec("generation_logits", "FP32", (-1, -1, -1)),
+    *(
+        TensorSpec(name, datatype, ONE)
+        for datatype, names in {
+            "INT32": (
+                "kv_cache_alloc_new_blocks",
+                "kv_cache_reused_blocks",
+                "kv_cache_alloc_total_blocks",
+                "total_accepted_draft_tokens",
+                "total_draft_tokens",
+            ),
+            "INT64": ("arrival_time_ns", "first_scheduled_time_ns", "first_token_time_ns", "last_token_time_ns"),
+            "FP32": ("acceptance_rate",),
+        }.items()
+        for name in names
+    ),
 )
 # Request parameters that fill in for tensors, and how their values are read.
 FALLBACK: dict[str, Convert] = {
@@ -139,30 +157,35 @@ class TrtLlmModel(LlmModel):
         return Ask(
             generation=generation,
             stream=stream,
+            single=request.single,
             wants=frozenset(name for name in WANTS if one.get(name, False)),
             prefix=prompt if whole and isinstance(prompt, str) else "",
         )
 
-    def outputs(self, ask: Ask, completions: list[Completion], prompt_tokens: int) -> Mapping[str, Array]:
-        """See `LlmModel.outputs`."""
-        count = len(completions)
-        made = {
-            "text_output": text_array([ask.prefix + completion.text for completion in completions]),
-            "batch_index": np.zeros((1, 1), np.int32),
-            "sequence_index": np.arange(count, dtype=np.int32).reshape(1, count),
-        }
-        if "return_log_probs" in ask.wants:
-            sums = [completion.cumulative_logprob for completion in completions]
-            made["cum_log_probs"] = np.array([sums], np.float32)
-            each = np.zeros((1, count, max(len(completion.logprobs) for completion in completions)), np.float32)
-            for index, completion in enumerate(completions):
-                each[0, index, : len(completion.logprobs)] = [entry.logprob for entry in completion.logprobs]
-            made["output_log_probs"] = each
-        if "return_num_input_tokens" in ask.wants:
-            made["num_input_tokens"] = np.array([[prompt_tokens]], np.int32)
-        if "return_num_output_tokens" in ask.wants:
-            made["num_output_tokens"] = np.array([[completion.tokens for completion in completions]], np.int32)
-        return made
+    def outputs(self, ask: Ask, completions: list[Completion], prompt_tokens: int) -> list[Mapping[str, Array]]:
+        """One response for each completion that has something new, or one with all of them if only one may be."""
+        changed = [[completion] for completion in completions if completion.changed]
+        return [_tensors(ask, each, prompt_tokens) for each in ([completions] if ask.single else changed)]
+
+
+def _tensors(ask: Ask, completions: list[Completion], prompt_tokens: int) -> Mapping[str, Array]:
+    made = {
+        "text_output": text_array([ask.prefix + completion.text for completion in completions]),
+        "batch_index": np.zeros((1, 1), np.int32),
+        "sequence_index": np.array([[completion.index for completion in completions]], np.int32),
+    }
+    if "return_log_probs" in ask.wants:
+        made["cum_log_probs"] = np.array([[completion.cumulative_logprob for completion in completions]], np.float32)
+        longest = max(len(completion.logprobs) for completion in completions)
+        each = np.zeros((1, len(completions), longest), np.float32)
+        for row, completion in zip(each[0], completions, strict=True):
+            row[: len(completion.logprobs)] = [entry.logprob for entry in completion.logprobs]
+        made["output_log_probs"] = each
+    if "return_num_input_tokens" in ask.wants:
+        made["num_input_tokens"] = np.array([[prompt_tokens]], np.int32)
+    if "return_num_output_tokens" in ask.wants:
+        made["num_output_tokens"] = np.array([[completion.tokens for completion in completions]], np.int32)
+    return made
 
 
 def _sampling(one: Mapping[str, Any], banned: dict[int, float]) -> SamplingParams:

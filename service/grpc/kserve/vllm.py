@@ -128,8 +128,8 @@ class VllmModel(LlmModel):
             prefix=prompt if isinstance(prompt, str) and not exclude else "",
         )
 
-    def outputs(self, ask: Ask, completions: list[Completion], prompt_tokens: int) -> Mapping[str, Array]:
-        """See `LlmModel.outputs`."""
+    def outputs(self, ask: Ask, completions: list[Completion], prompt_tokens: int) -> list[Mapping[str, Array]]:
+        """One response with an element for each completion."""
         made = {"text_output": text_array([ask.prefix + completion.text for completion in completions])}
         if "return_finish_reason" in ask.wants:
             made["finish_reason"] = text_array([completion.reason or "None" for completion in completions])
@@ -144,7 +144,7 @@ class VllmModel(LlmModel):
             made["num_input_tokens"] = np.array([prompt_tokens], np.uint32)
         if "return_num_output_tokens" in ask.wants:
             made["num_output_tokens"] = np.array([completion.tokens for completion in completions], np.uint32)
-        return made
+        return [made]
 
     def _logprobs(self, entries: list[TokenLogprob]) -> str:
         """JSON list with one object per token: the chosen token and the likeliest ones, by id."""

@@ -121,6 +121,17 @@ async def test_several_sequences_have_an_index_each(llm: Running) -> None:
     assert (got["sequence_index"], got["cum_log_probs"]) == ([[0, 1, 2]], [[-0.75] * 3])
 
 
+@pytest.mark.parametrize("streaming", [True, False])
+async def test_on_a_stream_each_sequence_has_its_own_messages(llm: Running, streaming: bool) -> None:
+    texts = {0: "", 1: "", 2: ""}
+    messages = await stream(llm.stub, trtllm(num_return_sequences=3, stream=streaming))
+    for message in messages:
+        got = outputs(message.infer_response)
+        texts[got["sequence_index"][0][0]] += got["text_output"][0]
+    assert texts == dict.fromkeys(range(3), " t0 t1")
+    assert [is_final(message.infer_response) for message in messages] == [False] * (len(messages) - 1) + [True]
+
+
 # -- inputs ------------------------------------------------------------------------------------------------------------
 
 
