@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from service.cli import main
-from service.settings import SETTINGS, Resolved, SettingError, resolve, unknown_variables
+from service.settings import SETTINGS, Resolved, SettingError, join_address, resolve, unknown_variables
 
 
 def test_a_flag_beats_a_variable_beats_an_alias_beats_the_default() -> None:
@@ -89,3 +89,21 @@ def test_exit_codes(arguments: list[str], code: int) -> None:
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == code
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "localhost", "::1", "[::1]"])
+def test_loopback_needs_no_permission(host: str) -> None:
+    assert resolve({"host": host}, {})["host"].value == host
+
+
+@pytest.mark.parametrize("host", ["::", "10.0.0.1", "localhost.example.org", "127.0.0.1.example.org"])
+def test_anything_else_does(host: str) -> None:
+    with pytest.raises(SettingError, match="allow-anonymous"):
+        resolve({"host": host}, {})
+
+
+@pytest.mark.parametrize(
+    ("host", "address"), [("127.0.0.1", "127.0.0.1:1"), ("::1", "[::1]:1"), ("[::1]", "[::1]:1"), ("a.b", "a.b:1")]
+)
+def test_an_ipv6_address_gets_its_brackets(host: str, address: str) -> None:
+    assert join_address(host, 1) == address

@@ -1,0 +1,134 @@
+"""The command line as a person or a script meets it: exit codes, one-line errors, data on stdout, settings."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from engine import EngineConfig
+from service.cli import main
+from service.server import ServerConfig
+
+NEMOSERVE = Path(sys.executable).parent / "nemoserve"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "line"),
+    [
+        (("pull", "mistral-nmeo-12b"), 1, "did you mean mistral-nemo-12b"),
+        (("serve", "--grpc-port", "70000", "--dry-run"), 2, "--grpc-port: '70000' must be between 0 and 65535"),
+        (("serve", "--host", "0.0.0.0"), 2, "add --allow-anonymous"),
+        (("chat", "--address", "127.0.0.1:1", "--once", "hello"), 1, "127.0.0.1:1: UNAVAILABLE"),
+    ],
+)
+def test_a_failure_is_one_line_and_an_exit_code(arguments: tuple[str, ...], code: int, line: str) -> None:
+    done = subprocess.run([NEMOSERVE, *arguments], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert line in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_an_empty_question_is_wrong_usage() -> None:
+    result = CliRunner().invoke(main, ["chat"], input="\n")
+    assert result.exit_code == 2
+    assert "the question is empty" in result.stderr
+
+
+def test_help_waits_for_nothing_heavy() -> None:
+    heavy = "{'torch', 'grpc', 'httpx', 'rich', 'huggingface_hub', 'tritonclient'}"
+    code = f"import sys, service.cli; sys.exit(str({heavy} & set(sys.modules)) if {heavy} & set(sys.modules) else 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stderr == ""
+
+
+def test_a_dry_run_warns_of_misspelt_variables_beside_its_output() -> None:
+    result = CliRunner().invoke(main, ["serve", "--dry-run", "--json"], env={"NIM_GRPC_PORT": "1"})
+    assert "unknown variable NIM_GRPC_PORT" in result.stderr
+    assert json.loads(result.stdout)["grpc_port"] == {"value": 8001, "source": "default"}
+
+
+def test_models_tell_what_is_in_the_store(tmp_path: Path) -> None:
+    stored = tmp_path / "models" / "smollm2-135m-instruct" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    stored.parent.mkdir(parents=True)
+    stored.touch()
+    result = CliRunner().invoke(main, ["models", "--json"], env={"NEMOSERVE_CACHE": str(tmp_path)})
+    assert [row["name"] for row in json.loads(result.stdout) if row["stored"]] == ["smollm2-135m-instruct"]
+
+
+def test_pull_prints_where_the_model_is(tmp_path: Path) -> None:
+    model = tmp_path / "mine.gguf"
+    model.touch()
+    assert CliRunner().invoke(main, ["pull", str(model)]).stdout == f"{model}\n"
+    printed = CliRunner().invoke(main, ["pull", str(model), "--json"]).stdout
+    assert json.loads(printed) == {"name": "mine", "path": str(model)}
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[ServerConfig]:
+    """Configurations that servers were started with; none of them runs."""
+    configs: list[ServerConfig] = []
+
+    class Recorder:
+        def __init__(self, config: ServerConfig) -> None:
+            configs.append(config)
+
+        async def run(self, on_ready: Callable[[str], Awaitable[None]]) -> int:
+            return 70
+
+    monkeypatch.setattr("service.server.Server", Recorder)
+    monkeypatch.setattr("service.logs.configure", lambda level, as_json: None)
+    return configs
+
+
+def test_every_setting_reaches_the_server(served: list[ServerConfig], tmp_path: Path) -> None:
+    flags = {
+        "--host": "::1",
+        "--grpc-port": "9000",
+        "--served-model-name": "bob",
+        "--precision": "fp32",
+        "--device": "cpu",
+        "--max-model-len": "300",
+        "--max-batch-size": "3",
+        "--max-batch-tokens": "77",
+        "--kv-memory": "2Mi",
+        "--threads": "1",
+        "--drain-timeout": "1.5",
+    }
+    result = CliRunner().invoke(main, ["serve", str(tmp_path), *(word for pair in flags.items() for word in pair)])
+    engine = EngineConfig(
+        model_path=str(tmp_path),
+        dtype="float32",
+        device="cpu",
+        max_model_len=300,
+        max_batch_size=3,
+        max_batch_tokens=77,
+        kv_memory_bytes=2 * 2**20,
+        threads=1,
+    )
+    expected = ServerConfig(engine=engine, model_name="bob", grpc_address="[::1]:9000", drain_timeout=1.5)
+    assert served == [expected]
+    assert result.exit_code == 70
+
+
+def test_defaults_are_those_of_the_engine(served: list[ServerConfig], tmp_path: Path) -> None:
+    CliRunner().invoke(main, ["serve", str(tmp_path)])
+    assert served == [ServerConfig(engine=EngineConfig(model_path=str(tmp_path)), model_name=tmp_path.name)]
+
+
+def test_chat_answers_a_question_from_a_pipe_with_an_engine_of_its_own(smollm2_path: Path) -> None:
+    done = subprocess.run(
+        [NEMOSERVE, "chat", smollm2_path, "--temperature", "0", "--max-tokens", "12"],
+        input="What is the capital of France?",
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Paris" in done.stdout
