@@ -22,13 +22,19 @@ LIVE_SECONDS = 30.0  # without a heart beat; a step of the largest prefill on a 
 
 
 class ServedModel:
-    """One model under one name and its aliases. Belongs to one event loop."""
+    """One model under one name and its aliases. Belongs to one event loop.
+
+    Attributes:
+        in_flight: accepted requests that have not ended; `idle` is set while there are none.
+    """
 
     def __init__(self, name: str, aliases: tuple[str, ...] = ()) -> None:
         self.model_name = name
         self.model_aliases = aliases
         self.started_at = time.time()
         self.in_flight = 0
+        self.idle = asyncio.Event()
+        self.idle.set()
         self._began = self._last_progress = time.monotonic()
         self._status = Status(Phase.LOADING, "start")
         self._changed = asyncio.Event()
@@ -104,12 +110,15 @@ class ServedModel:
         if self._generator is None or self._status.phase is not Phase.READY:
             raise self._unavailable()
         self.in_flight += 1
+        self.idle.clear()
         try:
             async with aclosing(self._generator.generate(request)) as events:
                 async for event in events:
                     yield event
         finally:
             self.in_flight -= 1
+            if self.in_flight == 0:
+                self.idle.set()
 
     async def tokenize(self, prompt: str | Conversation, *, add_bos: bool = False) -> list[int]:
         if self._generator is None:

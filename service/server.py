@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 EXIT_DRAINED, EXIT_CONFIGURATION, EXIT_ENGINE_LOST = 0, 1, 70
 ENGINE_CHECK_SECONDS = 0.2
-LAST_WORDS_SECONDS = 1.0  # for the errors of a lost engine to reach their clients
+LAST_WORDS_SECONDS = 1.0  # for the last messages to reach their clients
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +121,7 @@ class Server:
         self, engine: Engine, grpc_server: GrpcServer, address: str, on_ready: ReadyCallback | None
     ) -> int:
         log.info("ready", extra={"address": address, "model": self.model.model_name})
-        greeting = asyncio.ensure_future(on_ready(address)) if on_ready else None
+        greeting = asyncio.ensure_future(_greet(on_ready, address)) if on_ready else None
         try:
             while not self._stop.is_set():
                 if engine.failure is not None:
@@ -142,12 +142,19 @@ class Server:
         """Accepted requests end, or are cancelled at the limit; nothing is accepted any more."""
         log.info("draining", extra={"in_flight": self.model.in_flight, "timeout": self._config.drain_timeout})
         self.model.draining()
-        stopping = asyncio.create_task(grpc_server.stop(self._config.drain_timeout))
-        hurry = asyncio.create_task(self._hurry.wait())
-        await asyncio.wait({stopping, hurry}, return_when=asyncio.FIRST_COMPLETED)
+        # Not the port's own grace period: an open Watch or an idle stream would last until its limit.
+        idle, hurry = asyncio.ensure_future(self.model.idle.wait()), asyncio.ensure_future(self._hurry.wait())
+        await asyncio.wait({idle, hurry}, timeout=self._config.drain_timeout, return_when=asyncio.FIRST_COMPLETED)
+        await grpc_server.stop(LAST_WORDS_SECONDS if idle.done() else 0)
+        idle.cancel()
         hurry.cancel()
-        if not stopping.done():
-            await grpc_server.stop(0)
-            await stopping
-        log.info("stopped")
+        log.info("stopped", extra={"lost": self.model.in_flight})
         return EXIT_DRAINED
+
+
+async def _greet(on_ready: ReadyCallback, address: str) -> None:
+    """A terminal that has gone away must not take the server with it."""
+    try:
+        await on_ready(address)
+    except OSError as error:
+        log.warning("nobody reads the greeting", extra={"reason": error.strerror})

@@ -17,10 +17,10 @@ from gguf.quants import dequantize
 from torch import Tensor
 
 from engine.checkpoint.fields import Fields
-from engine.gguf_header import GGUFHeader, GGUFTensor, read_header
 from engine.checkpoint.layout import check_tensors, rotate_half_order
 from engine.config import ModelConfig
 from engine.errors import CheckpointError, UnsupportedModelError
+from engine.gguf_header import GGUFHeader, GGUFTensor, read_header
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q4_K", "Q5_K", "Q6_K")

@@ -43,7 +43,14 @@ def test_sigterm_under_load_loses_no_accepted_request(own_server: ServerProcess)
         calls = [service.Generate(story(48), timeout=60) for _ in range(8)]
         assert {next(call).WhichOneof("event") for call in calls} == {"started"}
         rest = [pool.submit(list, call) for call in calls]
+        # Neither of these ever ends by itself, and neither may hold up the end of the server.
+        watched = service.WatchLoad(pb.WatchLoadRequest())
+        assert next(watched).load.phase == pb.PHASE_READY
         own_server.process.send_signal(signal.SIGTERM)
+        assert any(each.load.phase == pb.PHASE_DRAINING for each in watched)
+        with pytest.raises(grpc.RpcError) as refused:
+            list(service.Generate(story(1), timeout=10))
+        assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
         ends = [future.result()[-1].finished for future in rest]
         assert [end.usage.completion_tokens for end in ends] == [48] * 8
     assert own_server.process.wait(20) == 0

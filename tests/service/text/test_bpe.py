@@ -15,9 +15,9 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from tokenizers import Regex, models, pre_tokenizers
 
 from engine import CheckpointError, UnsupportedModelError
+from engine.gguf_header import read_header
 from service.errors import Code, ServiceError
 from service.text.bpe import PATTERNS, BpeTokenizer, byte_alphabet, from_merges, load_tekken
-from engine.gguf_header import read_header
 from service.text.tokenizer import TextModel
 from tests.service.text.conversations import CONTROL_STRINGS, text
 

@@ -14,9 +14,9 @@ import gguf
 import pytest
 
 from engine import CheckpointError
+from engine.gguf_header import read_header
 from service.text.bpe import byte_alphabet
 from service.text.chat import Conversation, Message
-from engine.gguf_header import read_header
 from service.text.load import load_text
 from service.text.mistral import MistralChat
 from service.text.template import TemplateChat
