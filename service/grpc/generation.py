@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from typing import Any
 
 from nemoserve.v1 import generation_pb2 as pb
 from nemoserve.v1 import generation_pb2_grpc as rpc
@@ -13,7 +12,7 @@ from nemoserve.v1 import generation_pb2_grpc as rpc
 from engine import FinishReason, SamplingParams, TokenLogprob
 from service.errors import Code, ServiceError, invalid
 from service.generation import Delta, Finished, GenerationEvent, GenerationRequest, Started
-from service.grpc.status import abort
+from service.grpc.status import Context, abort, metadata_value
 from service.host import Host, Phase
 from service.text.chat import Conversation, Message, Tool, ToolCall
 from service.version import VERSION
@@ -39,10 +38,12 @@ class GenerationServicer(rpc.GenerationServiceServicer):
     def __init__(self, host: Host) -> None:
         self._host = host
 
-    async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse]:
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
         try:
             self._check_model(request.model)
-            generation = to_generation(request, request.request_id or _request_id(context))
+            generation = to_generation(
+                request, request.request_id or metadata_value(context, "x-request-id") or secrets.token_hex(8)
+            )
             context.set_trailing_metadata((("x-request-id", generation.request_id),))
             async with aclosing(self._host.generate(generation)) as events:
                 async for event in events:
@@ -50,7 +51,7 @@ class GenerationServicer(rpc.GenerationServiceServicer):
         except ServiceError as error:
             await abort(context, error)
 
-    async def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:
+    async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         try:
             self._check_model(request.model)
             prompt = _conversation(request.chat) if request.WhichOneof("input") == "chat" else request.text
@@ -58,30 +59,30 @@ class GenerationServicer(rpc.GenerationServiceServicer):
         except ServiceError as error:
             await abort(context, error)
 
-    async def Detokenize(self, request: pb.DetokenizeRequest, context: Any) -> pb.DetokenizeResponse:
+    async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
         try:
             self._check_model(request.model)
             return pb.DetokenizeResponse(text=self._host.detokenize(request.token_ids))
         except ServiceError as error:
             await abort(context, error)
 
-    async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
+    async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
         try:
             return pb.ListModelsResponse(models=[self._model()])
         except ServiceError as error:
             await abort(context, error)
 
-    async def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:
+    async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
         try:
             self._check_model(request.model)
             return pb.GetModelResponse(model=self._model())
         except ServiceError as error:
             await abort(context, error)
 
-    async def GetLoad(self, request: pb.GetLoadRequest, context: Any) -> pb.GetLoadResponse:
+    async def GetLoad(self, request: pb.GetLoadRequest, context: Context) -> pb.GetLoadResponse:
         return pb.GetLoadResponse(load=self._load())
 
-    async def WatchLoad(self, request: pb.WatchLoadRequest, context: Any) -> AsyncIterator[pb.WatchLoadResponse]:
+    async def WatchLoad(self, request: pb.WatchLoadRequest, context: Context) -> AsyncIterator[pb.WatchLoadResponse]:
         low, high = LOAD_INTERVAL_SECONDS
         interval = request.interval_seconds or 1.0
         if not low <= interval <= high:
@@ -253,11 +254,3 @@ def _finished(event: Finished) -> pb.Finished:
     elif event.matched_stop is not None:
         finished.stop_token_id = event.matched_stop
     return finished
-
-
-def _request_id(context: Any) -> str:
-    """The client's `x-request-id`, or one of our own."""
-    for name, value in context.invocation_metadata() or ():
-        if name == "x-request-id" and isinstance(value, str):
-            return value
-    return secrets.token_hex(8)

@@ -46,10 +46,11 @@ def wants_empty_final(request: service_pb2.ModelInferRequest) -> bool:
 def _parameters(request: service_pb2.ModelInferRequest) -> tuple[dict[str, Parameter], int, float | None]:
     """Custom parameters, priority, and timeout in seconds."""
     custom: dict[str, Parameter] = {}
-    priority, timeout = 0, None
+    priority = 0
+    timeout: float | None = None
     for key, parameter in request.parameters.items():
         kind = parameter.WhichOneof("parameter_choice")
-        value = getattr(parameter, kind) if kind else None
+        value: Any = getattr(parameter, kind) if kind else None
         if key == "sequence_id":
             _check_kind(key, kind, "int64_param", "string_param")
         elif key in ("sequence_start", "sequence_end", EMPTY_FINAL):
