@@ -13,10 +13,10 @@ import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import TypeVar
 
+import click
 import msgspec
-import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -27,21 +27,32 @@ T = TypeVar("T")
 QUIET = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}  # progress bars and advice of transformers
 
 
+@click.command(context_settings={"show_default": True})
+@click.option("--model", default="smollm2-135m-instruct", help="a .gguf file, a folder, or a name of the catalogue")
+@click.option("--streams", default="1,4,16,32", help="numbers of concurrent requests")
+@click.option("--new-tokens", type=click.IntRange(2), default=128, help="tokens to generate per request")
+@click.option("--prompt-tokens", type=click.IntRange(1), default=128, help="tokens of each prompt")
+@click.option("--rounds", type=click.IntRange(1), default=2, help="how often each peer has its turn")
+@click.option("--dtype", default="auto", help="of this engine: auto, bfloat16 or float32")
+@click.option("--transformers-dtype", default="bfloat16", help="of transformers: bfloat16 or float32")
+@click.option("--device", default="auto", help="auto, cpu or cuda")
+@click.option("--threads", type=click.IntRange(1), default=len(os.sched_getaffinity(0)), help="of each peer")
+@click.option("--timeout", default=3600.0, help="seconds that one turn of one peer may take")
+@click.option("--transformers/--no-transformers", default=True, help="measure transformers as well")
+@click.option("--json", type=click.Path(path_type=Path), help="also write the result to this file")
 def main(
-    model: Annotated[str, typer.Option(help="A .gguf file, a checkpoint directory, or a name of the catalogue.")] = (
-        "smollm2-135m-instruct"
-    ),
-    streams: Annotated[str, typer.Option(help="Numbers of concurrent requests, comma separated.")] = "1,4,16,32",
-    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate per request.")] = 128,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 128,
-    rounds: Annotated[int, typer.Option(min=1, help="How often each peer has its turn.")] = 2,
-    dtype: Annotated[str, typer.Option(help="Of this engine: auto, bfloat16 or float32.")] = "auto",
-    transformers_dtype: Annotated[str, typer.Option(help="Of transformers: bfloat16 or float32.")] = "bfloat16",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads of each peer.")] = len(os.sched_getaffinity(0)),
-    timeout: Annotated[float, typer.Option(help="Seconds that one turn of one peer may take.")] = 3600.0,
-    transformers: Annotated[bool, typer.Option(help="Measure transformers as well.")] = True,
-    json: Annotated[Path | None, typer.Option(help="Also write the result to this file.")] = None,
+    model: str,
+    streams: str,
+    new_tokens: int,
+    prompt_tokens: int,
+    rounds: int,
+    dtype: str,
+    transformers_dtype: str,
+    device: str,
+    threads: int,
+    timeout: float,
+    transformers: bool,
+    json: Path | None,
 ) -> None:
     """Measure tokens/s, TTFT, ITL, peak memory and weight streaming of the engine, beside transformers."""
     job = Job(
@@ -78,7 +89,7 @@ def _numbers(text: str) -> list[int]:
     except ValueError:
         numbers = []
     if not numbers or min(numbers) < 1:
-        raise typer.BadParameter(f"{text!r} is no list of positive numbers", param_hint="--streams")
+        raise click.BadParameter(f"{text!r} is no list of positive numbers", param_hint="--streams")
     return numbers
 
 
@@ -180,4 +191,4 @@ def _show_details(result: Comparison, console: Console) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    main()

@@ -116,6 +116,7 @@ FALLBACK: dict[str, Convert] = {
     "BYTES": values.strings,
 }
 NOT_INPUTS = ("headers", "binary_data_output")
+ONLY_TENSORS = ("stream",)  # the servicer looks there to tell which RPC can answer
 WANTS = ("return_log_probs", "return_num_input_tokens", "return_num_output_tokens")
 
 
@@ -228,7 +229,8 @@ def _fallback(parameters: Mapping[str, object]) -> dict[str, list[Any]]:
     Raises:
         ServiceError: INVALID_ARGUMENT for one that is no input of ours.
     """
-    datatypes = {"max_tokens": "INT32"} | {name: datatype for name, (datatype, _) in SERVED.items()}
+    served = {name: datatype for name, (datatype, _) in SERVED.items() if name not in ONLY_TENSORS}
+    datatypes = {"max_tokens": "INT32"} | served
     read = {}
     for name, value in parameters.items():
         if name in NOT_INPUTS:

@@ -234,6 +234,21 @@ async def test_a_stalled_stream_can_still_be_cancelled() -> None:
         await asyncio.wait_for(slow.stopped.wait(), 10)
 
 
+async def test_a_client_that_asks_for_too_much_at_once_waits_its_turn(
+    llm: Running, host: FakeHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.grpc.kserve.stream.MAX_REQUESTS", 2)
+    gates = gated(host, "A", "B", "C")
+    call = llm.stub.ModelStreamInfer(iter_requests(*(vllm(prompt, id=prompt, max_tokens=1) for prompt in gates)))
+    await host.until(lambda: host.running == 2)
+    for _ in range(20):  # time enough to take the third, if it were to
+        await llm.stub.ServerLive(pb.ServerLiveRequest())
+    assert host.running == 2
+    for gate in gates.values():
+        gate.allow()
+    assert {message.infer_response.id async for message in call} == {"A", "B", "C"}
+
+
 # -- phases ------------------------------------------------------------------------------------------------------------
 
 
