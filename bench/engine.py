@@ -76,7 +76,8 @@ def main(
         if transformers:
             theirs = msgspec.structs.replace(turn, dtype=transformers_dtype)
             reports.append(_measure("transformers", theirs, timeout, PeerReport))
-    result = Comparison(started_at=started_at, machine=machine, bandwidth=bandwidth, job=job, reports=reports)
+    shown = msgspec.structs.replace(job, model=Path(job.model).name)  # where it lies is nobody's business
+    result = Comparison(started_at=started_at, machine=machine, bandwidth=bandwidth, job=shown, reports=reports)
     if json is not None:
         json.parent.mkdir(parents=True, exist_ok=True)
         json.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -23,7 +23,7 @@ from service.text.stop import StopMatcher
 from service.text.tokenizer import TextModel
 
 MAX_COMPLETIONS = 32  # of one request; each takes a place in the batch
-INLINE_CHARACTERS = 4096  # encoded within a millisecond; longer texts go to a thread
+INLINE_CHARACTERS = 4096  # encoded within a few milliseconds; longer texts go to a thread
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +99,8 @@ class Generator:
     def __init__(self, engine: Engine, text: TextModel) -> None:
         self._engine = engine
         self._text = text
+        tokenizer = text.tokenizer
+        self._longest_token = max(len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size))
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent]:
         """Yield one Started, Deltas, and one Finished per index. Closing the iterator early cancels the request.
@@ -125,27 +127,35 @@ class Generator:
             raise from_engine(error) from error
 
     async def encode(self, prompt: str | list[int] | Conversation, *, add_bos: bool = True) -> list[int]:
-        """Token ids of a prompt. Long ones are encoded in a thread: the event loop serves everybody.
+        """Token ids of a prompt. Long texts are encoded in a thread: the event loop serves everybody. So are
+        conversations, because the time that a template takes is not in their length alone.
 
         Raises:
-            ServiceError: INVALID_ARGUMENT.
+            ServiceError: INVALID_ARGUMENT; at once for a text that cannot fit into the context, however it is cut.
         """
         if isinstance(prompt, list):
             return prompt
+        encode: Callable[[], list[int]]
+        in_thread = True
         if isinstance(prompt, Conversation):
             if (chat := self._text.chat) is None:
                 raise invalid("chat", "this model has no chat template; send a prompt")
-            size = sum(len(message.content) for message in prompt.messages)
-            return await asyncio.to_thread(chat.encode, prompt) if size > INLINE_CHARACTERS else chat.encode(prompt)
-        encode = functools.partial(self._text.tokenizer.encode, prompt, add_bos=add_bos)
-        return await asyncio.to_thread(encode) if len(prompt) > INLINE_CHARACTERS else encode()
+            field, size, encode = "messages", _size(prompt), functools.partial(chat.encode, prompt)
+        else:
+            field, size, in_thread = "prompt", len(prompt), len(prompt) > INLINE_CHARACTERS
+            encode = functools.partial(self._text.tokenizer.encode, prompt, add_bos=add_bos)
+        context = self._engine.info.max_model_len
+        limit = context * self._longest_token
+        _check(size <= limit, field, f"{size} characters", f"cannot fit into the context of {context} tokens")
+        return await asyncio.to_thread(encode) if in_thread else encode()
 
     def _engine_request(self, index: int, request: GenerationRequest, prompt: list[int]) -> Request:
         sampling, info = request.sampling, self._engine.info
         if sampling.seed is not None and index:
             sampling = replace(sampling, seed=(sampling.seed + index) % 2**64)
         if not sampling.ignore_eos:
-            stop_ids = dict.fromkeys((*sampling.stop_token_ids, *self._text.stop_ids))
+            eos = self._text.tokenizer.eos_id  # a checkpoint may name it nowhere else
+            stop_ids = dict.fromkeys((*sampling.stop_token_ids, *self._text.stop_ids, *(() if eos is None else (eos,))))
             sampling = replace(sampling, stop_token_ids=tuple(stop_ids))
         if request.until_context:
             room = min(info.max_model_len, info.kv_pages * info.page_size + 1) - len(prompt)
@@ -164,7 +174,7 @@ class Generator:
         async with aclosing(events):
             async for event in events:
                 if decoder is None:
-                    decoder = StreamDecoder(self._text.tokenizer, prompt)
+                    decoder = StreamDecoder(self._text.tokenizer, self._with_text(prompt[-1:]))
                     first_token = time.monotonic() - began
                     queued = event.timings.queued if event.timings else 0.0
                     yield Started(
@@ -174,7 +184,7 @@ class Generator:
                         queue_seconds=queued,
                     )
                 ended = event.finish_reason is not None
-                text, ids = _advance(decoder, stop, event.token_ids, last=ended)
+                text, ids = self._advance(decoder, stop, event.token_ids, last=ended)
                 tokens += len(ids)
                 if text or ids:
                     yield Delta(index=index, text=text, token_ids=ids, logprobs=(event.logprobs or [])[: len(ids)])
@@ -195,17 +205,29 @@ class Generator:
                     )
                     return
 
+    def _advance(
+        self, decoder: StreamDecoder, stop: StopMatcher, ids: list[int], *, last: bool
+    ) -> tuple[str, list[int]]:
+        """Text of the next tokens, and those of them that the completion keeps: none after a stop string."""
+        pieces = []
+        for count, token in enumerate(ids, start=1):
+            pieces.append(stop.push(decoder.push(self._with_text([token]))))
+            if stop.matched is not None:
+                return "".join(pieces), ids[:count]
+        if last:
+            pieces += [stop.push(decoder.flush()), stop.flush()]
+        return "".join(pieces), ids
 
-def _advance(decoder: StreamDecoder, stop: StopMatcher, ids: list[int], *, last: bool) -> tuple[str, list[int]]:
-    """Text of the next tokens, and those of them that the completion keeps: none after a stop string."""
-    pieces = []
-    for count, token in enumerate(ids, start=1):
-        pieces.append(stop.push(decoder.push([token])))
-        if stop.matched is not None:
-            return "".join(pieces), ids[:count]
-    if last:
-        pieces += [stop.push(decoder.flush()), stop.flush()]
-    return "".join(pieces), ids
+    def _with_text(self, ids: list[int]) -> list[int]:
+        """Without ids that pad the embedding matrix to a round size: the tokenizer does not know them."""
+        return [token for token in ids if token < self._text.tokenizer.vocab_size]
+
+
+def _size(conversation: Conversation) -> int:
+    """Characters of text that the prompt will have at least."""
+    messages, tools = conversation.messages, conversation.tools
+    calls = sum(len(call.arguments) for message in messages for call in message.tool_calls)
+    return sum(len(message.content) for message in messages) + calls + sum(len(tool.description) for tool in tools)
 
 
 def _asked_for(token: int | None, request: GenerationRequest) -> int | None:

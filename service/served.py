@@ -19,6 +19,7 @@ from service.text.chat import Conversation
 from service.text.tokenizer import TextModel
 
 LIVE_SECONDS = 30.0  # without a heart beat; a step of the largest prefill on a slow CPU takes less
+LOADING_SECONDS = 180.0  # without progress; compiling kernels or reading one large tensor over a network takes less
 
 
 class ServedModel:
@@ -78,7 +79,7 @@ class ServedModel:
         if self._status.phase is Phase.FAILED:
             return False
         if self._engine is None:
-            return time.monotonic() - self._last_progress < LIVE_SECONDS
+            return time.monotonic() - self._last_progress < LOADING_SECONDS
         return self._engine.failure is None and self._engine.heartbeat_age < LIVE_SECONDS
 
     @property
@@ -126,14 +127,18 @@ class ServedModel:
         return await self._generator.encode(prompt, add_bos=add_bos)
 
     def detokenize(self, token_ids: Sequence[int]) -> str:
-        tokenizer = self._loaded().tokenizer
+        tokenizer, limit = self._loaded().tokenizer, self.info.max_model_len
+        if len(token_ids) > limit:
+            raise invalid("token_ids", f"{len(token_ids)} tokens must be at most the context of {limit}")
         for index, token in enumerate(token_ids):
             if not 0 <= token < tokenizer.vocab_size:
                 raise invalid(f"token_ids[{index}]", f"{token} must be between 0 and {tokenizer.vocab_size - 1}")
         return tokenizer.decode(token_ids)
 
     def token_bytes(self, token_id: int) -> bytes:
-        return self._loaded().tokenizer.token_bytes(token_id)
+        """See `service.host.Host.token_bytes`. Ids that pad the embedding matrix have none."""
+        tokenizer = self._loaded().tokenizer
+        return tokenizer.token_bytes(token_id) if token_id < tokenizer.vocab_size else b""
 
     def _loaded(self) -> TextModel:
         if self._text is None:

@@ -9,16 +9,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from engine import Engine, EngineConfig, EngineError
+from engine import Engine, EngineConfig, EngineError, LoadProgress
 from engine.remote import RemoteEngine
 from service.grpc.server import GrpcServer
 from service.served import ServedModel
 from service.text.load import load_text
+from service.text.tokenizer import TextModel
 
 log = logging.getLogger(__name__)
 
@@ -43,15 +45,28 @@ class ServerConfig:
     drain_timeout: float = 30.0
 
 
+StartEngine = Callable[[EngineConfig, LoadProgress], Coroutine[Any, Any, Engine]]
 ReadyCallback = Callable[[str], Awaitable[None]]
 """Awaited once when the model is ready, with the address that the port is bound to."""
 
 
 class Server:
-    """One run of one server, in the running event loop."""
+    """One run of one server, in the running event loop.
 
-    def __init__(self, config: ServerConfig) -> None:
+    Args:
+        start_engine: makes the engine; `engine.local.LocalEngine.start` serves programs that embed a server.
+        load_text: reads the text side; runs in a thread.
+    """
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        start_engine: StartEngine = RemoteEngine.start,
+        load_text: Callable[[Path], TextModel] = load_text,
+    ) -> None:
         self._config = config
+        self._start_engine = start_engine
+        self._load_text = load_text
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
         self.model = ServedModel(config.model_name, config.model_aliases)
@@ -87,35 +102,39 @@ class Server:
             raise
         finally:
             await grpc_server.stop(0)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
 
     async def _load(self) -> Engine:
         """Text side and engine at the same time; both or neither."""
         path = Path(self._config.engine.model_path)
-        text_task = asyncio.create_task(asyncio.to_thread(load_text, path))
+        starting = asyncio.create_task(self._start_engine(self._config.engine, self.model.loading))
+        reading = asyncio.create_task(asyncio.to_thread(self._load_text, path))
         try:
-            engine = await RemoteEngine.start(self._config.engine, self.model.loading)
-        except BaseException:
-            text_task.cancel()
+            engine, text = await asyncio.gather(starting, reading)
+            self.model.ready(engine, text)
+        except BaseException:  # of the first to fail; minutes of loading weights are not waited for
+            starting.cancel()
+            reading.cancel()
+            [half, _] = await asyncio.gather(starting, reading, return_exceptions=True)
+            if not isinstance(half, BaseException):
+                await half.close()
             raise
-        try:
-            text = await text_task
-        except BaseException:
-            await engine.close()
-            raise
-        self.model.ready(engine, text)
         return engine
 
     async def _unless_stopped(self, work: Awaitable[Engine]) -> Engine | None:
         """The result of `work`, or None, and `work` undone, if the server is told to stop first."""
         task, stop = asyncio.ensure_future(work), asyncio.ensure_future(self._stop.wait())
-        await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
-        stop.cancel()
-        if not task.done():
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
+        try:
+            await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+            log.info("stopped while loading")
             return None
-        return task.result()
+        finally:
+            stop.cancel()
+            task.cancel()
+            await asyncio.wait({task})
 
     async def _serve(
         self, engine: Engine, grpc_server: GrpcServer, address: str, on_ready: ReadyCallback | None
@@ -133,12 +152,12 @@ class Server:
                     greeting.result()
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._stop.wait(), ENGINE_CHECK_SECONDS)
-            return await self._drain(grpc_server)
+            return await self._drain(engine, grpc_server)
         finally:
             if greeting is not None and not greeting.done():
                 greeting.cancel()
 
-    async def _drain(self, grpc_server: GrpcServer) -> int:
+    async def _drain(self, engine: Engine, grpc_server: GrpcServer) -> int:
         """Accepted requests end, or are cancelled at the limit; nothing is accepted any more."""
         log.info("draining", extra={"in_flight": self.model.in_flight, "timeout": self._config.drain_timeout})
         self.model.draining()
@@ -149,7 +168,7 @@ class Server:
         idle.cancel()
         hurry.cancel()
         log.info("stopped", extra={"lost": self.model.in_flight})
-        return EXIT_DRAINED
+        return EXIT_DRAINED if engine.failure is None else EXIT_ENGINE_LOST
 
 
 async def _greet(on_ready: ReadyCallback, address: str) -> None:

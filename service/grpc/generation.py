@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -30,6 +31,8 @@ PHASES = {
     Phase.FAILED: pb.PHASE_FAILED,
 }
 LOAD_INTERVAL_SECONDS = (0.1, 60.0)
+MAX_REQUEST_ID = 256  # characters; it travels in headers and stands in logs
+INLINE_TOKENS = 4096  # turned into text within a millisecond; more go to a thread
 
 
 class GenerationServicer(rpc.GenerationServiceServicer):
@@ -40,11 +43,10 @@ class GenerationServicer(rpc.GenerationServiceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
         try:
+            request_id = _request_id(request, context)
+            context.set_trailing_metadata((("x-request-id", request_id),))
             self._check_model(request.model)
-            generation = to_generation(
-                request, request.request_id or metadata_value(context, "x-request-id") or secrets.token_hex(8)
-            )
-            context.set_trailing_metadata((("x-request-id", generation.request_id),))
+            generation = to_generation(request, request_id)
             async with aclosing(self._host.generate(generation)) as events:
                 async for event in events:
                     yield self._response(event)
@@ -54,7 +56,9 @@ class GenerationServicer(rpc.GenerationServiceServicer):
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         try:
             self._check_model(request.model)
-            prompt = _conversation(request.chat) if request.WhichOneof("input") == "chat" else request.text
+            if (given := request.WhichOneof("input")) is None:
+                raise invalid("input", "one of text and chat must be set")
+            prompt = _conversation(request.chat) if given == "chat" else request.text
             return pb.TokenizeResponse(token_ids=await self._host.tokenize(prompt, add_bos=request.add_special_tokens))
         except ServiceError as error:
             await abort(context, error)
@@ -62,7 +66,10 @@ class GenerationServicer(rpc.GenerationServiceServicer):
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
         try:
             self._check_model(request.model)
-            return pb.DetokenizeResponse(text=self._host.detokenize(request.token_ids))
+            ids = list(request.token_ids)
+            inline = len(ids) <= INLINE_TOKENS
+            text = self._host.detokenize(ids) if inline else await asyncio.to_thread(self._host.detokenize, ids)
+            return pb.DetokenizeResponse(text=text)
         except ServiceError as error:
             await abort(context, error)
 
@@ -187,6 +194,22 @@ def to_generation(request: pb.GenerateRequest, request_id: str) -> GenerationReq
         include_stop=sampling.include_stop,
         priority=request.priority,
     )
+
+
+def _request_id(request: pb.GenerateRequest, context: Context) -> str:
+    """The client's own, from the message or the metadata, or a new one.
+
+    Raises:
+        ServiceError: INVALID_ARGUMENT, it could not be sent back in a header.
+    """
+    given = request.request_id or metadata_value(context, "x-request-id")
+    if not given:
+        return secrets.token_hex(8)
+    if len(given) > MAX_REQUEST_ID:
+        raise invalid("request_id", f"{len(given)} characters must be at most {MAX_REQUEST_ID}")
+    if not (given.isascii() and given.isprintable()):
+        raise invalid("request_id", f"{given!r} must be printable ASCII")
+    return given
 
 
 def _prompt(request: pb.GenerateRequest) -> str | list[int] | Conversation:

@@ -19,7 +19,6 @@ from service.host import Host, Phase
 MAX_RECEIVE_BYTES = 128 * 2**20  # far above any prompt; Triton allows 2 GiB, which one client could fill memory with
 HEALTH_SECONDS = 1.0  # how late health may notice that the engine's heart has stopped
 OPTIONS = [
-    ("grpc.max_receive_message_length", MAX_RECEIVE_BYTES),
     ("grpc.max_send_message_length", -1),
     # Clients that ping every second are welcome; by default gRPC cuts them off after a few pings.
     ("grpc.http2.max_ping_strikes", 0),
@@ -34,11 +33,16 @@ LIVE, READY = "nemoserve.live", "nemoserve.ready"
 
 
 class GrpcServer:
-    """Start, stop, and the health of one port. Belongs to one event loop."""
+    """Start, stop, and the health of one port. Belongs to one event loop.
 
-    def __init__(self, host: Host) -> None:
+    Args:
+        max_receive_bytes: larger messages are refused with RESOURCE_EXHAUSTED before they are read.
+    """
+
+    def __init__(self, host: Host, max_receive_bytes: int = MAX_RECEIVE_BYTES) -> None:
         self._host = host
-        self._server = grpc.aio.server(interceptors=[Guard()], options=OPTIONS)
+        options = [*OPTIONS, ("grpc.max_receive_message_length", max_receive_bytes)]
+        self._server = grpc.aio.server(interceptors=[Guard()], options=options)
         self._health = health.aio.HealthServicer()
         self._health_task: asyncio.Task[None] | None = None
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(host), self._server)  # type: ignore[no-untyped-call,unused-ignore]

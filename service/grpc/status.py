@@ -8,6 +8,7 @@ import grpc
 
 from service.errors import Code, ServiceError
 
+MAX_DETAILS_BYTES = 2048  # escaped it may be three times as long, and clients take headers of 8 KiB in all
 Context = grpc.aio.ServicerContext[Any, Any]
 
 STATUS_CODES = {
@@ -34,8 +35,14 @@ def metadata_value(context: Context, key: str) -> str | None:
     return None
 
 
+def shortened(message: str) -> str:
+    """The message as it fits into a header, valid UTF-8: errors may quote what a client sent, whatever its size."""
+    data = message.encode("utf-8", "replace")
+    return data[:MAX_DETAILS_BYTES].decode("utf-8", "ignore") + ("…" if len(data) > MAX_DETAILS_BYTES else "")
+
+
 async def abort(context: Context, error: ServiceError) -> NoReturn:
     """End the RPC with the error's status, message and retry hint; trailing metadata set before stay."""
     kept = tuple(context.trailing_metadata() or ())
-    await context.abort(STATUS_CODES[error.code], error.message, (*kept, *trailing_metadata(error)))
+    await context.abort(STATUS_CODES[error.code], shortened(error.message), (*kept, *trailing_metadata(error)))
     raise AssertionError("abort always raises")  # its type does not say so
