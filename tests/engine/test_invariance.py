@@ -1,0 +1,170 @@
+"""The strongest promise of the engine: a request's tokens depend on the request alone.
+
+Real models in float32; the same requests under every way of scheduling them: alone or in a crowd, whole or in chunks,
+in any order of arrival, on large or small pages, pre-empted or not, in this process or another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from engine.config import EngineConfig
+from engine.core import EngineCore
+from engine.face import Engine
+from engine.local import LocalEngine
+from engine.remote import RemoteEngine
+from engine.request import FinishReason, Request, SamplingParams
+from engine.runner import Runner, load_runner
+from tests.tiny_models import write_hf
+
+STYLES = (
+    SamplingParams(temperature=0),
+    SamplingParams(temperature=0, repetition_penalty=1.3, logprobs=2),
+    SamplingParams(temperature=1.0, seed=11),
+    SamplingParams(temperature=0.8, seed=12, top_p=0.9, top_k=40),
+    SamplingParams(temperature=1.2, seed=13, min_p=0.05, presence_penalty=0.5, frequency_penalty=0.2),
+)
+
+
+def some_requests(vocab_size: int, count: int, longest: int, new_tokens: int, seed: int = 0) -> list[Request]:
+    """Prompts of 1 to `longest` random tokens, in all STYLES."""
+    generator = random.Random(seed)
+    return [
+        Request(
+            request_id=str(index),
+            prompt_token_ids=[generator.randrange(3, vocab_size) for _ in range(generator.randint(1, longest))],
+            sampling=replace(STYLES[index % len(STYLES)], max_tokens=generator.randint(2, new_tokens), ignore_eos=True),
+        )
+        for index in range(count)
+    ]
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of scheduling. `gap` steps pass between arrivals; `pages` None = as many as are needed."""
+
+    batch: int = 4
+    budget: int = 512
+    page_size: int = 16
+    pages: int | None = None
+    gap: int = 0
+    backwards: bool = False
+    preempts: bool = False
+
+
+WAYS = {
+    "alone": Way(batch=1),
+    "in a crowd": Way(batch=8),
+    "in chunks of up to 5": Way(batch=4, budget=5),
+    "one token at a time": Way(batch=1, budget=1),
+    "arriving late": Way(batch=8, gap=2),
+    "arriving backwards": Way(batch=3, gap=1, backwards=True),
+    "pages of 1": Way(page_size=1),
+    "pages of 7": Way(batch=8, page_size=7),
+    "pages of 64": Way(batch=8, page_size=64),
+    "pre-empted": Way(batch=8, page_size=4, pages=24, preempts=True),
+    "pre-empted in chunks": Way(batch=8, budget=9, page_size=2, pages=44, gap=1, preempts=True),
+}
+
+
+def tokens_of(runner: Runner, config: EngineConfig, requests: list[Request], way: Way) -> dict[str, list[int]]:
+    """Run the requests to their ends, step by step; every one must end by its max_tokens."""
+    core = EngineCore(runner, config, clock=lambda: 0.0)
+    arrivals = list(reversed(requests)) if way.backwards else list(requests)
+    tokens: dict[str, list[int]] = {request.request_id: [] for request in requests}
+    ended = 0
+    step = 0
+    while ended < len(requests):
+        while arrivals and step >= way.gap * (len(requests) - len(arrivals)):
+            core.add(arrivals.pop(0))
+        for event in core.step():
+            tokens[event.request_id] += event.token_ids
+            if event.finish_reason is not None:
+                assert event.finish_reason is FinishReason.LENGTH
+                ended += 1
+        step += 1
+    stats = core.stats()
+    assert (stats.kv_pages_used, stats.running, stats.queued) == (0, 0, 0)
+    assert (stats.preemptions > 0) == way.preempts
+    return tokens
+
+
+def config_for(path: Path, way: Way, kv_bytes_per_token: int, max_model_len: int) -> EngineConfig:
+    pages = way.pages or way.batch * -(-max_model_len // way.page_size)
+    return EngineConfig(
+        model_path=str(path),
+        dtype="float32",
+        max_model_len=min(max_model_len, pages * way.page_size),
+        max_batch_size=way.batch,
+        max_batch_tokens=way.budget,
+        page_size=way.page_size,
+        kv_memory_bytes=pages * way.page_size * kv_bytes_per_token,
+        threads=1,
+    )
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_hf(tmp_path_factory.mktemp("tiny"), seed=8)
+
+
+TINY_KV_BYTES = 2 * 2 * 2 * 16 * 4  # keys and values, layers, kv heads, head_dim, float32
+TINY_REQUESTS = some_requests(vocab_size=160, count=14, longest=40, new_tokens=24)
+
+
+def run_tiny(path: Path, way: Way) -> dict[str, list[int]]:
+    config = config_for(path, way, TINY_KV_BYTES, max_model_len=80)
+    return tokens_of(load_runner(config, lambda phase, fraction: None), config, TINY_REQUESTS, way)
+
+
+@pytest.fixture(scope="module")
+def expected(tiny: Path) -> dict[str, list[int]]:
+    tokens = run_tiny(tiny, Way())
+    assert len({tuple(each) for each in tokens.values()}) == len(tokens)  # the model is not stuck on one token
+    return tokens
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
+def test_tokens_of_a_random_model_do_not_depend_on_scheduling(
+    tiny: Path, expected: dict[str, list[int]], way: Way
+) -> None:
+    assert run_tiny(tiny, way) == expected
+
+
+@pytest.mark.parametrize("kind", [LocalEngine, RemoteEngine])
+async def test_tokens_do_not_depend_on_the_process(
+    tiny: Path, expected: dict[str, list[int]], kind: type[LocalEngine] | type[RemoteEngine]
+) -> None:
+    config = config_for(tiny, Way(batch=5, budget=16), TINY_KV_BYTES, max_model_len=80)
+    engine: Engine = await kind.start(config)
+
+    async def collect(request: Request) -> list[int]:
+        return [token async for event in engine.generate(request) for token in event.token_ids]
+
+    try:
+        found = await asyncio.gather(*(collect(request) for request in TINY_REQUESTS))
+    finally:
+        await engine.close()
+    assert dict(zip(expected, found, strict=True)) == expected
+
+
+SMOLLM2_WAYS = {
+    "in a crowd": Way(batch=6, page_size=64),
+    "in chunks, arriving late": Way(batch=4, budget=24, gap=2),
+    "pre-empted": Way(batch=6, page_size=8, pages=30, preempts=True),
+}
+
+
+def test_tokens_of_the_embedded_model_do_not_depend_on_scheduling(smollm2_path: Path) -> None:
+    requests = some_requests(vocab_size=49152, count=6, longest=90, new_tokens=40, seed=1)
+    found = {}
+    for name, way in {"alone": Way(batch=1), **SMOLLM2_WAYS}.items():
+        config = config_for(smollm2_path, way, 2 * 23_040, max_model_len=160)
+        found[name] = tokens_of(load_runner(config, lambda phase, fraction: None), config, requests, way)
+    assert all(tokens == found["alone"] for tokens in found.values()), found
