@@ -82,9 +82,16 @@ class Server:
             CheckpointError, EngineConfigError: the model cannot be loaded.
             OSError: the port cannot be opened.
         """
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        loop, signals = asyncio.get_running_loop(), (signal.SIGTERM, signal.SIGINT)
+        for number in signals:
             loop.add_signal_handler(number, self.stop)
+        try:
+            return await self._run(on_ready)
+        finally:
+            for number in signals:
+                loop.remove_signal_handler(number)
+
+    async def _run(self, on_ready: ReadyCallback | None) -> int:
         grpc_server = GrpcServer(self.model)
         host = self._config.grpc_address.rpartition(":")[0]
         address = f"{host}:{await grpc_server.start(self._config.grpc_address)}"
@@ -102,8 +109,6 @@ class Server:
             raise
         finally:
             await grpc_server.stop(0)
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.remove_signal_handler(number)
 
     async def _load(self) -> Engine:
         """Text side and engine at the same time; both or neither."""
@@ -134,7 +139,7 @@ class Server:
         finally:
             stop.cancel()
             task.cancel()
-            await asyncio.wait({task})
+            await asyncio.gather(task, return_exceptions=True)
 
     async def _serve(
         self, engine: Engine, grpc_server: GrpcServer, address: str, on_ready: ReadyCallback | None

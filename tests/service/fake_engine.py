@@ -1,0 +1,183 @@
+"""An engine without a model, progress that a test holds in its hand, and a small but real text side for it.
+
+The vocabulary is 256 bytes and four more ids: `<s>`, `</s>`, `<|end|>`, and one that only the engine has (checkpoints
+pad their embedding matrix to a round size). So a prompt is its UTF-8 bytes, and an answer is any list of ids.
+
+    engine = FakeEngine(b"Hello")              # every request gets these tokens, one per event
+    engine.gate = Gate()                       # … and each token waits for gate.allow()
+    await engine.until(lambda: engine.cancelled == ["id"])
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+
+from engine import (
+    EngineDeadError,
+    EngineInfo,
+    EngineStats,
+    FinishReason,
+    Request,
+    SamplingParams,
+    Timings,
+    TokenEvent,
+    TokenLogprob,
+)
+from engine.request import validate_request
+from service.text.bpe import BpeTokenizer
+from service.text.template import TemplateChat
+from service.text.tokenizer import TextModel
+from tests.service.fakes import Gate
+
+BOS, EOS, END, PADDING = 256, 257, 258, 259
+INFO = EngineInfo(
+    vocab_size=260,
+    max_model_len=128,
+    max_batch_size=8,
+    max_batch_tokens=64,
+    page_size=16,
+    kv_pages=64,
+    dtype="float32",
+    device="cpu",
+    architecture="FakeForCausalLM",
+    num_parameters=1234,
+    weight_bytes=5678,
+    load_seconds=0.5,
+)
+TEMPLATE = (
+    "{% if tools %}{{ tools[0].function.name }}{% endif %}"
+    "{% for m in messages %}<s>{{ m.role }}:{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant:{% endif %}"
+)
+
+
+def toy_text(*, adds_bos: bool = True, chat: bool = True) -> TextModel:
+    """The text side: one token per byte, and a chat format with control tokens."""
+    controls = {"<s>": BOS, "</s>": EOS, "<|end|>": END}
+    tokenizer = BpeTokenizer(
+        tokens={value: bytes([value]) for value in range(256)},
+        order=range(256),
+        controls=controls,
+        pattern=r"(?s).",
+        bos_id=BOS if adds_bos else None,
+        eos_id=EOS,
+    )
+    template = TemplateChat(TEMPLATE, controls=controls, encode=tokenizer.encode, variables={})
+    return TextModel(tokenizer, template if chat else None, stop_ids=(END,))
+
+
+class FakeEngine:
+    """See `engine.face.Engine`.
+
+    Args:
+        output: ids that every request is answered with; a request that wants more gets them again from the start.
+
+    Attributes:
+        gate: each token waits for it, if there is one.
+        fails_after: requests end with FinishReason.ERROR after so many tokens.
+        requests, produced, cancelled, ended: what happened, for tests to look at.
+    """
+
+    def __init__(self, output: Sequence[int] = b"abc", info: EngineInfo = INFO) -> None:
+        self.info = info
+        self.output = list(output)
+        self.gate: Gate | None = None
+        self.fails_after: int | None = None
+        self.heartbeat_age = 0.0
+        self.stats = EngineStats(max_batch_size=info.max_batch_size, kv_pages_total=info.kv_pages)
+        self.failure: str | None = None
+        self.closed = False
+        self.requests: list[Request] = []
+        self.produced = 0
+        self.cancelled: list[str] = []
+        self.ended: list[str] = []
+        self._died = asyncio.Event()
+        self._changed = asyncio.Condition()
+
+    async def until(self, condition: Callable[[], bool], seconds: float = 10.0) -> None:
+        """Wait until `condition` holds; it is looked at whenever a request begins, gets a token or ends."""
+        async with asyncio.timeout(seconds), self._changed:
+            await self._changed.wait_for(condition)
+
+    def die(self, reason: str = "killed by signal 9") -> None:
+        self.failure = reason
+        self._died.set()
+
+    async def close(self) -> None:
+        self.closed = True
+        self.die("the engine was closed")
+
+    async def generate(self, request: Request) -> AsyncGenerator[TokenEvent]:
+        if self.failure is not None:
+            raise EngineDeadError(self.failure)
+        validate_request(request, self.info)
+        self.requests.append(request)
+        await self._notify()
+        ended = False
+        try:
+            async for event in self._events(request):
+                ended = event.finish_reason is not None
+                yield event
+        finally:
+            (self.ended if ended else self.cancelled).append(request.request_id)
+            await asyncio.shield(self._notify())
+
+    async def _events(self, request: Request) -> AsyncGenerator[TokenEvent]:
+        sampling, prompt = request.sampling, len(request.prompt_token_ids)
+        most = min(sampling.max_tokens, self.info.max_model_len - prompt)
+        for count in range(most):
+            await self._step()
+            token = self.output[count % len(self.output)]
+            timings = Timings(queued=0.25, first_token=0.5, finished=1.0 + count) if count in (0, most - 1) else None
+            end: FinishReason | None = None
+            if token in sampling.stop_token_ids or self.fails_after == count:
+                end = FinishReason.STOP if token in sampling.stop_token_ids else FinishReason.ERROR
+                yield TokenEvent(
+                    request_id=request.request_id,
+                    finish_reason=end,
+                    stop_token_id=token if end is FinishReason.STOP else None,
+                    error=None if end is FinishReason.STOP else "the logits are not numbers",
+                    prompt_tokens=prompt,
+                    timings=timings,
+                )
+                return
+            self.produced += 1
+            await self._notify()
+            yield TokenEvent(
+                request_id=request.request_id,
+                token_ids=[token],
+                logprobs=_logprobs(token, sampling),
+                finish_reason=FinishReason.LENGTH if count == most - 1 else None,
+                prompt_tokens=prompt,
+                cached_tokens=1,
+                timings=timings,
+            )
+
+    async def _step(self) -> None:
+        """Wait for the gate, or for the engine's death.
+
+        Raises:
+            EngineDeadError: it came first.
+        """
+        if self.gate is not None:
+            gate, death = asyncio.ensure_future(self.gate.pass_one()), asyncio.ensure_future(self._died.wait())
+            try:
+                await asyncio.wait({gate, death}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                gate.cancel()
+                death.cancel()
+        if self.failure is not None:
+            raise EngineDeadError(self.failure)
+
+    async def _notify(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+
+def _logprobs(token: int, sampling: SamplingParams) -> list[TokenLogprob] | None:
+    """Token t has logprob -t / 100; beside it in `top` the next id at one less."""
+    if sampling.logprobs is None:
+        return None
+    top = [(token, -token / 100), (token + 1, -token / 100 - 1)][: sampling.logprobs]
+    return [TokenLogprob(token, -token / 100, 1, top)]

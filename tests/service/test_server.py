@@ -1,0 +1,269 @@
+"""A server's life over a fake engine: the real port and signals' own entry, without a process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from nemoserve.v1 import generation_pb2 as pb
+from nemoserve.v1 import generation_pb2_grpc as rpc
+
+from engine import CheckpointError, EngineConfig, LoadProgress
+from service.host import Phase
+from service.served import LIVE_SECONDS, LOADING_SECONDS, ServedModel
+from service.server import Server, ServerConfig
+from service.text.tokenizer import TextModel
+from tests.service.fake_engine import FakeEngine, toy_text
+from tests.service.fakes import Gate
+
+
+@dataclass
+class Life:
+    """A running server, where it listens, and its end."""
+
+    server: Server
+    engine: FakeEngine
+    address: str
+    end: asyncio.Task[int]
+    channel: grpc.aio.Channel = field(init=False)
+
+    @property
+    def typed(self) -> Any:
+        return rpc.GenerationServiceStub(self.channel)
+
+    def ask(self) -> Any:
+        request = pb.GenerateRequest(prompt="Hi", sampling=pb.SamplingParameters(max_tokens=3))
+        return self.typed.Generate(request, timeout=10)
+
+    async def accepted(self) -> Any:
+        """A call whose first token has arrived and whose others wait for the gate."""
+        self.engine.gate = Gate()
+        self.engine.gate.allow()
+        call = self.ask()
+        assert (await anext(aiter(call))).HasField("started")
+        return call
+
+
+def config(tmp_path: Path, **changes: Any) -> ServerConfig:
+    engine = EngineConfig(model_path=str(tmp_path / "model.gguf"))
+    return ServerConfig(**{"engine": engine, "model_name": "toy", "grpc_address": "127.0.0.1:0"} | changes)
+
+
+@asynccontextmanager
+async def living(settings: ServerConfig) -> AsyncIterator[Life]:
+    """A server that is ready."""
+    engine = FakeEngine(b"abc")
+
+    async def start_engine(config: EngineConfig, progress: LoadProgress) -> FakeEngine:
+        progress("read weights", 1.0)
+        return engine
+
+    ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    async def on_ready(address: str) -> None:
+        ready.set_result(address)
+
+    server = Server(settings, start_engine, lambda path: toy_text())
+    end = asyncio.create_task(server.run(on_ready))
+    life = Life(server, engine, await asyncio.wait_for(ready, 10), end)
+    try:
+        async with grpc.aio.insecure_channel(life.address) as life.channel:
+            yield life
+    finally:
+        end.cancel()
+        await asyncio.gather(end, return_exceptions=True)
+        assert engine.closed
+
+
+async def health(channel: grpc.aio.Channel, service: str) -> bool:
+    request = health_pb2.HealthCheckRequest(service=service)
+    answer = await health_pb2_grpc.HealthStub(channel).Check(request, timeout=10)
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+async def test_a_server_answers_and_ends_with_0_when_told_to_stop(tmp_path: Path) -> None:
+    async with living(config(tmp_path)) as life:
+        assert "".join([response.delta.text async for response in life.ask()]) == "abc"
+        life.server.stop()
+        assert await asyncio.wait_for(life.end, 10) == 0
+
+
+async def test_draining_finishes_what_was_accepted_and_refuses_the_rest(tmp_path: Path) -> None:
+    async with living(config(tmp_path)) as life:
+        call = await life.accepted()
+        watch = life.typed.WatchLoad(pb.WatchLoadRequest(interval_seconds=60))  # never ends by itself
+        assert (await watch.read()).load.phase == pb.PHASE_READY
+        life.server.stop()
+        assert (await watch.read()).load.phase == pb.PHASE_DRAINING
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await anext(aiter(life.ask()))
+        assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
+        assert not await health(life.channel, "nemoserve.ready")
+        assert await health(life.channel, "nemoserve.live")
+        assert life.engine.gate is not None
+        life.engine.gate.allow(3)
+        rest = [response async for response in call]
+        assert rest[-1].finished.usage.completion_tokens == 3
+        assert await asyncio.wait_for(life.end, 10) == 0
+
+
+@pytest.mark.parametrize("how", ["drain limit", "second signal"])
+async def test_draining_ends_at_its_limit_or_at_a_second_signal(tmp_path: Path, how: str) -> None:
+    async with living(config(tmp_path, drain_timeout=0.2 if how == "drain limit" else 60.0)) as life:
+        call = await life.accepted()
+        life.server.stop()
+        if how == "second signal":
+            life.server.stop()
+        with pytest.raises(grpc.aio.AioRpcError) as lost:
+            [_ async for _ in call]
+        assert lost.value.code() == grpc.StatusCode.UNAVAILABLE
+        assert await asyncio.wait_for(life.end, 10) == 0
+        assert len(life.engine.cancelled) == 1
+
+
+@pytest.mark.parametrize("draining", [False, True])
+async def test_a_lost_engine_fails_its_requests_at_once_and_ends_the_server_with_70(
+    tmp_path: Path, draining: bool
+) -> None:
+    async with living(config(tmp_path)) as life:
+        call = await life.accepted()
+        if draining:
+            life.server.stop()
+        life.engine.die()
+        with pytest.raises(grpc.aio.AioRpcError) as lost:
+            [_ async for _ in call]
+        assert lost.value.code() == grpc.StatusCode.UNAVAILABLE
+        assert await asyncio.wait_for(life.end, 10) == 70
+
+
+# -- loading ---------------------------------------------------------------------------------------------------------
+
+
+class Loading:
+    """An engine that loads for ever, and what became of it."""
+
+    def __init__(self) -> None:
+        self.began = asyncio.Event()
+        self.undone = False
+
+    async def __call__(self, config: EngineConfig, progress: LoadProgress) -> FakeEngine:
+        progress("read weights", 0.25)
+        self.began.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.undone = True
+        raise AssertionError("nothing sets the event")
+
+
+def fail_to_read(path: Path) -> TextModel:
+    raise CheckpointError(f"{path}: no tokenizer in it")
+
+
+async def test_the_port_is_open_and_says_loading_while_the_model_loads(tmp_path: Path) -> None:
+    probe = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0)
+    port = probe.sockets[0].getsockname()[1]
+    probe.close()
+    await probe.wait_closed()
+    loading = Loading()
+    server = Server(config(tmp_path, grpc_address=f"127.0.0.1:{port}"), loading, lambda path: toy_text())
+    end = asyncio.create_task(server.run())
+    await asyncio.wait_for(loading.began.wait(), 10)
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        stub: Any = rpc.GenerationServiceStub(channel)
+        load = (await stub.GetLoad(pb.GetLoadRequest(), timeout=10)).load
+        assert (load.phase, load.progress) == (pb.PHASE_LOADING, 0.25)
+        assert [await health(channel, name) for name in ("", "nemoserve.ready", "nemoserve.live")] == [
+            False,
+            False,
+            True,
+        ]
+    server.stop()
+    assert await asyncio.wait_for(end, 10) == 0
+    assert loading.undone
+
+
+async def test_a_text_side_that_cannot_be_read_ends_the_loading_of_the_engine(tmp_path: Path) -> None:
+    loading = Loading()
+    server = Server(config(tmp_path), loading, fail_to_read)
+    with pytest.raises(CheckpointError, match="no tokenizer in it"):
+        await asyncio.wait_for(server.run(), 10)
+    assert loading.undone
+    assert server.model.status.phase is Phase.FAILED
+
+
+async def test_an_engine_that_had_started_is_closed_when_the_text_side_fails(tmp_path: Path) -> None:
+    engine, started = FakeEngine(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    async def start_engine(config: EngineConfig, progress: LoadProgress) -> FakeEngine:
+        started.set()
+        return engine
+
+    def fail_after_the_engine(path: Path) -> TextModel:
+        asyncio.run_coroutine_threadsafe(started.wait(), loop).result(10)
+        return fail_to_read(path)
+
+    with pytest.raises(CheckpointError):
+        await asyncio.wait_for(Server(config(tmp_path), start_engine, fail_after_the_engine).run(), 10)
+    assert engine.closed
+
+
+async def test_cancelling_the_server_undoes_the_loading(tmp_path: Path) -> None:
+    loading = Loading()
+    end = asyncio.create_task(Server(config(tmp_path), loading, lambda path: toy_text()).run())
+    await asyncio.wait_for(loading.began.wait(), 10)
+    end.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await end
+    assert loading.undone
+
+
+async def test_a_port_in_use_is_an_os_error_that_names_it(tmp_path: Path) -> None:
+    async with living(config(tmp_path)) as life:
+        with pytest.raises(OSError, match=life.address):
+            await Server(config(tmp_path, grpc_address=life.address), Loading(), lambda path: toy_text()).run()
+
+
+# -- the served model ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [LOADING_SECONDS, LIVE_SECONDS])
+async def test_live_turns_off_without_progress_or_heart_beat(limit: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr("service.served.time.monotonic", lambda: now)
+    model, engine = ServedModel("toy"), FakeEngine()
+
+    def loading(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    def beating(seconds: float) -> None:
+        engine.heartbeat_age += seconds
+
+    passes: Callable[[float], None] = loading
+    if limit == LIVE_SECONDS:
+        model.ready(engine, toy_text())
+        passes = beating
+    passes(limit - 1)
+    assert model.alive
+    passes(2)
+    assert not model.alive
+
+
+async def test_the_time_left_is_guessed_from_the_time_passed(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr("service.served.time.monotonic", lambda: now)
+    model = ServedModel("toy")
+    model.loading("read weights", 0.01)
+    assert model.status.eta_seconds is None
+    now += 30
+    model.loading("read weights", 0.25)
+    assert model.status.eta_seconds == pytest.approx(90)
