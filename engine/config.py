@@ -73,6 +73,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         model_path: a `.gguf` file, a `.safetensors` file, or a directory with config.json and safetensors.
         dtype: "auto", "bfloat16" or "float32"; compute and KV-cache dtype.
         device: "auto", "cpu" or "cuda".
+        precision: how weight matrices are kept: "auto" (as the file stores them), "bf16" (the compute dtype), "fp8"
+            (W8A8), "fp8-weight-only", "int8" or "int4".
+        kv_precision: "auto" (the compute dtype), "bf16" (the same) or "fp8" (a scale per token and head).
         max_model_len: longest prompt + completion in tokens; None = the least of the model's own limit, 131072 and what
             the KV cache holds.
         max_batch_size: sequences that run at the same time.
@@ -87,6 +90,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     model_path: str
     dtype: str = "auto"
     device: str = "auto"
+    precision: str = "auto"
+    kv_precision: str = "auto"
     max_model_len: int | None = None
     max_batch_size: int = 32  # beyond it two CPU cores gain nothing, and GPU owners set their own
     max_batch_tokens: int = 512  # about 4 decode steps of work on a CPU, so that a long prompt cannot freeze the others

@@ -14,12 +14,15 @@ from engine.checkpoint.hf import HFCheckpoint
 from engine.checkpoint.mistral import PARAMS, MistralCheckpoint
 from engine.config import ModelConfig
 from engine.errors import CheckpointError
+from engine.quant.matrix import Matrix
 
 __all__ = ["Checkpoint", "open_checkpoint"]
 
 
 class Checkpoint(Protocol):
     """An open checkpoint, completely checked but for the values of its tensors.
+
+    Names are those of Hugging Face's Llama; query and key rows are in rotate-half order whatever the file's order is.
 
     Attributes:
         num_parameters: numbers stored, a tied head counted once.
@@ -32,7 +35,12 @@ class Checkpoint(Protocol):
     def num_parameters(self) -> int: ...
 
     def read(self, name: str) -> Tensor:
-        """A tensor by its Hugging Face Llama name, rotate-half order; the file's float type, float32 if quantised."""
+        """A vector (norm, bias) or a whole matrix as floats; the file's float type, float32 if it is quantised."""
+
+    def matrix(self, name: str, start: int = 0, stop: int | None = None) -> Matrix:
+        """Rows start .. stop - 1 of a matrix as the file stores them. Only these rows are in memory afterwards, so that
+        a caller who goes slab by slab needs no more than a slab. Raises CheckpointError for weights that are not
+        finite."""
 
     def close(self) -> None: ...
 

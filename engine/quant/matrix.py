@@ -1,0 +1,92 @@
+"""What a file says about one weight matrix: its numbers as stored, and the scales that make them weights.
+
+Every reader of checkpoints normalises its dialect to one of these three forms; `make_linear` decides what is kept in
+memory. A form is data on the CPU and knows how to become floats, slowly: that is the reference of every format.
+
+    FloatMatrix    values                                             safetensors, GGUF F32 / F16 / BF16
+    Fp8Matrix      codes (e4m3) · scales            per row or per block      FP8 checkpoints of every publisher
+    GroupMatrix    codes (unsigned) · scales - mins per group of inputs       GGUF Q4_0 … Q6_K, Q8_0; int8 and int4 of ours
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class FloatMatrix:
+    """values: float32, float16 or bfloat16 [outputs, inputs]."""
+
+    values: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        outputs, inputs = self.values.shape
+        return outputs, inputs
+
+    def dequantise(self) -> Tensor:
+        """float32 [outputs, inputs]."""
+        return self.values.float()
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8Matrix:
+    """weight = codes * scales.
+
+    Attributes:
+        codes: float8_e4m3fn [outputs, inputs].
+        scales: float32 [outputs, ceil(inputs / block)], or [outputs, 1] where one scale serves a row. A reader repeats
+            the scale of a tensor, or of a block of rows, for each row: fusing matrices then loses nothing.
+        block: inputs that share a scale; None = all of a row.
+        input_scale: of static activation quantisation, x ≈ code * input_scale; None = dynamic, per token.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    block: int | None = None
+    input_scale: float | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        outputs, inputs = self.codes.shape
+        return outputs, inputs
+
+    def dequantise(self) -> Tensor:
+        """float32 [outputs, inputs]."""
+        if self.block is None:
+            return self.codes.float() * self.scales
+        return self.codes.float() * self.scales.repeat_interleave(self.block, 1)[:, : self.codes.shape[1]]
+
+
+@dataclass(frozen=True, slots=True)
+class GroupMatrix:
+    """weight[o, i] = codes[o, i] * scales[o, i // group] - mins[o, i // group].
+
+    Attributes:
+        codes: uint8 [outputs, inputs], each below 2 ** bits.
+        bits: 4, 5, 6 or 8.
+        group: inputs that share a scale; inputs is a multiple of it.
+        scales, mins: float32 [outputs, inputs / group]. Symmetric formats store q + zero, so mins = zero * scales.
+    """
+
+    codes: Tensor
+    bits: int
+    group: int
+    scales: Tensor
+    mins: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        outputs, inputs = self.codes.shape
+        return outputs, inputs
+
+    def dequantise(self) -> Tensor:
+        """float32 [outputs, inputs]."""
+        grouped = self.codes.view(len(self.codes), -1, self.group).float()
+        return torch.flatten(grouped * self.scales.unsqueeze(-1) - self.mins.unsqueeze(-1), 1)
+
+
+Matrix = FloatMatrix | Fp8Matrix | GroupMatrix
