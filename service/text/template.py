@@ -29,10 +29,12 @@ from service.errors import invalid
 from service.text.chat import Conversation, Message, Tool
 from service.text.check import check_conversation, parse_json
 from service.text.plain import require_utf8
-from service.text.sandbox import CompiledTemplate
+from service.text.sandbox import MAX_OUTPUT, TOO_DEEP, CompiledTemplate
 
 # U+2000 and U+2001 are white space to str.strip, and no template writes them. The letters show a change of case.
 _HEAD, _OPEN, _CLOSE, _TAIL = "\u2000", "\ue000", "\ue001", "\u2001"
+_MAX_JSON_ROUNDS = 3
+_MAX_GROWTH = 8  # texts shown twice, or JSON of text full of control characters
 _MARKER = re.compile(rf'({_HEAD}?){_OPEN}Mk(\d+)(\\*)"{_CLOSE}({_TAIL}?)')
 
 # Words of JSON schemas that templates look for by name. They pass unhidden: none can be part of a control token.
@@ -77,9 +79,10 @@ class TemplateChat:
         if _OPEN in source or _CLOSE in source:
             raise UnsupportedModelError("chat template: contains the private characters U+E000 or U+E001")
         self._template = CompiledTemplate(source)
-        self._controls = dict(controls)
-        names = sorted(self._controls, key=len, reverse=True)
-        self._control = re.compile("(" + "|".join(map(re.escape, names)) + ")") if names else None
+        self._controls = {name: token_id for name, token_id in controls.items() if name}
+        self._lengths = sorted({len(name) for name in self._controls}, reverse=True)
+        starts = "".join(sorted({name[0] for name in self._controls}))
+        self._start = re.compile(f"[{re.escape(starts)}]") if starts else re.compile(r"(?!)")
         self._encode = encode
         self._variables = dict(variables)
 
@@ -90,7 +93,7 @@ class TemplateChat:
             messages = [hidden.message(f"messages[{i}]", message) for i, message in enumerate(conversation.messages)]
             tools = [hidden.tool(f"tools[{i}]", tool) for i, tool in enumerate(conversation.tools)]
         except RecursionError:
-            raise invalid("messages", "JSON of a tool or a call is nested too deeply") from None
+            raise invalid("messages", TOO_DEEP) from None
         rendered = self._template.render(
             {
                 **self._variables,
@@ -109,17 +112,36 @@ class TemplateChat:
         ids: list[int] = []
         run: list[str] = []
         for text, own in pieces:
-            for part in self._control.split(text) if own and self._control else (text,):
-                if own and part in self._controls:
+            for part in self._split(text) if own else (text,):
+                if isinstance(part, int):
                     ids += self._plain(run)
-                    ids.append(self._controls[part])
+                    ids.append(part)
                     run = []
-                elif part:
+                else:
                     run.append(part)
         return ids + self._plain(run)
 
+    def _split(self, text: str) -> Iterator[str | int]:
+        """Plain parts of the template's own text, and ids of the control tokens between them; the longest name wins.
+
+        Not one regular expression of all names: Tekken has a thousand, and trying all of them at each "<" takes
+        minutes for a text of nothing else.
+        """
+        end = 0
+        for match in self._start.finditer(text):
+            if (at := match.start()) < end:
+                continue
+            for length in self._lengths:
+                if (token_id := self._controls.get(text[at : at + length])) is not None:
+                    yield text[end:at]
+                    yield token_id
+                    end = at + length
+                    break
+        yield text[end:]
+
     def _plain(self, run: list[str]) -> list[int]:
-        return self._encode("".join(run)) if run else []
+        text = "".join(run)
+        return self._encode(text) if text else []
 
 
 class _Hiding:
@@ -186,11 +208,14 @@ class _Hiding:
         # With a cut-off tail (continue_final_message) everything required still stands before the cut.
         pieces: list[tuple[str, bool]] = []
         seen: set[int] = set()
-        end = 0
+        end, room = 0, MAX_OUTPUT + _MAX_GROWTH * sum(len(hidden.text) for hidden in self._hidden)
         for match in _MARKER.finditer(rendered):
             head, number, slashes, tail = match.groups()
             pieces.append((rendered[end : match.start()], True))
-            pieces.append((_transformed(self._hidden[int(number)], head, tail, len(slashes)), False))
+            text = _transformed(self._hidden[int(number)], head, tail, len(slashes))
+            pieces.append((text, False))
+            if (room := room - len(text)) < 0:
+                raise invalid("messages", "the model's chat template repeats the texts of the conversation too often")
             seen.add(int(number))
             end = match.end()
         pieces.append((rendered[end:], True))
@@ -208,6 +233,8 @@ def _transformed(hidden: _Hidden, head: str, tail: str, slashes: int) -> str:
     text = hidden.text if head else hidden.text.lstrip()
     text = text if tail else text.rstrip()
     rounds = (slashes + 1).bit_length() - 1
+    if rounds > _MAX_JSON_ROUNDS:  # each may double the text
+        raise invalid(hidden.field, f"the model's chat template writes it as JSON {rounds} times over")
     for _ in range(rounds):
         text = json.dumps(text, ensure_ascii=False)[1:-1]
     return text

@@ -14,7 +14,7 @@ from engine import CheckpointError
 from service.errors import Code, ServiceError
 from service.text.bpe import BpeTokenizer
 from service.text.chat import Conversation, Message, Tool, ToolCall
-from service.text.sandbox import MAX_SECONDS, MAX_SOURCE
+from service.text.sandbox import MAX_SOURCE
 from service.text.template import TemplateChat
 from service.text.tokenizer import TextModel
 from tests.service.text.conversations import CONTROL_STRINGS, conversation, openai_messages, openai_tools, text
@@ -172,21 +172,32 @@ def test_white_space_around_content_is_kept_as_transformers_keeps_it(
         ("{{ messages[7].content.x }}", "messages", "refuses"),
         ("{{ messages.append(1) }}", "messages", "refuses"),
         ("{{ ''.__class__.__mro__ }}{{ messages[0].content }}", "messages", "refuses"),
-        ("{{ 'a' * 1000000000 }}", "messages", "repeats"),
-        ("{{ 9 ** 99999999 }}", "messages", "**"),
-        ("{% for a in range(90000) %}{{ 'a' * 90000 }}{% endfor %}", "messages", "output is longer"),
-        ("{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}", "messages", "seconds"),
+        ("{{ messages[0].content" + " | tojson" * 5 + " }}", "messages[0].content", "JSON 5 times over"),
     ],
 )
 def test_a_template_that_loses_text_or_misbehaves_is_an_error(
     tokenizer: BpeTokenizer, source: str, field: str, reason: str
 ) -> None:
-    start = time.thread_time()
     with pytest.raises(ServiceError) as caught:
         template(source, tokenizer).encode(Conversation(messages=(Message(role="user", content="hi"),)))
     assert (caught.value.code, caught.value.field) == (Code.INVALID_ARGUMENT, field)
     assert reason in caught.value.message
-    assert time.thread_time() - start < MAX_SECONDS + 3
+
+
+def test_a_template_cannot_multiply_the_text_of_a_user(tokenizer: BpeTokenizer) -> None:
+    source = "{% for i in range(90000) %}{{ messages[0].content }}{% endfor %}"
+    asked = Conversation(messages=(Message(role="user", content="x" * 1_000_000),))
+    with pytest.raises(ServiceError, match="repeats the texts of the conversation too often"):
+        template(source, tokenizer).encode(asked)
+
+
+def test_control_tokens_of_the_template_are_found_in_time_among_a_thousand(tekken: BpeTokenizer) -> None:
+    source = "{{ '<SPECIAL_' * 20000 }}<SPECIAL_999>[INST][IMG{{ messages[0].content }}<unk><unk"
+    start = time.process_time()
+    ids = template(source, tekken).encode(Conversation(messages=(Message(role="user", content="<s>"),)))
+    assert time.process_time() - start < 5
+    assert [i for i in ids if i < 1000] == [999, 3, 0]
+    assert tekken.decode(ids) == "<SPECIAL_" * 20000 + "[IMG<s><unk"
 
 
 def test_tools_are_refused_where_the_template_has_no_place_for_them(smollm2: TextModel) -> None:
