@@ -21,6 +21,7 @@ from engine.model.load import load_decoder
 from engine.request import EngineInfo, SamplingParams
 from engine.rows import Rows
 from engine.sampler import Sampler
+from engine.schemes import SCHEMES
 from engine.sizing import CacheSize, check_config, size_cache
 from engine.step import RowInit, RowWork, StepPlan, StepResult
 
@@ -71,13 +72,14 @@ class Runner:
         device = choose_device(config.device)
         dtype = choose_dtype(config.dtype, device)
         threads = config.threads or usable_cores()
+        scheme = SCHEMES[config.precision]
         torch.set_num_threads(threads)
         with torch.inference_mode(), open_checkpoint(config.model_path) as checkpoint:
             model: ModelConfig = checkpoint.config
             # Sized before the weights are read, so that what cannot fit fails in a second and not in minutes.
             weights = checkpoint.num_parameters * dtype.itemsize
             size = size_cache(config, model, dtype.itemsize, max(free_memory(device) - weights, 0))
-            decoder = load_decoder(checkpoint, dtype, device, size.max_model_len, threads, progress)
+            decoder = load_decoder(checkpoint, dtype, device, size.max_model_len, threads, progress, scheme)
             return cls(config, decoder, size, time.monotonic() - began)
 
     @torch.inference_mode()

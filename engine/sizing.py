@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from engine.config import EngineConfig, ModelConfig
 from engine.errors import EngineConfigError
+from engine.schemes import SCHEMES
 
 DEFAULT_TOKENS_PER_SEQUENCE = 2048  # a chat of usual length, for each of max_batch_size sequences
 LONGEST_CONTEXT = 131072  # what NeMo was trained for; its files claim up to 1,024,000
@@ -27,6 +28,7 @@ def check_config(engine: EngineConfig) -> None:
     for field in ("kv_memory_bytes", "threads"):
         value = getattr(engine, field)
         _require(value is None or value >= 1, field, value, "must be at least 1")
+    _require(engine.precision in SCHEMES, "precision", engine.precision, f"must be {', '.join(SCHEMES)}")
     length = engine.max_model_len
     _require(length is None or length >= 2, "max_model_len", length, "must be at least 2 (a prompt and a completion)")
     _require(

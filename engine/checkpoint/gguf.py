@@ -21,6 +21,7 @@ from engine.checkpoint.layout import check_tensors, rotate_half_order
 from engine.config import ModelConfig
 from engine.errors import CheckpointError, UnsupportedModelError
 from engine.gguf_header import GGUFHeader, GGUFTensor, read_header
+from engine.quant.matrix import FloatMatrix, Matrix
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q4_K", "Q5_K", "Q6_K")
@@ -69,6 +70,9 @@ class GGUFCheckpoint:
         if self._interleaved and ".self_attn.k_proj." in name:
             return rotate_half_order(values, self.config.num_kv_heads, self.config.head_dim)
         return values
+
+    def matrix(self, name: str, start: int = 0, stop: int | None = None) -> Matrix:
+        return FloatMatrix(self.read(name)[start:stop])
 
     def close(self) -> None:
         del self._data

@@ -18,6 +18,7 @@ from engine.checkpoint.fields import Fields
 from engine.checkpoint.layout import FLOAT_TYPES, check_tensors
 from engine.config import Llama3RopeScaling, ModelConfig
 from engine.errors import CheckpointError, UnsupportedModelError
+from engine.quant.matrix import FloatMatrix, Matrix
 
 ARCHITECTURES = ("MistralForCausalLM", "LlamaForCausalLM", "Qwen2ForCausalLM")
 INDEX = "model.safetensors.index.json"
@@ -96,6 +97,9 @@ class HFCheckpoint:
 
     def read(self, name: str) -> Tensor:
         return self._files.read(name)
+
+    def matrix(self, name: str, start: int = 0, stop: int | None = None) -> Matrix:
+        return FloatMatrix(self.read(name)[start:stop])
 
     def close(self) -> None:
         self._files.close()

@@ -15,6 +15,7 @@ from engine.checkpoint.hf import SafetensorsFiles
 from engine.checkpoint.layout import check_tensors, rotate_half_order
 from engine.config import ModelConfig
 from engine.errors import UnsupportedModelError
+from engine.quant.matrix import FloatMatrix, Matrix
 
 PARAMS = "params.json"
 WEIGHTS = "consolidated.safetensors"
@@ -62,6 +63,9 @@ class MistralCheckpoint:
         if ".self_attn.k_proj." in name:
             return rotate_half_order(values, self.config.num_kv_heads, self.config.head_dim)
         return values
+
+    def matrix(self, name: str, start: int = 0, stop: int | None = None) -> Matrix:
+        return FloatMatrix(self.read(name)[start:stop])
 
     def close(self) -> None:
         self._files.close()

@@ -9,7 +9,6 @@ attention may have a window. What differs by hardware is in `ops`, what differs 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 from engine.config import ModelConfig
 from engine.model.cache import KVCache
 from engine.ops import AttentionBatch, Ops
-from engine.quant import Linear
+from engine.quant import Linear, Table
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +37,12 @@ class Weights:
     """All parameters of a decoder.
 
     Attributes:
-        embed: int64 [T] -> [T, hidden_size] in the compute dtype.
+        embedding: rows [hidden_size] by token id.
         head: [T, hidden_size] -> float32 [T, vocab_size].
         parameters, nbytes: how many there are, and what they take; a tied head counts once.
     """
 
-    embed: Callable[[Tensor], Tensor]
+    embedding: Table
     layers: list[Layer]
     norm: Tensor
     head: Linear
@@ -72,7 +71,7 @@ class Decoder:
             [T, hidden_size] in the compute dtype.
         """
         ops, eps, window = self._ops, self.config.rms_norm_eps, self.config.sliding_window
-        x = self.weights.embed(token_ids)
+        x = self.weights.embedding.rows(token_ids).to(self.dtype)
         residual = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         for layer, keys, values in zip(self.weights.layers, cache.keys, cache.values, strict=True):
             x = ops.add_rms_norm(x, residual, layer.attention_norm, eps)

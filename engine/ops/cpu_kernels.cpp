@@ -3,71 +3,10 @@
 // A step of a 30-layer model costs some 360 small torch operators; their dispatch, not their arithmetic, is what a
 // CPU step waits for. Each function here replaces several of them. Storage is float or bfloat16 (dtype 0 or 1),
 // arithmetic is float. The meaning of every function is engine/ops/interface.py; the specification is reference.py.
-//
-// Vectors are GCC vector extensions of 16 floats, which the compiler lowers to AVX-512, AVX2, NEON or scalars.
-// No -ffast-math: NaN must stay NaN, so that a broken sequence is found where it is sampled.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <vector>
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
+#include "vec.h"
 
 namespace {
-
-constexpr int kLanes = 16;
-typedef float Vec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
-typedef float Vec4 __attribute__((vector_size(16), aligned(4), may_alias));
-typedef int32_t IntVec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
-
-struct Bf16 {
-    uint16_t bits;
-};
-inline float load(float x) { return x; }
-inline float load(Bf16 x) { return __builtin_bit_cast(float, uint32_t(x.bits) << 16); }
-inline void store(float& to, float x) { to = x; }
-inline void store(Bf16& to, float x) {  // round to nearest even; NaN would round up into infinity or zero
-    const uint32_t bits = __builtin_bit_cast(uint32_t, x);
-    to.bits = x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-template <typename T>
-inline void widen(const T* from, float* to, int64_t n, float scale = 1.0f) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; i++) to[i] = load(from[i]) * scale;
-}
-
-// exp(x) to 2 ulp by 2^n * e^r, |r| <= ln2/2 (Cephes expf). Clamped to the normal range; NaN in, NaN out.
-inline Vec exp_vec(Vec x) {
-    const Vec zero = {};
-    x = x < -87.0f ? zero - 87.0f : x;
-    x = x > 88.0f ? zero + 88.0f : x;
-    const Vec n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer
-    const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    Vec p = zero + 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    return (Vec)((IntVec)p + (__builtin_convertvector(n, IntVec) << 23));
-}
-
-// Run body(i) for i < n on the caller's OpenMP pool, or inline where handing out the work costs more than doing it.
-template <typename Body>
-inline void parallel_for(int64_t n, int64_t work_per_item, int threads, const Body& body) {
-    constexpr int64_t kWorthAThread = 32768;  // elements; about 5 us on one core
-    if (threads <= 1 || n <= 1 || n * work_per_item < 2 * kWorthAThread) {
-        for (int64_t i = 0; i < n; i++) body(i);
-        return;
-    }
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t i = 0; i < n; i++) body(i);
-}
 
 // residual += x; out = residual / rms(residual) * weight.
 template <typename T>
@@ -346,76 +285,9 @@ void attention(const Attention<T>& a, int64_t sequences, int threads) {
     }
 }
 
-// ---- linear: bfloat16 weights ----------------------------------------------------------------------------------
-// weight [outputs / 64, width / 2, 64, 2], zero-padded: one vector holds the same two inputs of 16 outputs, which is
-// what the dot-product instruction wants, and no sum crosses lanes. A block of 64 outputs is read from memory once and
-// stays in L2 for all rows. Beats oneDNN at 1 to 128 rows and equals it at 512 (Zen 4), because decoding is mostly the
-// reading of weights, and nothing here stands between the reads.
-
-#ifdef __AVX512BF16__
-constexpr int kBlockVecs = 4, kBlock = kBlockVecs * kLanes;
-
-template <int ROWS, typename Out>
-void linear_rows(const Bf16* x, const Bf16* weight, const float* bias, Out* out, int64_t width, int64_t outputs,
-                 int64_t valid) {
-    __m512 sum[ROWS][kBlockVecs] = {};
-    for (int64_t k = 0; k < width; k += 2, weight += 2 * kBlock)
-        for (int r = 0; r < ROWS; r++) {
-            int32_t pair;
-            std::memcpy(&pair, x + r * width + k, sizeof pair);
-            for (int v = 0; v < kBlockVecs; v++)
-                sum[r][v] = _mm512_dpbf16_ps(sum[r][v], (__m512bh)_mm512_set1_epi32(pair),
-                                             (__m512bh)_mm512_loadu_si512(weight + v * 2 * kLanes));
-        }
-    for (int r = 0; r < ROWS; r++) {
-        float row[kBlock];
-        std::memcpy(row, sum[r], sizeof row);
-        if (bias != nullptr)
-            for (int64_t i = 0; i < valid; i++) row[i] += bias[i];
-        for (int64_t i = 0; i < valid; i++) store(out[r * outputs + i], row[i]);
-    }
-}
-
-template <typename Out>
-void linear(const Bf16* x, const Bf16* weight, const float* bias, Out* out, int64_t rows, int64_t width,
-            int64_t outputs, int threads) {
-    parallel_for((outputs + kBlock - 1) / kBlock, kBlock / 8 * width * rows, threads, [&](int64_t block) {
-        const int64_t first = block * kBlock, valid = std::min<int64_t>(kBlock, outputs - first);
-        const Bf16* w = weight + first * width;
-        const float* b = bias == nullptr ? nullptr : bias + first;
-        Out* to = out + first;
-        int64_t r = 0;
-        for (; r + 6 <= rows; r += 6) linear_rows<6>(x + r * width, w, b, to + r * outputs, width, outputs, valid);
-        for (; r + 2 <= rows; r += 2) linear_rows<2>(x + r * width, w, b, to + r * outputs, width, outputs, valid);
-        if (r < rows) linear_rows<1>(x + r * width, w, b, to + r * outputs, width, outputs, valid);
-    });
-}
-#endif
-
 }  // namespace
 
 extern "C" {
-
-// 1 where nemo_linear exists: elsewhere bfloat16 products are emulated, and torch's own are as good.
-int nemo_has_linear() {
-#ifdef __AVX512BF16__
-    return 1;
-#else
-    return 0;
-#endif
-}
-
-// out is float where wide is not 0, else bfloat16. width is even.
-void nemo_linear([[maybe_unused]] int wide, [[maybe_unused]] const void* x, [[maybe_unused]] const void* weight,
-                 [[maybe_unused]] const float* bias, [[maybe_unused]] void* out, [[maybe_unused]] int64_t rows,
-                 [[maybe_unused]] int64_t width, [[maybe_unused]] int64_t outputs, [[maybe_unused]] int threads) {
-#ifdef __AVX512BF16__
-    if (wide)
-        linear((const Bf16*)x, (const Bf16*)weight, bias, (float*)out, rows, width, outputs, threads);
-    else
-        linear((const Bf16*)x, (const Bf16*)weight, bias, (Bf16*)out, rows, width, outputs, threads);
-#endif
-}
 
 void nemo_add_rms_norm(int dtype, const void* x, float* residual, const void* weight, void* out, int64_t rows,
                        int64_t width, float eps, int threads) {

@@ -1,7 +1,7 @@
-"""Compiles cpu_kernels.cpp for this very CPU on first use and keeps the library in the user's cache.
+"""Compiles the C++ kernels of this folder for this very CPU on first use and keeps the library in the user's cache.
 
-A file name carries a hash of everything that decides its contents (source, flags, compiler, CPU), so a stale library is
-never loaded; it appears by an atomic rename, so that concurrent starts are safe. The kernels share torch's OpenMP
+A file name carries a hash of all that decides its contents (sources, flags, compiler, CPU), so a stale library is never
+loaded; it appears by an atomic rename, so that concurrent starts are safe. The kernels share torch's OpenMP
 runtime: two thread pools on the same cores would fight.
 """
 
@@ -22,16 +22,18 @@ import torch
 
 log = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
+FOLDER = Path(__file__).parent
+SOURCES = sorted(FOLDER.glob("*.cpp"))
 FLAGS = [
-    *("-std=c++20", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
+    *("-std=c++20", "-O3", "-fopenmp", "-shared", "-fPIC"),
     # Let a*b+c fuse and branches become selects; NaN and infinity keep their meaning (so no -ffast-math).
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
 ]
 COMPILE_SECONDS = 120.0
 _POINTER, _INT64, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 SIGNATURES: dict[str, list[type]] = {
-    "nemo_linear": [_INT, *[_POINTER] * 4, *[_INT64] * 3, _INT],
+    "nemo_linear": [_INT, _INT, *[_POINTER] * 4, _INT64, _INT],
+    "nemo_quantise_rows": [_INT, *[_POINTER] * 3, *[_INT64] * 2, _FLOAT, _INT],
     "nemo_add_rms_norm": [_INT, *[_POINTER] * 4, *[_INT64] * 2, _FLOAT, _INT],
     "nemo_silu_mul": [_INT, *[_POINTER] * 2, *[_INT64] * 2, _INT],
     "nemo_rope_and_write": [_INT, *[_POINTER] * 6, *[_INT64] * 5, _INT],
@@ -51,24 +53,25 @@ class Kernels:
     threads: int
 
     @property
-    def has_linear(self) -> bool:
-        """This CPU multiplies bfloat16, so `nemo_linear` exists."""
-        return bool(self.library.nemo_has_linear())
+    def multiplies_bfloat16(self) -> bool:
+        """This CPU has dot products of bfloat16; elsewhere the kernels widen it to float32 first."""
+        return bool(self.library.nemo_multiplies_bfloat16())
 
 
-def load_kernels(threads: int, cache: Path | None = None) -> Kernels | None:
+def load_kernels(threads: int, cache: Path | None = None, architecture: str = "native") -> Kernels | None:
     """The kernels for this CPU, or None (and one warning) where they cannot be built.
 
     Args:
         threads: torch's own intra-op threads; the same pool runs both.
         cache: folder of compiled libraries; created if absent. Default: `default_cache()`.
+        architecture: the compiler's -march.
     """
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         log.warning("no C++ compiler: CPU kernels fall back to plain torch, which is several times slower")
         return None
     try:
-        library = ctypes.CDLL(str(_build(compiler, cache or default_cache())))
+        library = ctypes.CDLL(str(_build(compiler, cache or default_cache(), [*FLAGS, f"-march={architecture}"])))
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or error
         log.warning("CPU kernels fall back to plain torch, which is several times slower: %s", str(detail).strip())
@@ -79,11 +82,12 @@ def load_kernels(threads: int, cache: Path | None = None) -> Kernels | None:
     return Kernels(library, threads)
 
 
-def _build(compiler: str, cache: Path) -> Path:
+def _build(compiler: str, cache: Path, flags: list[str]) -> Path:
     """Path of the library for this source, compiler and CPU; compiled now unless it is there."""
     openmp = [str(path) for path in sorted(Path(torch.__file__).parent.glob("lib/libgomp*.so*"))[:1]]
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=30, check=True).stdout
-    recipe = [SOURCE.read_text(), *FLAGS, *openmp, version, _cpu_model()]
+    texts = [path.read_text() for path in (*SOURCES, *sorted(FOLDER.glob("*.h")))]
+    recipe = [*texts, *flags, *openmp, version, _cpu_model()]
     target = cache / f"cpu_kernels-{hashlib.sha256(chr(0).join(recipe).encode()).hexdigest()[:20]}.so"
     if target.exists():
         return target
@@ -93,7 +97,7 @@ def _build(compiler: str, cache: Path) -> Path:
     try:
         # torch's libgomp comes before the one that -fopenmp appends, which --as-needed then drops.
         runtime = ["-Wl,--as-needed", *openmp, *(f"-Wl,-rpath,{Path(path).parent}" for path in openmp)]
-        command = [compiler, *FLAGS, str(SOURCE), "-o", name, *runtime]
+        command = [compiler, *flags, *map(str, SOURCES), "-o", name, *runtime]
         subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=True)
         os.chmod(name, 0o700)
         os.replace(name, target)

@@ -1,5 +1,17 @@
 """Weight formats behind one call: how a matrix is stored, multiplied and counted."""
 
-from engine.quant.linear import BlockedLinear, DenseLinear, Linear, make_linear
+from engine.quant.build import Part, Target, build_linear, build_table
+from engine.quant.coded import has_fp8_units
+from engine.quant.linear import Linear, Table
+from engine.quant.matrix import Matrix
 
-__all__ = ["BlockedLinear", "DenseLinear", "Linear", "make_linear"]
+__all__ = [
+    "Linear",
+    "Matrix",
+    "Part",
+    "Table",
+    "Target",
+    "build_linear",
+    "build_table",
+    "has_fp8_units",
+]

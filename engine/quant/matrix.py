@@ -3,14 +3,15 @@
 Every reader of checkpoints normalises its dialect to one of these three forms; `make_linear` decides what is kept in
 memory. A form is data on the CPU and knows how to become floats, slowly: that is the reference of every format.
 
-    FloatMatrix    values                                             safetensors, GGUF F32 / F16 / BF16
-    Fp8Matrix      codes (e4m3) · scales            per row or per block      FP8 checkpoints of every publisher
-    GroupMatrix    codes (unsigned) · scales - mins per group of inputs       GGUF Q4_0 … Q6_K, Q8_0; int8 and int4 of ours
+    FloatMatrix    values                                                 safetensors, GGUF F32 / F16 / BF16
+    Fp8Matrix      codes (e4m3) · scales, per row or per block            FP8 checkpoints of every publisher
+    GroupMatrix    codes (unsigned) · scales - mins, per group of inputs  GGUF Q4_0 … Q6_K, Q8_0; our int8 and int4
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -90,3 +91,19 @@ class GroupMatrix:
 
 
 Matrix = FloatMatrix | Fp8Matrix | GroupMatrix
+
+
+def concat(pieces: Sequence[Matrix]) -> Matrix:
+    """Rows of several matrices of one form, one after the other."""
+    if len(pieces) == 1:
+        return pieces[0]
+    first = pieces[0]
+
+    def joined(field: str) -> Tensor:
+        return torch.cat([getattr(piece, field) for piece in pieces])
+
+    if isinstance(first, FloatMatrix):
+        return FloatMatrix(joined("values"))
+    if isinstance(first, Fp8Matrix):
+        return replace(first, codes=joined("codes"), scales=joined("scales"))
+    return replace(first, codes=joined("codes"), scales=joined("scales"), mins=joined("mins"))

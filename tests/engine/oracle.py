@@ -13,6 +13,7 @@ from engine.config import Llama3RopeScaling, ModelConfig
 from engine.model.cache import KVCache
 from engine.model.decoder import Decoder
 from engine.model.load import load_decoder
+from engine.quant.matrix import FloatMatrix
 from engine.rows import Rows
 from engine.step import RowWork
 
@@ -40,6 +41,9 @@ class StateDict:
 
     def read(self, name: str) -> Tensor:
         return self.tensors[name]
+
+    def matrix(self, name: str, start: int = 0, stop: int | None = None) -> FloatMatrix:
+        return FloatMatrix(self.read(name)[start:stop])
 
 
 def transformers_model(config: ModelConfig, seed: int = 0) -> transformers.PreTrainedModel:

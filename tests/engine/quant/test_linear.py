@@ -1,79 +1,261 @@
-"""Every weight format against the plain product, for any number of rows and any shape."""
+"""Every weight format against the plain product of its dequantised matrix, for any number of rows and any shape."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from torch import Tensor
 
 from engine.ops import Kernels, load_kernels
-from engine.quant.linear import BlockedLinear, DenseLinear, Linear, PackedLinear, make_linear
+from engine.quant.activations import quantise_rows, to_e4m3
+from engine.quant.blocked import BlockedLinear
+from engine.quant.build import Part, Target, build_linear, build_table
+from engine.quant.coded import CodedLinear
+from engine.quant.form import Form
+from engine.quant.linear import DenseLinear, JoinedLinear, Linear, PackedLinear
+from engine.quant.matrix import FloatMatrix, Fp8Matrix, GroupMatrix, Matrix
+from engine.schemes import Kept
 
-SHAPES = [(64, 32), (960, 576), (97, 48), (1, 7), (130, 33)]  # outputs, inputs
-ROWS = (1, 2, 5, 6, 13, 130)
+SHAPES = [(64, 32), (960, 576), (97, 96), (130, 416)]  # outputs, inputs
+ODD_SHAPES = [(1, 7), (130, 33)]  # only formats without groups
+ROWS = (1, 2, 5, 6, 13, 70)
+CPU = torch.device("cpu")
+
+
+def random_matrix(kind: str, outputs: int, inputs: int) -> Matrix:
+    """A matrix in one of the forms that a file can have, its scales exact in float16 as those of GGUF are."""
+
+    def scales(groups: int) -> Tensor:
+        return (torch.rand(outputs, groups) * 0.02 + 1e-4).half().float()
+
+    match kind:
+        case "bf16":
+            return FloatMatrix(torch.randn(outputs, inputs).bfloat16())
+        case "fp8":
+            codes = (torch.randn(outputs, inputs) * 100).clamp(-448, 448).to(torch.float8_e4m3fn)
+            return Fp8Matrix(codes, scales(1))
+        case "fp8 subnormal":
+            codes = torch.randint(0, 256, (outputs, inputs), dtype=torch.uint8)
+            codes[codes & 0x7F == 0x7F] = 3
+            return Fp8Matrix(codes.view(torch.float8_e4m3fn), scales(1))
+        case "fp8 blocks":
+            codes = torch.randn(outputs, inputs).to(torch.float8_e4m3fn)
+            return Fp8Matrix(codes, scales(-(-inputs // 128)), block=128)
+        case "int8 rows":
+            bits, group = 8, inputs
+        case _:
+            bits, group = (int(part) for part in kind.split("/"))
+    codes = torch.randint(0, 2**bits, (outputs, inputs), dtype=torch.uint8)
+    scale = scales(inputs // group)
+    mins = (torch.rand(scale.shape) * 0.2).half().float() if bits in (4, 5) else scale * 2 ** (bits - 1)
+    return GroupMatrix(codes, bits, group, scale, mins)
+
+
+GROUPED = ["4/32", "5/32", "6/16", "8/32"]
+WHOLE_ROWS = ["bf16", "fp8", "fp8 subnormal", "fp8 blocks", "int8 rows"]
 
 
 @pytest.fixture(scope="module")
 def kernels() -> Kernels:
     found = load_kernels(threads=2)
-    if found is None or not found.has_linear:
-        pytest.skip("this machine has no bfloat16 dot products, or no compiler")
+    if found is None:
+        pytest.skip("no C++ compiler")
     return found
 
 
-def check(linear: Linear, weight: torch.Tensor, bias: torch.Tensor | None, wide: bool) -> None:
+@pytest.fixture(scope="module")
+def portable(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+    """The kernels as a CPU without bfloat16 dot products has them."""
+    found = load_kernels(threads=2, cache=tmp_path_factory.mktemp("kernels"), architecture="x86-64-v3")
+    if found is None:
+        pytest.skip("no C++ compiler for x86-64")
+    return found
+
+
+def cases(kinds: list[str] | None = None) -> list[tuple[str, int, int]]:
+    kinds = kinds or GROUPED + WHOLE_ROWS
+    return [(kind, *shape) for kind in kinds for shape in SHAPES + (ODD_SHAPES if kind in WHOLE_ROWS else [])]
+
+
+def check(linear: Linear, matrix: Matrix, bias: Tensor | None, dtype: torch.dtype, wide: bool) -> None:
+    """Compare with the float64 product; what is not wide is rounded to the compute dtype at the end, once."""
+    weight = matrix.dequantise().double()
     for rows in ROWS:
-        x = torch.randn(rows, weight.shape[1]).to(weight.dtype)
-        exact = x.double() @ weight.double().t() + (0.0 if bias is None else bias.double())
+        x = torch.randn(rows, weight.shape[1]).to(dtype)
+        exact = x.double() @ weight.t() + (0.0 if bias is None else bias.double())
         y = linear(x)
-        assert y.dtype == (torch.float32 if wide else weight.dtype)
-        rounded = weight.dtype == torch.bfloat16 and not (wide and isinstance(linear, BlockedLinear))
-        tolerance = {"rtol": 2**-8, "atol": 1e-3} if rounded else {"rtol": 1e-5, "atol": 1e-4}
-        torch.testing.assert_close(y.double(), exact, **tolerance)
-
-
-@pytest.mark.parametrize("wide", [False, True])
-@pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_blocked_products_are_the_plain_ones(
-    kernels: Kernels, shape: tuple[int, int], with_bias: bool, wide: bool
-) -> None:
-    torch.manual_seed(shape[0])
-    weight, bias = torch.randn(shape).bfloat16(), torch.randn(shape[0]).bfloat16() if with_bias else None
-    check(BlockedLinear(weight, bias, wide, kernels), weight, bias, wide)
+        assert y.dtype == (torch.float32 if wide else dtype)
+        size = exact.abs().max().item()
+        rounding = 2**-8 if y.dtype == torch.bfloat16 else 0.0
+        torch.testing.assert_close(y.double(), exact, rtol=rounding, atol=4e-6 * size)
 
 
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("case", cases(), ids=str)
+def test_blocked_products_are_the_plain_ones(
+    kernels: Kernels, case: tuple[str, int, int], dtype: torch.dtype, wide: bool
+) -> None:
+    torch.manual_seed(0)
+    matrix, bias = random_matrix(*case), torch.randn(case[1])
+    check(blocked(matrix, kernels, bias, wide), matrix, bias, dtype, wide)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", cases(), ids=str)
+def test_a_cpu_without_bfloat16_products_gets_the_same(
+    portable: Kernels, case: tuple[str, int, int], dtype: torch.dtype
+) -> None:
+    assert not portable.multiplies_bfloat16
+    torch.manual_seed(1)
+    matrix = random_matrix(*case)
+    check(blocked(matrix, portable), matrix, None, dtype, wide=True)
+
+
+@pytest.mark.parametrize("case", cases([kind for kind in GROUPED + WHOLE_ROWS if kind != "bf16"]), ids=str)
+def test_plain_torch_gets_the_same(case: tuple[str, int, int]) -> None:
+    torch.manual_seed(2)
+    matrix, bias = random_matrix(*case), torch.randn(case[1])
+    linear = CodedLinear(
+        Form.of(matrix), *matrix.shape, bias=bias, wide=True, quantise_inputs=False, device=torch.device("cpu")
+    )
+    linear.fill(0, matrix)
+    check(linear, matrix, bias, torch.float32, wide=True)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES + ODD_SHAPES)
 def test_packed_and_dense_products_are_the_plain_ones(shape: tuple[int, int], dtype: torch.dtype, wide: bool) -> None:
     torch.manual_seed(shape[0])
     weight, bias = torch.randn(shape).to(dtype), torch.randn(shape[0]).to(dtype)
+    exact_weight, exact_bias = weight.double(), bias.double()
     for kind in (PackedLinear, DenseLinear):
-        check(kind(weight, bias, wide), weight, bias, wide)
+        x = torch.randn(13, shape[1]).to(dtype)
+        y = kind(weight, bias, wide)(x)
+        assert y.dtype == (torch.float32 if wide else dtype)
+        rounding = 2**-7 if dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(y.double(), x.double() @ exact_weight.t() + exact_bias, rtol=rounding, atol=1e-2)
 
 
-def test_a_row_does_not_depend_on_its_batch(kernels: Kernels) -> None:
+@pytest.mark.parametrize("kind", GROUPED + WHOLE_ROWS)
+def test_a_row_does_not_depend_on_its_batch(kernels: Kernels, kind: str) -> None:
     torch.manual_seed(0)
-    linear = BlockedLinear(torch.randn(200, 96).bfloat16(), None, True, kernels)
-    x = torch.randn(29, 96).bfloat16()
-    assert torch.equal(linear(x), torch.cat([linear(row.unsqueeze(0)) for row in x]))
+    matrix = random_matrix(kind, 200, 288)
+    linear = blocked(matrix, kernels)
+    x = torch.randn(45, 288).bfloat16()
+    alone = torch.cat([linear(row.unsqueeze(0)) for row in x])
+    torch.testing.assert_close(linear(x), alone, rtol=0, atol=1e-6 * alone.abs().max().item())
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_a_blocked_weight_gives_its_rows_back(kernels: Kernels, shape: tuple[int, int]) -> None:
-    weight = torch.randn(shape).bfloat16()
-    index = torch.randint(0, shape[0], (20,), generator=torch.Generator().manual_seed(1))
-    assert torch.equal(BlockedLinear(weight, None, True, kernels).rows(index), weight[index])
+@pytest.mark.parametrize("kind", GROUPED + WHOLE_ROWS)
+def test_rows_of_a_table_are_the_weights(kernels: Kernels, kind: str) -> None:
+    torch.manual_seed(0)
+    matrix = random_matrix(kind, 150, 96)
+    index = torch.tensor([0, 149, 64, 63, 149])
+    for kernel in (kernels, None):
+        target = Target(torch.bfloat16, CPU, kernel)
+        table = build_table(part(matrix), 96, Kept.STORED, target)
+        torch.testing.assert_close(table.rows(index).float(), matrix.dequantise()[index], rtol=1e-6, atol=1e-6)
 
 
-def test_the_head_of_a_bfloat16_model_gives_unrounded_float32(kernels: Kernels) -> None:
-    head = make_linear(torch.randn(100, 64).bfloat16(), kernels=kernels, wide=True)
-    logits = head(torch.randn(2, 64).bfloat16())
-    assert logits.dtype == torch.float32
-    assert not torch.equal(logits, logits.bfloat16().float())
+@pytest.mark.parametrize("with_kernels", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_w8a8_rounds_each_token_to_e4m3(kernels: Kernels, dtype: torch.dtype, with_kernels: bool) -> None:
+    torch.manual_seed(3)
+    matrix = random_matrix("fp8", 130, 96)
+    target = Target(dtype, CPU, kernels if with_kernels else None, quantise_inputs=True)
+    linear = build_linear([part(matrix)], 96, Kept.STORED, target, wide=True)
+    x = (torch.randn(7, 96) * torch.logspace(-3, 3, 7).unsqueeze(1)).to(dtype)
+    codes, scales = to_e4m3(x, None)
+    exact = (codes.double() * scales.double().unsqueeze(1)) @ matrix.dequantise().double().t()
+    rounding = 2**-7 if not with_kernels and dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(linear(x).double(), exact, rtol=rounding, atol=rounding * exact.abs().max().item())
 
 
-def test_bytes_are_those_of_the_matrix(kernels: Kernels) -> None:
-    weight = torch.zeros(128, 64)
-    assert make_linear(weight).nbytes == 128 * 64 * 4
-    assert make_linear(weight.bfloat16(), kernels=kernels).nbytes == 128 * 64 * 2
+@pytest.mark.parametrize("scale", [None, 0.25])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernel_rounds_activations_as_torch_does(kernels: Kernels, dtype: torch.dtype, scale: float | None) -> None:
+    torch.manual_seed(4)
+    x = torch.randn(9, 100) * torch.logspace(-4, 4, 9).unsqueeze(1)
+    x[3] = 0
+    x[4, 5] = torch.nan
+    x = x.to(dtype)
+    codes, scales = quantise_rows(x, scale, kernels)
+    expected, expected_scales = to_e4m3(x, scale)
+    clean = torch.arange(9) != 4
+    torch.testing.assert_close(scales[clean], expected_scales[clean], rtol=1e-6, atol=0)
+    # Where the two scales differ in their last bit, a number half way between two codes may fall to either side.
+    differs = (codes.float() != expected.float())[clean]
+    assert differs.float().mean() < 0.01
+    assert codes[4, 5].isnan()
+
+
+def test_all_e4m3_numbers_round_to_themselves(kernels: Kernels) -> None:
+    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    every = every[every.isfinite()].unsqueeze(0)
+    between = (every[:, 1:] + every[:, :-1]) / 2
+    for x in (every, between, every * 1.01):
+        codes, _ = quantise_rows(x.contiguous(), 1.0, kernels)
+        assert torch.equal(codes, x.clamp(-448, 448).to(torch.float8_e4m3fn).float())
+
+
+@pytest.mark.parametrize("with_kernels", [True, False])
+def test_differently_stored_neighbours_are_one_map(kernels: Kernels, with_kernels: bool) -> None:
+    """As the projections of a Q4_K_M layer are; outputs that do not fill blocks, a bias across all."""
+    torch.manual_seed(5)
+    matrices = [random_matrix("4/32", 40, 96), random_matrix("4/32", 30, 96), random_matrix("6/16", 50, 96)]
+    bias = torch.randn(120)
+    target = Target(torch.float32, CPU, kernels if with_kernels else None)
+    linear = build_linear([part(each) for each in matrices], 96, Kept.STORED, target, bias=bias)
+    assert isinstance(linear, JoinedLinear)
+    whole = torch.cat([each.dequantise() for each in matrices])
+    check(linear, FloatMatrix(whole), bias, torch.float32, wide=False)
+
+
+def test_large_matrices_arrive_in_slabs(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.quant.build._SLAB", 96 * 70)  # one block at a time
+    torch.manual_seed(6)
+    first, second = random_matrix("5/32", 200, 96), random_matrix("5/32", 90, 96)
+    read: list[int] = []
+
+    def spy(start: int, stop: int) -> Matrix:
+        read.append(stop - start)
+        return rows(first, start, stop)
+
+    target = Target(torch.bfloat16, CPU, kernels)
+    linear = build_linear([Part(spy, 200), part(second)], 96, Kept.STORED, target, wide=True)
+    assert max(read) <= 64
+    whole = FloatMatrix(torch.cat([first.dequantise(), second.dequantise()]))
+    check(linear, whole, None, torch.bfloat16, wide=True)
+
+
+def test_a_compiled_library_is_reused(tmp_path: Path) -> None:
+    if load_kernels(threads=1, cache=tmp_path) is None:
+        pytest.skip("no C++ compiler")
+    (library,) = tmp_path.iterdir()
+    stamp = library.stat().st_mtime_ns
+    assert load_kernels(threads=1, cache=tmp_path) is not None
+    assert [path.stat().st_mtime_ns for path in tmp_path.iterdir()] == [stamp]
+
+
+def blocked(matrix: Matrix, kernels: Kernels, bias: Tensor | None = None, wide: bool = True) -> BlockedLinear:
+    linear = BlockedLinear(Form.of(matrix), *matrix.shape, bias=bias, wide=wide, quantise_inputs=False, kernels=kernels)
+    linear.fill(0, matrix)
+    return linear
+
+
+def part(matrix: Matrix) -> Part:
+    return Part(lambda start, stop: rows(matrix, start, stop), matrix.shape[0])
+
+
+def rows(matrix: Matrix, start: int, stop: int) -> Matrix:
+    if isinstance(matrix, FloatMatrix):
+        return FloatMatrix(matrix.values[start:stop])
+    if isinstance(matrix, Fp8Matrix):
+        return Fp8Matrix(matrix.codes[start:stop], matrix.scales[start:stop], matrix.block, matrix.input_scale)
+    return GroupMatrix(
+        matrix.codes[start:stop], matrix.bits, matrix.group, matrix.scales[start:stop], matrix.mins[start:stop]
+    )

@@ -1,0 +1,70 @@
+// What every CPU kernel is made of: vectors of 16 floats, bfloat16 storage, exp, and the handing out of work to threads.
+//
+// Vectors are GCC vector extensions of 16 floats, which the compiler lowers to AVX-512, AVX2, NEON or scalars.
+// No -ffast-math: NaN must stay NaN, so that a broken sequence is found where it is sampled.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int kLanes = 16;
+typedef float Vec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+typedef float Vec4 __attribute__((vector_size(16), aligned(4), may_alias));
+typedef int32_t IntVec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+
+struct Bf16 {
+    uint16_t bits;
+};
+inline float load(float x) { return x; }
+inline float load(Bf16 x) { return __builtin_bit_cast(float, uint32_t(x.bits) << 16); }
+inline void store(float& to, float x) { to = x; }
+inline void store(Bf16& to, float x) {  // round to nearest even; NaN would round up into infinity or zero
+    const uint32_t bits = __builtin_bit_cast(uint32_t, x);
+    to.bits = x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+template <typename T>
+inline void widen(const T* from, float* to, int64_t n, float scale = 1.0f) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) to[i] = load(from[i]) * scale;
+}
+
+// exp(x) to 2 ulp by 2^n * e^r, |r| <= ln2/2 (Cephes expf). Clamped to the normal range; NaN in, NaN out.
+inline Vec exp_vec(Vec x) {
+    const Vec zero = {};
+    x = x < -87.0f ? zero - 87.0f : x;
+    x = x > 88.0f ? zero + 88.0f : x;
+    const Vec n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer
+    const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    Vec p = zero + 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    return (Vec)((IntVec)p + (__builtin_convertvector(n, IntVec) << 23));
+}
+
+// Run body(i) for i < n on the caller's OpenMP pool, or inline where handing out the work costs more than doing it.
+template <typename Body>
+inline void parallel_for(int64_t n, int64_t work_per_item, int threads, const Body& body) {
+    constexpr int64_t kWorthAThread = 32768;  // elements; about 5 us on one core
+    if (threads <= 1 || n <= 1 || n * work_per_item < 2 * kWorthAThread) {
+        for (int64_t i = 0; i < n; i++) body(i);
+        return;
+    }
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t i = 0; i < n; i++) body(i);
+}
+
+}  // namespace

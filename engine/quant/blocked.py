@@ -1,0 +1,193 @@
+"""Weights in the block layout of linear_kernels.cpp: bfloat16, or codes of 4 to 8 bits, widened in the cache only.
+
+    Matrix ──fill──► planes of 64-output blocks ──nemo_linear──► y
+                                                     └──rows──► rows of an embedding table
+
+A matrix arrives slab by slab, so that packing a vocabulary of 131,072 needs no second copy of it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from engine.ops import Kernels
+from engine.ops.cpu import DTYPES
+from engine.quant.activations import quantise_rows
+from engine.quant.form import Form
+from engine.quant.matrix import FloatMatrix, GroupMatrix, Matrix
+
+BLOCK = 64  # outputs that lie together
+_KINDS = {4: 0, 5: 1, 6: 2, 8: 3, 0: 4, 16: 5}  # enum Codes of linear_kernels.cpp
+
+
+class _Weight(ctypes.Structure):
+    """`Weight` of linear_kernels.cpp, field by field."""
+
+    _fields_ = (
+        ("codes", ctypes.c_void_p),
+        ("high", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("mins", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("width", ctypes.c_int64),
+        ("outputs", ctypes.c_int64),
+        ("group", ctypes.c_int64),
+        ("kind", ctypes.c_int32),
+        ("half_scales", ctypes.c_int32),
+        ("zero", ctypes.c_float),
+    )
+
+
+class BlockedLinear:
+    """`Linear` over the compiled kernel, for float32 and bfloat16 inputs on a CPU.
+
+    Args:
+        form: how the weights are kept.
+        outputs, inputs: shape of the whole matrix; fill it before the first call.
+        bias: [outputs] or None.
+        wide: give float32 results.
+        quantise_inputs: round the inputs to e4m3 too, with a scale per token (or the form's own): W8A8.
+    """
+
+    def __init__(
+        self,
+        form: Form,
+        outputs: int,
+        inputs: int,
+        *,
+        bias: Tensor | None,
+        wide: bool,
+        quantise_inputs: bool,
+        kernels: Kernels,
+    ) -> None:
+        self._form, self._outputs, self._inputs, self._wide = form, outputs, inputs, wide
+        self._quantise_inputs = quantise_inputs
+        self._kernels = kernels
+        blocks, width = -(-outputs // BLOCK), inputs + inputs % 2
+        self._width = width
+        self._codes = _code_plane(form.bits, blocks, width)
+        self._high = _high_plane(form.bits, blocks, width)
+        scales = (blocks, form.groups(inputs), BLOCK)
+        self._scales = torch.zeros(scales, dtype=form.scale_dtype) if form.bits != 16 else None
+        self._mins = torch.zeros(scales, dtype=form.scale_dtype) if form.has_mins else None
+        self._bias = None if bias is None else bias.float().contiguous()
+        tensors = (self._codes, self._high, self._scales, self._mins, self._bias)
+        self.nbytes = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        self._weight = _Weight(
+            *(None if tensor is None else tensor.data_ptr() for tensor in tensors),
+            width,
+            outputs,
+            form.group or width,
+            _KINDS[form.bits],
+            form.scale_dtype == torch.float16,
+            form.zero,
+        )
+
+    def fill(self, start: int, matrix: Matrix) -> None:
+        """Put the rows of a slab in place. `start` and, but for the last, the count are whole blocks."""
+        rows = matrix.shape[0]
+        assert start % BLOCK == 0
+        assert rows % BLOCK == 0 or start + rows == self._outputs
+        where = slice(start // BLOCK, -(-(start + rows) // BLOCK))
+        codes = matrix.values.bfloat16() if isinstance(matrix, FloatMatrix) else matrix.codes.view(torch.uint8)
+        if self._form.bits == 8:
+            codes = codes ^ 0x80  # code - 128 as a signed byte
+        lanes = functional.pad(codes, (0, self._width - self._inputs, 0, -rows % BLOCK))
+        lanes = lanes.view(-1, BLOCK, self._width // 2, 2).transpose(1, 2)  # [blocks, pairs, outputs, 2]
+        self._codes[where] = _gather_bits(lanes, 0, 4) if self._form.bits in (4, 5, 6) else lanes
+        if self._high is not None:
+            self._high[where] = _gather_bits(lanes, 4, self._form.bits - 4)
+        if self._scales is not None:
+            assert not isinstance(matrix, FloatMatrix)
+            self._scales[where] = _in_blocks(matrix.scales)
+        if self._mins is not None:
+            assert isinstance(matrix, GroupMatrix)
+            self._mins[where] = _in_blocks(matrix.mins)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._width != self._inputs:
+            x = functional.pad(x, (0, 1))
+        scales = None
+        if self._quantise_inputs:
+            x, scales = quantise_rows(x, self._form.input_scale, self._kernels)
+        out = x.new_empty(len(x), self._outputs, dtype=torch.float32 if self._wide else x.dtype)
+        self._kernels.library.nemo_linear(
+            DTYPES[x.dtype],
+            self._wide,
+            ctypes.byref(self._weight),
+            x.data_ptr(),
+            0 if scales is None else scales.data_ptr(),
+            out.data_ptr(),
+            len(x),
+            self._kernels.threads,
+        )
+        return out
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Rows of the weight, so that an embedding tied to the head needs no copy of its own: int64 [n] -> [n, inputs].
+
+        bfloat16 if the weight is kept so, else float32.
+        """
+        block, lane = index // BLOCK, index % BLOCK
+        numbers = self._numbers(self._codes[block, :, lane], block, lane)[:, : self._inputs]
+        if self._scales is None:
+            return numbers
+        scales = self._scales[block, :, lane].float()
+        mins = self._form.zero * scales if self._mins is None else self._mins[block, :, lane].float()
+        group = self._form.group or self._inputs
+        scales, mins = (each.repeat_interleave(group, 1)[:, : self._inputs] for each in (scales, mins))
+        return numbers * scales - mins
+
+    def _numbers(self, codes: Tensor, block: Tensor, lane: Tensor) -> Tensor:
+        """Codes of some outputs, [n, pairs (or quads of pairs), 2], as numbers [n, width]."""
+        match self._form.bits:
+            case 16:
+                return codes.flatten(1)
+            case 8:
+                return codes.flatten(1).view(torch.int8).float()
+            case 0:
+                return codes.flatten(1).view(torch.float8_e4m3fn).float()
+        low = _spread_bits(codes, 4)
+        return low if self._high is None else low + 16 * _spread_bits(self._high[block, :, lane], self._form.bits - 4)
+
+
+def _code_plane(bits: int, blocks: int, width: int) -> Tensor:
+    if bits in (4, 5, 6):
+        return torch.zeros(blocks, width // 8, BLOCK, 2, dtype=torch.int16)
+    return torch.zeros(blocks, width // 2, BLOCK, 2, dtype=torch.bfloat16 if bits == 16 else torch.uint8)
+
+
+def _high_plane(bits: int, blocks: int, width: int) -> Tensor | None:
+    """Zeros for the bits above the fourth: 16 bits of a lane are 16 pairs of inputs at 5 bits, 8 pairs at 6."""
+    if bits not in (5, 6):
+        return None
+    return torch.zeros(blocks, width * (bits - 4) // 32, BLOCK, 2, dtype=torch.int16)
+
+
+def _gather_bits(lanes: Tensor, first: int, count: int) -> Tensor:
+    """`count` bits of each code from bit `first` on, those of the first pair lowest in a lane.
+
+    uint8 [blocks, pairs, 64, 2] -> int16 [blocks, pairs * count / 16, 64, 2].
+    """
+    per_lane = 16 // count
+    out = torch.zeros(len(lanes), lanes.shape[1] // per_lane, *lanes.shape[2:], dtype=torch.int16)
+    for i in range(per_lane):
+        bits = (lanes[:, i::per_lane] >> first) & (2**count - 1)
+        out |= bits.to(torch.int16) << (i * count)
+    return out
+
+
+def _spread_bits(lanes: Tensor, count: int) -> Tensor:
+    """int16 [n, m, 2] -> float32 [n, m * 32 / count], undoing `_gather_bits`."""
+    shifts = torch.arange(0, 16, count, dtype=torch.int32)
+    numbers: Tensor = (lanes.int().unsqueeze(2) >> shifts.view(1, 1, -1, 1)) & (2**count - 1)
+    return numbers.flatten(1).float()
+
+
+def _in_blocks(values: Tensor) -> Tensor:
+    """[rows, groups] -> [blocks, groups, 64], padded with zeros."""
+    return functional.pad(values, (0, 0, 0, -len(values) % BLOCK)).view(-1, BLOCK, values.shape[1]).transpose(1, 2)

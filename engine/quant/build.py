@@ -1,0 +1,176 @@
+"""From the matrices of a file to one `Linear`: converts to the precision asked for, fuses, and picks the format.
+
+    parts (q, k, v) ──slab by slab──► Matrix ──convert──► Matrix ──fill──► BlockedLinear, CodedLinear, DenseLinear …
+
+Parts that are stored differently (a Q4_K_M file has some value projections in Q6_K) stay apart inside a JoinedLinear.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from engine.ops import Kernels
+from engine.quant.blocked import BLOCK, BlockedLinear
+from engine.quant.coded import CodedLinear
+from engine.quant.form import Form
+from engine.quant.linear import DenseLinear, JoinedLinear, Linear, PackedLinear, Table
+from engine.quant.matrix import FloatMatrix, Fp8Matrix, GroupMatrix, Matrix, concat
+from engine.quant.quantise import quantise_fp8, quantise_int4, quantise_int8
+from engine.schemes import INT4_GROUP, Kept
+
+_SLAB = 2**24  # weights that are in hand at a time; as float32 64 MiB
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One matrix of a file: how to read rows start .. stop - 1, and how many there are."""
+
+    read: Callable[[int, int], Matrix]
+    outputs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What all linears of an engine share.
+
+    Attributes:
+        dtype: compute dtype.
+        kernels: the engine's own, on a CPU that has them.
+        quantise_inputs: inputs of FP8 weights are rounded to e4m3 as well.
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+    kernels: Kernels | None
+    quantise_inputs: bool = False
+
+
+class _Format(Linear, Table, Protocol):
+    def fill(self, start: int, matrix: Matrix) -> None: ...
+
+
+def build_linear(
+    parts: list[Part], inputs: int, kept: Kept, target: Target, *, bias: Tensor | None = None, wide: bool = False
+) -> Linear:
+    """One map of several matrices over the same input, their outputs one after the other.
+
+    Args:
+        kept: how to keep them.
+        bias: [all outputs] in the compute dtype on the device, or None.
+        wide: give float32 results. For the head: in bfloat16 its rounding makes ties of near ties.
+    """
+    parts = [_converted(part, kept, target) for part in parts]
+    joined: list[Linear] = []
+    start = 0
+    for form, run in itertools.groupby(parts, key=lambda part: Form.of(part.read(0, 1))):
+        same = list(run)
+        end = start + sum(part.outputs for part in same)
+        joined.append(_build(same, form, inputs, target, None if bias is None else bias[start:end], wide))
+        start = end
+    return joined[0] if len(joined) == 1 else JoinedLinear(joined)
+
+
+def build_table(part: Part, width: int, kept: Kept, target: Target) -> _Format | DenseLinear:
+    """An embedding, that can also serve as the `wide` linear map to logits."""
+    part = _converted(part, kept, target)
+    form = Form.of(part.read(0, 1))
+    if form.bits == 16 and not _blocks(form, target):
+        return DenseLinear(_dense([part], width, target), wide=True)
+    return _filled([part], form, width, target, None, wide=True)
+
+
+def _build(parts: list[Part], form: Form, inputs: int, target: Target, bias: Tensor | None, wide: bool) -> Linear:
+    if form.bits != 16:
+        return _filled(parts, form, inputs, target, bias, wide)
+    # oneDNN has kernels for AMX, which are several times faster from some 32 rows on; the head rarely sees so many.
+    tiles = target.device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    if _blocks(form, target) and (wide or not tiles):
+        return _filled(parts, form, inputs, target, bias, wide)
+    weight = _dense(parts, inputs, target)
+    packs = target.device.type == "cpu" and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return PackedLinear(weight, bias, wide) if packs else DenseLinear(weight, bias, wide)
+
+
+def _blocks(form: Form, target: Target) -> bool:
+    """Our kernel takes this form, and takes it best."""
+    kernels = target.kernels
+    if kernels is None:
+        return False
+    return form.bits != 16 or (target.dtype == torch.bfloat16 and kernels.multiplies_bfloat16)
+
+
+def _filled(
+    parts: list[Part], form: Form, inputs: int, target: Target, bias: Tensor | None, wide: bool
+) -> BlockedLinear | CodedLinear:
+    outputs = sum(part.outputs for part in parts)
+    quantise = target.quantise_inputs and form.bits == 0
+    linear: BlockedLinear | CodedLinear
+    if target.kernels is not None:
+        linear = BlockedLinear(
+            form, outputs, inputs, bias=bias, wide=wide, quantise_inputs=quantise, kernels=target.kernels
+        )
+    else:
+        linear = CodedLinear(
+            form, outputs, inputs, bias=bias, wide=wide, quantise_inputs=quantise, device=target.device
+        )
+    for start, slab in _slabs(parts, inputs):
+        linear.fill(start, slab)
+    return linear
+
+
+def _dense(parts: list[Part], inputs: int, target: Target) -> Tensor:
+    weight = torch.empty(sum(part.outputs for part in parts), inputs, dtype=target.dtype, device=target.device)
+    for start, slab in _slabs(parts, inputs):
+        assert isinstance(slab, FloatMatrix)
+        weight[start : start + len(slab.values)] = slab.values
+    return weight
+
+
+def _slabs(parts: list[Part], inputs: int) -> Iterator[tuple[int, Matrix]]:
+    """The rows of all parts in pieces of whole blocks, with where each begins."""
+    outputs = sum(part.outputs for part in parts)
+    step = max(1, _SLAB // inputs // BLOCK) * BLOCK
+    for start in range(0, outputs, step):
+        pieces, offset = [], 0
+        for part in parts:
+            low, high = max(start - offset, 0), min(start + step - offset, part.outputs)
+            if low < high:
+                pieces.append(part.read(low, high))
+            offset += part.outputs
+        yield start, concat(pieces)
+
+
+def _converted(part: Part, kept: Kept, target: Target) -> Part:
+    return Part(lambda start, stop: _convert(part.read(start, stop), kept, target), part.outputs)
+
+
+def _convert(matrix: Matrix, kept: Kept, target: Target) -> Matrix:
+    """The matrix as it shall be kept. What is coded already is not coded again if it is as narrow."""
+    if isinstance(matrix, Fp8Matrix) and not target.quantise_inputs:
+        matrix = dataclasses.replace(matrix, input_scale=None)  # else fused neighbours would seem to differ
+    match kept, matrix:
+        case Kept.STORED, _:
+            return matrix
+        case Kept.FP8, Fp8Matrix():
+            return matrix
+        case Kept.INT8, GroupMatrix(bits=8):
+            return matrix
+        case Kept.INT4, GroupMatrix(bits=4 | 5 | 6):
+            return matrix
+        case Kept.FLOAT, FloatMatrix():
+            return matrix
+    weight = matrix.dequantise()
+    if kept is Kept.FLOAT:
+        return FloatMatrix(weight)
+    if kept is Kept.FP8:
+        return quantise_fp8(weight)
+    if kept is Kept.INT4 and weight.shape[1] % INT4_GROUP == 0:
+        return quantise_int4(weight)
+    return quantise_int8(weight)
