@@ -81,10 +81,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         max_batch_size: sequences that run at the same time.
         max_batch_tokens: token budget of one step; prefill chunks fill what decodes leave.
         page_size: tokens per KV page.
-        kv_memory_bytes: size of the KV cache; None = what max_batch_size sequences of 2,048 tokens need (at least one
-            of max_model_len), capped at half of the free memory.
+        kv_memory_bytes: size of the KV cache; None = on a GPU all that is left; on a CPU, where others live too, what
+            max_batch_size sequences of 2,048 tokens need (at least one of max_model_len), at most half of what is left.
         threads: intra-op CPU threads; None = all cores.
         seed: basis of the random streams of requests that bring no seed; None = a new one at each start.
+        max_loras: LoRA adapters whose requests can run at the same time; each has a slot of device memory of its own,
+            taken at the start. Any number can be loaded. 0 = no adapters, no memory.
+        max_lora_rank: highest rank of an adapter, and what a slot is sized for.
     """
 
     model_path: str
@@ -99,3 +102,5 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     kv_memory_bytes: int | None = None
     threads: int | None = None
     seed: int | None = None
+    max_loras: int = 0
+    max_lora_rank: int = 32

@@ -15,8 +15,10 @@ from engine.checkpoint import open_checkpoint
 from engine.config import EngineConfig, ModelConfig
 from engine.face import LoadProgress
 from engine.machine import choose_device, choose_dtype, free_memory, usable_cores
+from engine.memory import Device, plan_memory
 from engine.model.cache import KVCache
 from engine.model.decoder import Decoder
+from engine.model.footprint import checkpoint_bytes
 from engine.model.load import load_decoder
 from engine.request import EngineInfo, SamplingParams
 from engine.rows import Rows
@@ -77,8 +79,11 @@ class Runner:
         with torch.inference_mode(), open_checkpoint(config.model_path) as checkpoint:
             model: ModelConfig = checkpoint.config
             # Sized before the weights are read, so that what cannot fit fails in a second and not in minutes.
-            weights = checkpoint.num_parameters * dtype.itemsize
-            size = size_cache(config, model, dtype.itemsize, max(free_memory(device) - weights, 0))
+            weights = checkpoint_bytes(checkpoint, scheme, dtype)
+            on = Device(
+                kind=device.type, free=free_memory(device), float_bytes=dtype.itemsize, decodes=device.type != "cpu"
+            )
+            size = size_cache(config, model, plan_memory(model, config, on, weights), device.type)
             decoder = load_decoder(checkpoint, dtype, device, size.max_model_len, threads, progress, scheme)
             return cls(config, decoder, size, time.monotonic() - began)
 

@@ -28,6 +28,7 @@ class Kept(enum.Enum):
 
 
 INT4_GROUP = 32  # inputs that share a scale and a minimum
+DECODE_SLAB = 2**25  # weights that plain torch decodes at a time: 64 MiB of bfloat16
 
 
 @dataclass(frozen=True, slots=True)

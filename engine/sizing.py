@@ -1,4 +1,4 @@
-"""How many KV pages, and how long a context: arithmetic on EngineConfig, ModelConfig and free memory. Pure."""
+"""How many KV pages, and how long a context: what an EngineConfig asks for, out of what a MemoryPlan leaves. Pure."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from engine.config import EngineConfig, ModelConfig
 from engine.errors import EngineConfigError
+from engine.memory import MemoryPlan, context_limit
 from engine.schemes import SCHEMES
 
 DEFAULT_TOKENS_PER_SEQUENCE = 2048  # a chat of usual length, for each of max_batch_size sequences
-LONGEST_CONTEXT = 131072  # what NeMo was trained for; its files claim up to 1,024,000
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,16 +39,15 @@ def check_config(engine: EngineConfig) -> None:
     )
 
 
-def size_cache(engine: EngineConfig, model: ModelConfig, dtype_bytes: int, free_bytes: int) -> CacheSize:
+def size_cache(engine: EngineConfig, model: ModelConfig, plan: MemoryPlan, device: str) -> CacheSize:
     """Pages and context length, as documented at `EngineConfig`.
 
     Args:
-        free_bytes: memory left on the device once the weights are loaded.
+        device: "cpu" or "cuda".
 
     Raises:
-        EngineConfigError: the context does not fit; the message has the numbers.
+        EngineConfigError: the weights or the context do not fit; the message has the numbers.
     """
-    limit = min(model.max_position_embeddings, LONGEST_CONTEXT)
     wanted = engine.max_model_len
     _require(
         wanted is None or wanted <= model.max_position_embeddings,
@@ -56,27 +55,36 @@ def size_cache(engine: EngineConfig, model: ModelConfig, dtype_bytes: int, free_
         wanted,
         f"must be at most the model's own limit of {model.max_position_embeddings} tokens",
     )
-    page_bytes = engine.page_size * model.kv_bytes_per_token(dtype_bytes)
+    _require(
+        not plan.missing,
+        "precision",
+        engine.precision,
+        f"takes {plan.weights} bytes of weights and {plan.workspace + plan.tables + plan.reserve} to compute with, but "
+        f"{plan.free} bytes are free on this {device}",
+    )
+    page_bytes = plan.page_size * plan.token_bytes
     if engine.kv_memory_bytes is not None:
         budget = engine.kv_memory_bytes
         _require(
-            budget <= free_bytes, "kv_memory_bytes", budget, f"must be at most the {free_bytes} bytes that are free"
+            budget <= plan.cache, "kv_memory_bytes", budget, f"must be at most the {plan.cache} bytes that are left"
         )
         pages = budget // page_bytes
-    else:
+    elif device == "cpu":
         tokens = max(engine.max_batch_size * DEFAULT_TOKENS_PER_SEQUENCE, wanted or 0)
-        budget = free_bytes // 2
-        pages = min(-(-tokens // engine.page_size), budget // page_bytes)
-    holds = pages * engine.page_size
+        budget = plan.cache // 2
+        pages = min(-(-tokens // plan.page_size), budget // page_bytes)
+    else:
+        budget, pages = plan.cache, plan.pages
+    holds = pages * plan.page_size
     _require(
         holds >= (wanted or 2),
         "max_model_len",
         wanted or "auto",
-        f"needs {-(-(wanted or 2) // engine.page_size) * page_bytes} bytes of KV cache ({page_bytes} per page of "
-        f"{engine.page_size} tokens), but {budget} bytes hold {holds} tokens",
+        f"needs {-(-(wanted or 2) // plan.page_size) * page_bytes} bytes of KV cache ({page_bytes} per page of "
+        f"{plan.page_size} tokens), but {budget} bytes hold {holds} tokens",
     )
-    length = wanted or min(limit, holds)
-    return CacheSize(pages, length, -(-length // engine.page_size))
+    length = wanted or min(context_limit(model), holds)
+    return CacheSize(pages, length, -(-length // plan.page_size))
 
 
 def _require(ok: bool, field: str, value: object, rule: str) -> None:

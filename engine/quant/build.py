@@ -151,6 +151,11 @@ def _converted(part: Part, kept: Kept, target: Target) -> Part:
     return Part(lambda start, stop: _convert(part.read(start, stop), kept, target), part.outputs)
 
 
+def form_of(part: Part, kept: Kept, target: Target) -> Form:
+    """How a matrix will be coded in memory; reads one row."""
+    return Form.of(_converted(part, kept, target).read(0, 1))
+
+
 def _convert(matrix: Matrix, kept: Kept, target: Target) -> Matrix:
     """The matrix as it shall be kept. What is coded already is not coded again if it is as narrow."""
     if isinstance(matrix, Fp8Matrix) and not target.quantise_inputs:

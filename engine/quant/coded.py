@@ -12,8 +12,7 @@ from torch.nn import functional
 from engine.quant.activations import quantise_rows, to_e4m3
 from engine.quant.form import Form
 from engine.quant.matrix import FloatMatrix, GroupMatrix, Matrix
-
-_SLAB = 2**25  # weights decoded at a time: 64 MiB of bfloat16
+from engine.schemes import DECODE_SLAB
 
 
 class CodedLinear:
@@ -74,7 +73,7 @@ class CodedLinear:
         dtype, scales = x.dtype, None
         if self._quantise_inputs:
             x, scales = quantise_rows(x, self._form.input_scale)
-        step = max(1, _SLAB // self._inputs)
+        step = max(1, DECODE_SLAB // self._inputs)
         slabs = [
             functional.linear(x, self._decode(slice(at, at + step)).to(x.dtype)) for at in range(0, len(self), step)
         ]

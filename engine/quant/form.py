@@ -49,3 +49,14 @@ class Form:
 
     def groups(self, inputs: int) -> int:
         return -(-inputs // self.group) if self.group else 1
+
+    def nbytes(self, outputs: int, inputs: int, float_bytes: int) -> int:
+        """Bytes of a matrix of this shape. Blocks that it does not fill, and a bias, are not counted.
+
+        Args:
+            float_bytes: of the compute dtype, which floats are kept in.
+        """
+        if self.bits == 16:
+            return outputs * inputs * float_bytes
+        scale_bytes = self.scale_dtype.itemsize * (2 if self.has_mins else 1)
+        return outputs * (inputs * (self.bits or 8) // 8 + self.groups(inputs) * scale_bytes)

@@ -14,6 +14,7 @@ import torch
 from engine.config import EngineConfig
 from engine.errors import EngineConfigError
 from engine.machine import choose_device, choose_dtype, free_memory, usable_cores
+from engine.memory import MemoryPlan
 from engine.model.decoder import Decoder
 from engine.request import SamplingParams
 from engine.runner import Runner
@@ -162,27 +163,47 @@ SIZES = msgspec.structs.replace(BASE, max_position_embeddings=8192)
 TOKEN_BYTES = SIZES.kv_bytes_per_token(4)
 
 
+def left(cache: int, missing: int = 0) -> MemoryPlan:
+    """A plan that leaves so many bytes to the cache."""
+    return MemoryPlan(
+        free=cache,
+        weights=0,
+        tables=0,
+        workspace=0,
+        reserve=missing,
+        cache=cache,
+        missing=missing,
+        token_bytes=TOKEN_BYTES,
+        page_size=ENGINE.page_size,
+    )
+
+
 def test_the_default_pool_serves_2048_tokens_for_every_sequence() -> None:
-    size = size_cache(ENGINE, SIZES, 4, free_bytes=1 << 40)
+    size = size_cache(ENGINE, SIZES, left(1 << 40), "cpu")
     assert size.num_pages * ENGINE.page_size == 4 * 2048
     assert size.max_model_len == 8192
 
 
 def test_the_default_pool_grows_to_one_sequence_of_the_context_that_was_asked_for() -> None:
     config = msgspec.structs.replace(ENGINE, max_batch_size=1, max_model_len=8000)
-    size = size_cache(config, SIZES, 4, free_bytes=1 << 40)
+    size = size_cache(config, SIZES, left(1 << 40), "cpu")
     assert size.num_pages == size.pages_per_sequence == 125
 
 
-def test_the_default_pool_takes_at_most_half_of_the_free_memory() -> None:
-    size = size_cache(ENGINE, SIZES, 4, free_bytes=2 * TOKEN_BYTES * 64 * 10)
+def test_the_default_pool_takes_at_most_half_of_what_is_left_on_a_cpu() -> None:
+    size = size_cache(ENGINE, SIZES, left(2 * TOKEN_BYTES * 64 * 10), "cpu")
     assert (size.num_pages, size.max_model_len) == (10, 640)
+
+
+def test_the_default_pool_takes_all_that_is_left_on_a_gpu() -> None:
+    size = size_cache(ENGINE, SIZES, left(TOKEN_BYTES * (64 * 1000 + 63)), "cuda")
+    assert (size.num_pages, size.max_model_len) == (1000, 8192)
 
 
 def test_the_context_is_never_taken_from_a_boast_in_the_file() -> None:
     nemo = msgspec.structs.replace(SIZES, max_position_embeddings=1_024_000)
     config = msgspec.structs.replace(ENGINE, kv_memory_bytes=TOKEN_BYTES * 200_000)
-    assert size_cache(config, nemo, 4, free_bytes=1 << 40).max_model_len == 131072
+    assert size_cache(config, nemo, left(1 << 40), "cpu").max_model_len == 131072
 
 
 @pytest.mark.parametrize(
@@ -196,7 +217,14 @@ def test_the_context_is_never_taken_from_a_boast_in_the_file() -> None:
 )
 def test_a_context_that_cannot_fit_is_refused_with_numbers(change: dict[str, int], message: str) -> None:
     with pytest.raises(EngineConfigError, match=message):
-        size_cache(msgspec.structs.replace(ENGINE, **change), SIZES, 4, free_bytes=1 << 40)
+        size_cache(msgspec.structs.replace(ENGINE, **change), SIZES, left(1 << 40), "cpu")
+
+
+def test_weights_that_do_not_fit_are_refused_with_numbers() -> None:
+    with pytest.raises(
+        EngineConfigError, match="precision: auto takes 0 bytes of weights and 7 to compute with, but 0 "
+    ):
+        size_cache(ENGINE, SIZES, left(0, missing=7), "cpu")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,202 @@
+"""Where the memory of a device goes: arithmetic on sizes alone, the same for what the engine allocates and for what
+`nemoserve doctor` says of a machine that is not there. Pure and torch-free.
+
+    free ─┬─ weights     matrices as the precision keeps them, norms in the compute dtype
+          ├─ tables      rotary angles of every position, block tables of every row
+          ├─ workspace   activations and logits of the largest step
+          ├─ reserve     what is taken without asking: loaded kernels, captured graphs, the allocator's rounding
+          └─ cache       KV pages: all that is left
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from engine.config import EngineConfig, ModelConfig
+from engine.schemes import DECODE_SLAB, SCHEMES, Kept, Scheme
+
+LONGEST_CONTEXT = 131072  # what NeMo was trained for; its files claim up to 1,024,000
+
+MIB = 2**20
+# Of a CUDA process before its first tensor: driver, libraries, kernels. 450 to 600 MiB for torch 2 on A100 and H100.
+CUDA_CONTEXT = 600 * MIB
+# cuBLAS workspaces, kernels that load on first use and captured graphs, and what rounding of blocks wastes, in parts of
+# the free memory: vLLM leaves 8 % for all of this and the context together.
+CUDA_RESERVE, CUDA_RESERVE_SHARE = 512 * MIB, 0.05
+CPU_RESERVE = 256 * MIB  # interpreter, libraries and tokenizer of both processes, beyond the pages that they share
+
+# Measured with every tensor of a step counted (tests/engine/test_memory.py).
+_DRAW_BYTES = 17 * 4  # per logit, where the cut of top_p lies beyond the likeliest 4,096: all are sorted, in float64
+_DECODE_BYTES = 22  # per weight decoded in plain torch: codes, float32 numbers, scales, minima, products, the result
+
+
+class Matrix(NamedTuple):
+    """One weight matrix of a model, under Hugging Face's name."""
+
+    name: str
+    outputs: int
+    inputs: int
+
+
+MatrixBytes = Callable[[Matrix, Kept], int]
+"""Bytes that a matrix takes in memory if it is to be kept so."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """What there is to plan with.
+
+    Attributes:
+        kind: "cpu" or "cuda".
+        free: bytes that nobody has taken; on a GPU after the context was made.
+        float_bytes: of the compute dtype.
+        decodes: coded weights become floats in plain torch, slab by slab, before they are multiplied: on GPUs.
+    """
+
+    kind: str
+    free: int
+    float_bytes: int = 2
+    decodes: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """Bytes of each part, as drawn above. `cache` is 0 where nothing is left, and `missing` what even the rest lacks.
+
+    Attributes:
+        token_bytes: of one token in the KV cache, all layers.
+        page_size: tokens of a page.
+    """
+
+    free: int
+    weights: int
+    tables: int
+    workspace: int
+    reserve: int
+    cache: int
+    missing: int
+    token_bytes: int
+    page_size: int
+
+    @property
+    def pages(self) -> int:
+        return self.cache // (self.page_size * self.token_bytes)
+
+    @property
+    def tokens(self) -> int:
+        """That fit into the cache, of all sequences together."""
+        return self.pages * self.page_size
+
+
+def plan_memory(model: ModelConfig, engine: EngineConfig, device: Device, weights: int | None = None) -> MemoryPlan:
+    """Divide the free memory of a device.
+
+    Args:
+        weights: bytes of all weights, where the file was looked at; None = what engine.precision makes of a
+            checkpoint in the compute dtype.
+    """
+    scheme = SCHEMES[engine.precision]
+    if weights is None:
+        weights = weight_bytes(model, scheme, device.float_bytes)
+    reserve = CPU_RESERVE
+    if device.kind == "cuda":
+        reserve = CUDA_RESERVE + int(device.free * CUDA_RESERVE_SHARE)
+    tables = table_bytes(model, engine)
+    workspace = step_bytes(model, engine, device)
+    left = device.free - weights - tables - workspace - reserve
+    return MemoryPlan(
+        free=device.free,
+        weights=weights,
+        tables=tables,
+        workspace=workspace,
+        reserve=reserve,
+        cache=max(left, 0),
+        missing=max(-left, 0),
+        token_bytes=token_bytes(model, engine.kv_precision, device.float_bytes),
+        page_size=engine.page_size,
+    )
+
+
+def token_bytes(model: ModelConfig, kv_precision: str, float_bytes: int) -> int:
+    """Of one token in the KV cache: keys and values of all layers; in FP8 with a float32 scale per head."""
+    if kv_precision == "fp8":
+        return 2 * model.num_layers * model.num_kv_heads * (model.head_dim + 4)
+    return model.kv_bytes_per_token(float_bytes)
+
+
+def weight_bytes(model: ModelConfig, scheme: Scheme, float_bytes: int, matrix_bytes: MatrixBytes | None = None) -> int:
+    """Of all weights.
+
+    Args:
+        float_bytes: of the compute dtype, in which norms, biases and unquantised matrices are kept.
+        matrix_bytes: for a file, whose own forms count; None = as if the file had floats.
+    """
+
+    def of_floats(matrix: Matrix, kept: Kept) -> int:
+        return kept.nbytes(matrix.outputs, matrix.inputs, float_bytes)
+
+    count = matrix_bytes or of_floats
+    embedding, *layers, head = matrices(model)
+    total = vector_parameters(model) * float_bytes + sum(count(matrix, scheme.linear) for matrix in layers)
+    if model.tie_word_embeddings:
+        return total + count(embedding, scheme.head)
+    return total + count(embedding, scheme.embedding) + count(head, scheme.head)
+
+
+def parameter_count(model: ModelConfig) -> int:
+    """A tied head counts once."""
+    found = [*matrices(model)][: -1 if model.tie_word_embeddings else None]
+    return sum(matrix.outputs * matrix.inputs for matrix in found) + vector_parameters(model)
+
+
+def matrices(model: ModelConfig) -> Iterator[Matrix]:
+    """The embedding first, all projections, the head last (of a tied model too, where it is the embedding)."""
+    hidden, ffn, vocab = model.hidden_size, model.intermediate_size, model.vocab_size
+    yield Matrix("model.embed_tokens.weight", vocab, hidden)
+    for layer in range(model.num_layers):
+        attention, mlp = f"model.layers.{layer}.self_attn.", f"model.layers.{layer}.mlp."
+        yield Matrix(attention + "q_proj.weight", model.q_size, hidden)
+        yield Matrix(attention + "k_proj.weight", model.kv_size, hidden)
+        yield Matrix(attention + "v_proj.weight", model.kv_size, hidden)
+        yield Matrix(attention + "o_proj.weight", hidden, model.q_size)
+        yield Matrix(mlp + "gate_proj.weight", ffn, hidden)
+        yield Matrix(mlp + "up_proj.weight", ffn, hidden)
+        yield Matrix(mlp + "down_proj.weight", hidden, ffn)
+    yield Matrix("lm_head.weight", vocab, hidden)
+
+
+def vector_parameters(model: ModelConfig) -> int:
+    """Two norms per layer and the last one; biases where the model has them."""
+    biases = model.q_size + 2 * model.kv_size if model.qkv_bias else 0
+    return model.num_layers * (2 * model.hidden_size + biases) + model.hidden_size
+
+
+def table_bytes(model: ModelConfig, engine: EngineConfig) -> int:
+    """float32 [positions, head_dim] of angles and int32 [rows, pages of a sequence] of pages."""
+    positions = engine.max_model_len or context_limit(model)
+    return 4 * positions * model.head_dim + 4 * engine.max_batch_size * -(-positions // engine.page_size)
+
+
+def context_limit(model: ModelConfig) -> int:
+    """Tokens that a sequence may have if memory allows."""
+    return min(model.max_position_embeddings, LONGEST_CONTEXT)
+
+
+def step_bytes(model: ModelConfig, engine: EngineConfig, device: Device) -> int:
+    """What a step of max_batch_tokens tokens takes beside weights and cache, at its worst moment.
+
+    That is in the MLP (float32 residual, hidden states, the queries' storage, gate | up and their product) or at the
+    end (the draw from the logits of all rows). Attention is taken to keep its scores on the chip, as the compiled
+    kernels do: plain torch needs heads x tokens x context float32 numbers more, three times over.
+    """
+    tokens, rows, floats = engine.max_batch_tokens, engine.max_batch_size, device.float_bytes
+    stream = tokens * (model.hidden_size * (4 + floats) + (model.q_size + 2 * model.kv_size) * floats)
+    indices = tokens * 6 * 8
+    inner = tokens * 3 * model.intermediate_size * floats
+    draw = rows * model.vocab_size * _DRAW_BYTES
+    if device.decodes and SCHEMES[engine.precision].linear is not Kept.FLOAT:
+        largest = model.hidden_size * max(2 * model.intermediate_size, model.vocab_size)
+        inner += tokens * 2 * model.intermediate_size * 4 + min(DECODE_SLAB, largest) * _DECODE_BYTES
+    return max(stream + inner + indices, draw)
