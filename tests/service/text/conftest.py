@@ -9,8 +9,10 @@ from typing import Any
 
 import mistral_common
 import pytest
+import sentencepiece
 import tokenizers
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 from tokenizers import pre_tokenizers
 
 from service.text.bpe import BpeTokenizer, load_tekken
@@ -35,6 +37,39 @@ def tekken() -> BpeTokenizer:
 def mistral_tekken() -> MistralTokenizer:
     """The oracle of Tekken ids and of the v3 chat format."""
     return MistralTokenizer.v3(is_tekken=True)
+
+
+def small_tekken(version: str, tokens: int = 8000) -> dict[str, Any]:
+    """A tekken.json as Mistral publishes it with that version, of the first tokens of the real vocabulary only.
+
+    From v11 on the file names its control tokens, with [ARGS] and [CALL_ID] in the places that Mistral Small 3.2 has.
+    """
+    data: dict[str, Any] = json.loads((MISTRAL_DATA / "tekken_240718.json").read_bytes())
+    data["config"] |= {"version": version, "default_vocab_size": 1000 + tokens, "num_vocab_tokens": tokens}
+    if version not in ("v3", "v7"):
+        names = [str(token["token_str"]) for token in Tekkenizer.DEPRECATED_SPECIAL_TOKENS]
+        names += [f"<SPECIAL_{number}>" for number in range(len(names), 32)] + ["[ARGS]", "[CALL_ID]"]
+        data["special_tokens"] = [{"rank": i, "token_str": n, "is_control": True} for i, n in enumerate(names)]
+    return data | {"vocab": data["vocab"][:tokens]}
+
+
+def gguf_pieces(path: Path) -> dict[str, list[Any]]:
+    """The `tokenizer.ggml.*` fields of a SentencePiece model, as llama.cpp's converter writes them."""
+    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    kinds = (model.IsUnknown, model.IsControl, model.IsUnused, model.IsByte)
+    types = [
+        next((kind for kind, test in zip((2, 3, 5, 6), kinds, strict=True) if test(i)), 1) for i in range(len(model))
+    ]
+    tokens = [model.IdToPiece(i) for i in range(len(model))]
+    return {"tokens": tokens, "scores": [model.GetScore(i) for i in range(len(model))], "token_type": types}
+
+
+@pytest.fixture(scope="session", params=["v7", "v11", "v13"])
+def modern_tekken(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tekken.json of a model newer than NeMo."""
+    folder: Path = tmp_path_factory.mktemp(request.param)
+    (folder / "tekken.json").write_text(json.dumps(small_tekken(request.param)))
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import string
+from dataclasses import replace
 from typing import Any
 
 from service.text.chat import Conversation, Message, Tool, ToolCall
@@ -76,6 +78,20 @@ def conversation(rng: random.Random, *, tools: bool, repeats: bool = False, host
         messages += _tool_exchange(rng, content())
     offered = tuple(tool(rng, hostile=hostile) for _ in range(rng.randint(0, 2))) if tools else ()
     return Conversation(messages=tuple(messages), tools=offered)
+
+
+def modern(rng: random.Random, conversation: Conversation, *, sort_results: bool) -> Conversation:
+    """The conversation with what Mistral's formats allow from v7 on: text beside calls; and what they sort from v11 on:
+    results in any order."""
+    messages: list[Message] = []
+    for role, group in itertools.groupby(conversation.messages, key=lambda message: message.role):
+        same = list(group)
+        if role == "tool" and sort_results:
+            rng.shuffle(same)
+        if role == "assistant" and same[-1].tool_calls and rng.random() < 0.5:
+            same[-1] = replace(same[-1], content=text(rng) + rng.choice(("", " ")))
+        messages += same
+    return replace(conversation, messages=tuple(messages))
 
 
 def _tool_exchange(rng: random.Random, value: str) -> list[Message]:

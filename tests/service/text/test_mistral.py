@@ -15,9 +15,11 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from service.errors import Code, ServiceError
 from service.text.bpe import BpeTokenizer
 from service.text.chat import Conversation, Message, Tool, ToolCall
+from service.text.detokenize import StreamDecoder
+from service.text.load import load_text
 from service.text.mistral import MistralChat
 from service.text.sentencepiece import load_sentencepiece
-from tests.service.text.conversations import conversation, openai_messages, openai_tools, text
+from tests.service.text.conversations import conversation, modern, openai_messages, openai_tools, text
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +109,101 @@ def test_sentencepiece_chat_ids_equal_mistral_common(mistral_data: Path, file: s
     for _ in range(150):
         asked = conversation(rng, tools=version == 3, repeats=True)
         assert chat.encode(asked) == reference(oracle, asked), asked
+
+
+def test_v7_sentencepiece_chat_ids_equal_mistral_common(mistral_data: Path) -> None:
+    chat = MistralChat(load_sentencepiece(mistral_data / "mistral_instruct_tokenizer_241114.model.v7"), 7)
+    oracle = MistralTokenizer.v7()
+    rng = random.Random(7)
+    for _ in range(150):
+        asked = modern(rng, conversation(rng, tools=True, repeats=True), sort_results=False)
+        assert chat.encode(asked) == reference(oracle, asked), asked
+
+
+def test_modern_tekken_chat_ids_equal_mistral_common(modern_tekken: Path) -> None:
+    chat = load_text(modern_tekken).chat
+    assert chat is not None
+    oracle = MistralTokenizer.from_file(modern_tekken / "tekken.json")
+    version = oracle.version.value
+    rng = random.Random(version)
+    for number in range(300):
+        asked = conversation(rng, tools=number % 4 != 0, repeats=number % 2 == 0, hostile=True)
+        asked = modern(rng, asked, sort_results=version != "v7")
+        if number % 5 == 0:
+            begun = Message(role="assistant", content=text(rng) + " ")
+            asked = replace(asked, messages=(*asked.messages, begun), continue_final_message=True)
+        assert chat.encode(asked) == reference(oracle, asked), (number, asked)
+    only_system = Conversation(messages=(Message(role="system", content="s"),))
+    assert chat.encode(only_system) == reference(oracle, only_system)
+
+
+def test_the_exact_form_of_a_modern_conversation(modern_tekken: Path) -> None:
+    model = load_text(modern_tekken)
+    assert model.chat is not None
+    calls = tuple(ToolCall(id=i * 9, name="f", arguments=f'{{"x":"{i}"}}') for i in "ab")
+    asked = Conversation(
+        messages=(
+            Message(role="system", content="Be brief."),
+            Message(role="user", content="u1"),
+            Message(role="assistant", content="a1 ", tool_calls=calls),
+            Message(role="tool", content='{"y":1}', tool_call_id="b" * 9),
+            Message(role="tool", content="2", tool_call_id="a" * 9),
+            Message(role="assistant", content="a2"),
+            Message(role="user", content="u2"),
+        ),
+        tools=(Tool(name="f", description="d", parameters='{"type":"object"}'),),
+    )
+    tools = (
+        '[AVAILABLE_TOOLS][{"type": "function", "function": {"name": "f", "description": "d", '
+        '"parameters": {"type": "object"}}}][/AVAILABLE_TOOLS]'
+    )
+    results = ('[TOOL_RESULTS]bbbbbbbbb[TOOL_CONTENT]{"y":1}[/TOOL_RESULTS]', "[TOOL_RESULTS]aaaaaaaaa[TOOL_CONTENT]2")
+    begun, ended = "<s>[SYSTEM_PROMPT]Be brief.[/SYSTEM_PROMPT]", "a2</s>"
+    expected = {
+        "v7": f"{begun}[INST]u1[/INST]a1"
+        '[TOOL_CALLS][{"name": "f", "arguments": {"x": "a"}, "id": "aaaaaaaaa"}, '
+        '{"name": "f", "arguments": {"x": "b"}, "id": "bbbbbbbbb"}]</s>'
+        f"{results[0]}{results[1]}[/TOOL_RESULTS]{ended}{tools}[INST]u2[/INST]",
+        "v11": f"{begun}[INST]u1[/INST]a1"
+        '[TOOL_CALLS]f[CALL_ID]aaaaaaaaa[ARGS]{"x": "a"}[TOOL_CALLS]f[CALL_ID]bbbbbbbbb[ARGS]{"x": "b"}</s>'
+        f"{results[1]}[/TOOL_RESULTS]{results[0]}{ended}{tools}[INST]u2[/INST]",
+        "v13": f"{begun}{tools}[INST]u1[/INST]a1"
+        '[TOOL_CALLS]f[ARGS]{"x": "a"}[TOOL_CALLS]f[ARGS]{"x": "b"}</s>'
+        f'[TOOL_RESULTS]2[/TOOL_RESULTS][TOOL_RESULTS]{{"y":1}}[/TOOL_RESULTS]{ended}[INST]u2[/INST]',
+    }
+    shown = "".join(model.tokenizer.token_name(token_id) for token_id in model.chat.encode(asked))
+    assert shown == expected[json.loads((modern_tekken / "tekken.json").read_text())["config"]["version"]]
+
+
+def test_a_modern_call_and_its_results_are_matched_by_id(modern_tekken: Path) -> None:
+    chat = load_text(modern_tekken).chat
+    assert isinstance(chat, MistralChat)
+    twice = replace(CALL, tool_calls=CALL.tool_calls * 2)
+    other = replace(RESULT, tool_call_id="b" * 9)
+    by_number = json.loads((modern_tekken / "tekken.json").read_text())["config"]["version"] == "v7"
+    for messages, field in (
+        ((USER, CALL, other), "messages[2].tool_call_id"),
+        ((USER, twice, RESULT, RESULT), "[1].id"),
+    ):
+        if by_number:
+            chat.encode(Conversation(messages=messages))
+        else:
+            with pytest.raises(ServiceError) as caught:
+                chat.encode(Conversation(messages=messages))
+            assert field in caught.value.message.split(": ")[0]
+
+
+def test_what_a_model_writes_to_call_tools_can_be_taken_apart_by_ids(tekken: BpeTokenizer) -> None:
+    """The text of an answer has no control tokens, so whoever looks for calls does so in its ids."""
+    call = '[{"name": "f", "arguments": {"city": "Zürich"}}]'
+    starts = tekken.control_id("[TOOL_CALLS]")
+    assert starts == 9
+    answer = [starts, *tekken.encode(call)]
+    decoder = StreamDecoder(tekken, [4])
+    assert "".join([*(decoder.push([token_id]) for token_id in answer), decoder.flush()]) == call
+    assert [i for i in answer if tekken.token_bytes(i) == b""] == [starts]
+    assert tekken.token_name(starts) == "[TOOL_CALLS]"
+    assert starts not in tekken.encode("[TOOL_CALLS]" + call)
 
 
 USER, ASSISTANT = Message(role="user", content="u"), Message(role="assistant", content="a")
