@@ -6,6 +6,7 @@ runs the core in this process, `engine.remote.RemoteEngine` in its own.
 
 from engine.config import EngineConfig, ModelConfig
 from engine.errors import (
+    AdapterNotFoundError,
     CheckpointError,
     EngineConfigError,
     EngineDeadError,
@@ -15,6 +16,7 @@ from engine.errors import (
 )
 from engine.face import Engine, LoadProgress
 from engine.request import (
+    AdapterInfo,
     EngineInfo,
     EngineStats,
     FinishReason,
@@ -26,6 +28,8 @@ from engine.request import (
 )
 
 __all__ = [
+    "AdapterInfo",
+    "AdapterNotFoundError",
     "CheckpointError",
     "Engine",
     "EngineConfig",

@@ -6,6 +6,8 @@ Messages are written for the person who sent the request: they name the field, t
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class EngineError(Exception):
     """Base of all errors that this package raises on purpose."""
@@ -25,6 +27,18 @@ class InvalidRequestError(EngineError):
         self.reason = reason
 
 
+class AdapterNotFoundError(EngineError):
+    """There is no LoRA adapter of this name, or no longer.
+
+    Args:
+        name: as the request has it.
+        loaded: names that there are.
+    """
+
+    def __init__(self, name: str, loaded: Iterable[str]) -> None:
+        super().__init__(f"adapter: {name!r} is not loaded; loaded are {', '.join(sorted(loaded)) or 'none'}")
+
+
 class CheckpointError(EngineError):
     """A model file is missing, truncated, corrupt or not one that we run. The message names file and tensor."""
 
@@ -39,3 +53,13 @@ class EngineConfigError(EngineError):
 
 class EngineDeadError(EngineError):
     """The engine process is gone or failed; every request in flight gets this."""
+
+
+def error_of(kind: str, message: str) -> EngineError:
+    """An error that has crossed the process border, as the type that it had there; EngineDeadError for our own faults.
+
+    Args:
+        kind: name of the type.
+    """
+    kinds = {error.__name__: error for error in (CheckpointError, UnsupportedModelError, EngineConfigError)}
+    return kinds.get(kind, EngineDeadError)(message)

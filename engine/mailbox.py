@@ -54,10 +54,12 @@ class Mailbox:
 def merge(first: TokenEvent, second: TokenEvent) -> TokenEvent:
     """One event that says what two consecutive events of a request said."""
     logprobs = [*(first.logprobs or []), *(second.logprobs or [])]
+    prompt_logprobs = [*(first.prompt_logprobs or []), *(second.prompt_logprobs or [])]
     return replace(
         second,
         token_ids=first.token_ids + second.token_ids,
         logprobs=logprobs or None,
+        prompt_logprobs=prompt_logprobs or None,
         prompt_tokens=max(first.prompt_tokens, second.prompt_tokens),
         cached_tokens=max(first.cached_tokens, second.cached_tokens),
         timings=second.timings or first.timings,

@@ -15,6 +15,7 @@ import msgspec
 from engine.errors import InvalidRequestError
 
 MAX_LOGPROBS = 20  # as the OpenAI API; each one costs a top-k over the vocabulary
+MAX_PROMPT_LOGPROBS = 2**18  # of one request, named tokens included: 1 beside each of 128K, or 20 beside each of 12K
 MAX_LOGIT_BIAS = 1024  # entries per request
 MAX_STOP_TOKEN_IDS = 1024
 MAX_INT = 2**31 - 1  # of fields that have no limit of their own; they cross borders and reach tensors as int32
@@ -48,6 +49,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         stop_token_ids: end generation as end-of-sequence does.
         ignore_eos: the model's own end-of-sequence does not end the generation.
         logprobs: None = none; 0 = of the chosen token; n = also of the n likeliest.
+        prompt_logprobs: the same of the prompt's own tokens, all but the first.
     """
 
     max_tokens: int = 16
@@ -64,6 +66,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def validate(self, vocab_size: int) -> None:
         """Check every field against its range.
@@ -123,12 +126,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         )
         for token in self.stop_token_ids:
             _check(0 <= token < vocab_size, "stop_token_ids", token, f"must be between 0 and {vocab_size - 1}")
-        _check(
-            self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
-            "logprobs",
-            self.logprobs,
-            f"must be between 0 and {MAX_LOGPROBS}",
-        )
+        for field, top in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
+            _check(top is None or 0 <= top <= MAX_LOGPROBS, field, top, f"must be between 0 and {MAX_LOGPROBS}")
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
@@ -136,17 +135,22 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         priority: lower runs first, 0 is normal; among equals the earlier arrival runs first.
+        adapter: name of a loaded LoRA adapter; None = the model as it is.
     """
 
     request_id: str
     prompt_token_ids: list[int]
     sampling: SamplingParams = SamplingParams()
     priority: int = 0
+    adapter: str | None = None
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):
-    """Natural-log probabilities of one generated token, under the distribution before temperature and truncation,
-    after penalties and bias. `top` is sorted from the likeliest; `rank` counts from 1."""
+    """Natural-log probabilities of one token. `top` is sorted from the likeliest; `rank` counts from 1.
+
+    Of a generated token they are under the distribution before temperature and truncation, after penalties and bias; of
+    a token of the prompt under the model's own.
+    """
 
     token_id: int
     logprob: float
@@ -168,6 +172,8 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         token_ids: new tokens; the end-of-sequence or stop token that ended it is not among them but in `stop_token_id`.
         logprobs: one per token of token_ids, if asked for.
+        prompt_logprobs: of the prompt's next tokens, if asked for. They come as the prompt is computed, the last no
+            later than the first token: no event has more of them than a step has tokens, however long the prompt.
         finish_reason: set on the last event of a request and on no other.
         error: what went wrong, when finish_reason is ERROR.
         prompt_tokens, cached_tokens: size of the prompt, and how much of it needed no computation.
@@ -176,6 +182,7 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
     request_id: str
     token_ids: list[int] = []
     logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob] | None = None
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     error: str | None = None
@@ -224,6 +231,20 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     num_parameters: int
     weight_bytes: int
     load_seconds: float
+    max_loras: int = 0
+
+
+class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """Facts about a loaded LoRA adapter.
+
+    Attributes:
+        rank: the highest of its matrices.
+        nbytes: of its matrices, in host memory and in a slot.
+    """
+
+    name: str
+    rank: int
+    nbytes: int
 
 
 def validate_request(request: Request, info: EngineInfo) -> None:
@@ -241,6 +262,13 @@ def validate_request(request: Request, info: EngineInfo) -> None:
         raise InvalidRequestError(f"prompt_token_ids[{bad}]", rule)
     _check(abs(request.priority) <= MAX_INT, "priority", request.priority, f"must be between -{MAX_INT} and {MAX_INT}")
     request.sampling.validate(info.vocab_size)
+    if (top := request.sampling.prompt_logprobs) is not None:
+        _check(
+            len(prompt) * (1 + top) <= MAX_PROMPT_LOGPROBS,
+            "prompt_logprobs",
+            f"{top} with a prompt of {len(prompt)} tokens",
+            f"makes {len(prompt) * (1 + top)} logprobs, but at most {MAX_PROMPT_LOGPROBS} are served",
+        )
     # The last token is never computed: nothing comes after it.
     computed = min(len(prompt) + request.sampling.max_tokens, limit) - 1
     pages = -(-computed // info.page_size)

@@ -3,15 +3,17 @@
 A step's tensors are gathered from the rows by index, so that a plan carries only what is new: token ids and new pages.
 
     block_tables  int32 [max_batch_size, pages_per_sequence]     row 3: [ 7 | 2 | 9 | – | – ]   – = not in use
+    adapters      slot of each row's LoRA adapter, or None       row 3: 1
 """
 
 from __future__ import annotations
 
-from itertools import accumulate, chain
+from itertools import accumulate, chain, groupby
 
 import torch
 from torch import Tensor
 
+from engine.model.lora import Segment
 from engine.ops import AttentionBatch
 from engine.step import RowWork
 
@@ -22,12 +24,30 @@ class Rows:
     def __init__(self, max_rows: int, pages_per_sequence: int, page_size: int, device: torch.device) -> None:
         self._tables = torch.zeros(max_rows, pages_per_sequence, dtype=torch.int32, device=device)
         self._num_pages = [0] * max_rows
+        self._adapters: list[int | None] = [None] * max_rows
         self._page_size = page_size
         self._device = device
 
-    def clear(self, row: int) -> None:
-        """The row starts anew with an empty block table."""
+    def clear(self, row: int, adapter: int | None = None) -> None:
+        """The row starts anew with an empty block table, and the adapter of a slot."""
         self._num_pages[row] = 0
+        self._adapters[row] = adapter
+
+    def by_adapter(self, work: list[RowWork]) -> tuple[list[RowWork], list[Segment]]:
+        """The work in an order in which each adapter's rows stand side by side, and the tokens of each adapter."""
+        if all(self._adapters[item.row] is None for item in work):
+            return work, []
+
+        def slot(item: RowWork) -> int:
+            adapter = self._adapters[item.row]
+            return -1 if adapter is None else adapter
+
+        ordered, segments, stop = sorted(work, key=slot), [], 0
+        for adapter, items in groupby(ordered, slot):
+            start, stop = stop, stop + sum(len(item.token_ids) for item in items)
+            if adapter >= 0:
+                segments.append(Segment(adapter, start, stop))
+        return ordered, segments
 
     def append_pages(self, work: list[RowWork]) -> None:
         """Write the new pages of all rows behind the ones that they have."""

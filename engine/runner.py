@@ -8,6 +8,7 @@ It trusts the plan: a page belongs to one writing row, positions of a row are co
 from __future__ import annotations
 
 import time
+from functools import partial
 
 import torch
 
@@ -23,6 +24,7 @@ from engine.model.load import load_decoder
 from engine.request import EngineInfo, SamplingParams
 from engine.rows import Rows
 from engine.sampler import Sampler
+from engine.sampling.prompt import score_targets
 from engine.schemes import SCHEMES
 from engine.sizing import CacheSize, check_config, size_cache
 from engine.step import RowInit, RowWork, StepPlan, StepResult
@@ -100,16 +102,18 @@ class Runner:
         self._rows.append_pages(plan.work)
         token_ids, batch = self._rows.batch(plan.work)
         hidden = self._decoder.forward(token_ids, batch, self._cache)
+        head = partial(self._decoder.logits, hidden)
+        targets = score_targets(plan.work, batch.query_starts_list[:-1], head, self.info.vocab_size, self._device)
 
         sampling = [
             (work.row, end) for work, end in zip(plan.work, batch.query_starts_list[1:], strict=True) if work.sample
         ]
         if not sampling:
-            return StepResult([])
+            return StepResult([], targets)
         last = torch.tensor([end - 1 for _, end in sampling], device=self._device)
         positions = [work.start + len(work.token_ids) for work in plan.work if work.sample]
-        logits = self._decoder.logits(hidden, last)
-        return StepResult(self._sampler.sample(logits, [row for row, _ in sampling], positions))
+        logits = head(last)
+        return StepResult(self._sampler.sample(logits, [row for row, _ in sampling], positions), targets)
 
     def warm_up(self) -> None:
         """One step of the largest prefill and one of the largest decode, so that no request pays for first uses.

@@ -8,20 +8,28 @@ leaves; a pre-empted request has computed nothing and catches up again.
                      ▲                               │ pages run out: the last in (priority, arrival)
                      └───────────────────────────────┘ gives its own back and keeps its tokens and its place
 
+A request with a LoRA adapter runs only while the adapter has a slot on the device. Where all slots are in use by rows
+that run, it waits, and is overtaken by requests without an adapter alone: they need no slot, so that its slot comes no
+later for them. Others may not pass, even where their own adapter has a slot: they could hold it for ever.
+
 Invariants, tested as properties: the budget is never exceeded; a page has one owner; every submitted request gets
 exactly one terminal event; the first in (priority, arrival) always advances, so that everything ends.
 """
 
 from __future__ import annotations
 
+import math
 from bisect import insort
 from collections.abc import Iterable
 
+from msgspec.structs import replace
+
+from engine.adapters import Adapters, LoadedAdapter
 from engine.errors import InvalidRequestError
 from engine.kv.pages import PagePool
-from engine.request import FinishReason, Request, Timings, TokenEvent
+from engine.request import FinishReason, Request, Timings, TokenEvent, TokenLogprob
 from engine.sequence import Sequence, WaitingLine
-from engine.step import RowInit, RowWork, SampledToken, StepPlan, StepResult
+from engine.step import RowInit, RowWork, SampledToken, StepPlan, StepResult, Targets
 
 
 class Scheduler:
@@ -36,12 +44,14 @@ class Scheduler:
         max_batch_tokens: int,
         max_model_len: int,
         eos_token_ids: Iterable[int],
+        adapters: Adapters | None = None,
     ) -> None:
         self._pool = pool
         self._page_size = page_size
         self._budget = max_batch_tokens
         self._max_model_len = max_model_len
         self._eos = frozenset(eos_token_ids)
+        self._adapters = adapters if adapters is not None else Adapters(slots=0)
         self.waiting = WaitingLine()
         self._running: list[Sequence] = []  # sorted by order
         self._by_id: dict[str, Sequence] = {}
@@ -62,12 +72,13 @@ class Scheduler:
     def num_running(self) -> int:
         return len(self._running)
 
-    def submit(self, request: Request, seed: int, now: float) -> None:
+    def submit(self, request: Request, seed: int, now: float, adapter: LoadedAdapter | None = None) -> None:
         """Queue a request that `engine.request.validate_request` has passed: it fits into an empty pool.
 
         Args:
             seed: of its random stream.
             now: seconds on the clock that all times here are on.
+            adapter: what request.adapter means now; held until the request ends, whatever becomes of the name.
 
         Raises:
             InvalidRequestError: its id is in use.
@@ -75,8 +86,11 @@ class Scheduler:
         if request.request_id in self._by_id:
             raise InvalidRequestError("request_id", f"{request.request_id} is in flight already")
         self._arrivals += 1
-        sequence = Sequence(request, seed, (request.priority, self._arrivals), now, list(request.prompt_token_ids))
+        order, tokens = (request.priority, self._arrivals), list(request.prompt_token_ids)
+        sequence = Sequence(request, seed, order, now, tokens, adapter)
         self._by_id[request.request_id] = sequence
+        if adapter is not None:
+            self._adapters.hold(adapter)
         self.waiting.push(sequence, now)
 
     def cancel(self, request_id: str, now: float) -> TokenEvent | None:
@@ -91,13 +105,13 @@ class Scheduler:
         work: dict[Sequence, RowWork] = {}
         budget = self._catch_up(work, self._budget, now)
         admitted: list[RowInit] = []
-        while budget and self._can_admit():
-            sequence = self.waiting.pop()
+        while budget and (sequence := self._next()) is not None:
+            self.waiting.remove(sequence)
             admitted.append(self._admit(sequence, now))
             budget -= self._advance(work, sequence, self._room(sequence, budget))
         released, self._released = self._released, []
         self._planned = {item.row: sequence for sequence, item in work.items()}
-        return StepPlan(list(work.values()), admitted, released)
+        return StepPlan(list(work.values()), admitted, released, self._adapters.take_fills())
 
     def _catch_up(self, work: dict[Sequence, RowWork], budget: int, now: float) -> int:
         """Plan work for those that run, pre-empting the last of them while pages lack. Returns the budget left."""
@@ -116,16 +130,22 @@ class Scheduler:
                 budget -= self._advance(work, sequence, count)
         return budget
 
-    def _can_admit(self) -> bool:
-        """The first that waits gets a row and pages for all its tokens. Nobody overtakes it for being smaller.
+    def _next(self) -> Sequence | None:
+        """Who is admitted now: the first that waits, if there are a row and pages for all its tokens. Nobody overtakes
+        it for being smaller; while it waits for a slot, the first without an adapter does.
 
         One page is left for each that runs: without it the newcomer would soon be pre-empted by those who grow, and
-        computed twice. The rule cannot block: an empty batch needs no such reserve.
+        computed twice. The rule cannot block: an empty batch needs no such reserve, and uses no slot.
         """
         if not self.waiting or not self._rows:
-            return False
-        needed = self._pages_for(len(self.waiting.first.tokens)) + len(self._running)
-        return needed <= self._pool.num_free
+            return None
+        first: Sequence | None = self.waiting.first
+        if first is not None and first.adapter is not None and not self._adapters.has_room(first.adapter):
+            first = self.waiting.first_plain
+        if first is None:
+            return None
+        needed = self._pages_for(len(first.tokens)) + len(self._running)
+        return first if needed <= self._pool.num_free else None
 
     def _pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._page_size)
@@ -144,8 +164,16 @@ class Scheduler:
         sequence.pages += new_pages
         tokens = sequence.tokens[sequence.computed : end]
         sample = end == len(sequence.tokens)
-        work[sequence] = RowWork(sequence.row, sequence.computed, tokens, new_pages, sample)
+        targets = self._targets(sequence, end)
+        work[sequence] = RowWork(sequence.row, sequence.computed, tokens, new_pages, sample, targets)
         return count
+
+    def _targets(self, sequence: Sequence, end: int) -> Targets | None:
+        """The prompt's tokens whose logprobs are known, and not said yet, when `end` tokens are computed: what is
+        computed again after a pre-emption is not said again."""
+        top = sequence.request.sampling.prompt_logprobs
+        token_ids = sequence.tokens[sequence.scored : min(end + 1, sequence.num_prompt)]
+        return None if top is None or not token_ids else Targets(sequence.scored, token_ids, top)
 
     def _admit(self, sequence: Sequence, now: float) -> RowInit:
         sequence.row = self._rows.pop()
@@ -153,7 +181,8 @@ class Scheduler:
             sequence.started = now
         insort(self._running, sequence)
         prompt, output = sequence.tokens[: sequence.num_prompt], sequence.tokens[sequence.num_prompt :]
-        return RowInit(sequence.row, sequence.request.sampling, sequence.seed, prompt, output)
+        slot = None if sequence.adapter is None else self._adapters.enter(sequence.adapter)
+        return RowInit(sequence.row, sequence.request.sampling, sequence.seed, prompt, output, slot)
 
     def _preempt(self, sequence: Sequence, now: float) -> None:
         self._free(sequence)
@@ -162,7 +191,7 @@ class Scheduler:
         self.preemptions += 1
 
     def _free(self, sequence: Sequence) -> None:
-        """Take a running sequence's row and pages away."""
+        """Take a running sequence's row, pages and part in a slot away."""
         assert sequence.row is not None
         self._running.remove(sequence)
         self._pool.give_back(sequence.pages)
@@ -170,21 +199,39 @@ class Scheduler:
         self._rows.append(sequence.row)
         self._released.append(sequence.row)
         sequence.row = None
+        if sequence.adapter is not None:
+            self._adapters.leave(sequence.adapter)
 
     # -- committing --------------------------------------------------------------------------------------------
 
     def commit(self, plan: StepPlan, result: StepResult, now: float) -> list[TokenEvent]:
-        """Take note of what the step computed, and say what it did to each request that got a token."""
+        """Take note of what the step computed, and say what it did to each request that got a token or logprobs."""
         sampled = {each.row: each for each in result.sampled}
         events = []
         for work in plan.work:
             sequence = self._planned[work.row]
             sequence.computed += len(work.token_ids)
             self.prompt_tokens += min(sequence.computed, sequence.num_prompt) - min(work.start, sequence.num_prompt)
-            if work.sample:
-                events.append(self._take(sequence, sampled[work.row], now))
+            logprobs = None if work.targets is None else result.targets[work.row]
+            event = self._note(sequence, logprobs, sampled.get(work.row), now)
+            if event is not None:
+                events.append(event if logprobs is None else replace(event, prompt_logprobs=logprobs))
         self._planned = {}
         return events
+
+    def _note(
+        self, sequence: Sequence, logprobs: list[TokenLogprob] | None, sampled: SampledToken | None, now: float
+    ) -> TokenEvent | None:
+        """What a step did to one request: logprobs of its prompt are added by the caller."""
+        if logprobs is not None:
+            sequence.scored += len(logprobs)
+            if not all(math.isfinite(each.logprob) for each in logprobs):
+                return self._end(sequence, FinishReason.ERROR, now, error="the logits of the prompt are not numbers")
+        if sampled is not None:
+            return self._take(sequence, sampled, now)
+        if logprobs is None:
+            return None
+        return TokenEvent(request_id=sequence.request.request_id, prompt_tokens=sequence.num_prompt)
 
     def _take(self, sequence: Sequence, sampled: SampledToken, now: float) -> TokenEvent:
         """Append one sampled token, or end the request."""
@@ -221,6 +268,8 @@ class Scheduler:
         else:
             self.waiting.remove(sequence)
         del self._by_id[sequence.request.request_id]
+        if sequence.adapter is not None:
+            self._adapters.release(sequence.adapter)
         return TokenEvent(
             request_id=sequence.request.request_id,
             finish_reason=reason,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from dataclasses import dataclass, field
 
+from engine.adapters import LoadedAdapter
 from engine.request import Request
 
 
@@ -17,6 +18,8 @@ class Sequence:
         tokens: known tokens, prompt and output.
         computed: how many of them have their keys and values in pages.
         arrived, started, first_token: times on the clock of the engine's core.
+        adapter: what it runs with, None = the model as it is.
+        scored: position of the first token of the prompt whose logprob is not said yet; the very first has none.
     """
 
     request: Request
@@ -24,11 +27,13 @@ class Sequence:
     order: tuple[int, int]
     arrived: float
     tokens: list[int]
+    adapter: LoadedAdapter | None = None
     computed: int = 0
     row: int | None = None
     pages: list[int] = field(default_factory=list)
     started: float | None = None
     first_token: float | None = None
+    scored: int = 1
 
     @property
     def num_prompt(self) -> int:
@@ -51,16 +56,22 @@ class WaitingLine:
     """Sequences that are not in the batch, the first of (priority, arrival) first. Counts without walking."""
 
     def __init__(self) -> None:
-        self._heap: list[Sequence] = []
+        self._plain: list[Sequence] = []  # heaps: those without an adapter, and those with one
+        self._adapted: list[Sequence] = []
         self._since: dict[Sequence, float] = {}  # insertion order is the order of time
         self.num_tokens = 0
 
     def __len__(self) -> int:
-        return len(self._heap)
+        return len(self._plain) + len(self._adapted)
 
     @property
     def first(self) -> Sequence:
-        return self._heap[0]
+        return min(heap[0] for heap in (self._plain, self._adapted) if heap)
+
+    @property
+    def first_plain(self) -> Sequence | None:
+        """The first of those without an adapter."""
+        return self._plain[0] if self._plain else None
 
     @property
     def waiting_since(self) -> float | None:
@@ -68,22 +79,20 @@ class WaitingLine:
         return next(iter(self._since.values()), None)
 
     def push(self, sequence: Sequence, now: float) -> None:
-        heapq.heappush(self._heap, sequence)
+        heapq.heappush(self._heap_of(sequence), sequence)
         self._since[sequence] = now
         self.num_tokens += len(sequence.tokens)
 
-    def pop(self) -> Sequence:
-        """Remove and return the first."""
-        sequence = heapq.heappop(self._heap)
-        self._forget(sequence)
-        return sequence
-
     def remove(self, sequence: Sequence) -> None:
-        """Take one out of the middle; walks the line."""
-        self._heap.remove(sequence)
-        heapq.heapify(self._heap)
-        self._forget(sequence)
-
-    def _forget(self, sequence: Sequence) -> None:
+        """Take one out; walks the line unless it is a first."""
+        heap = self._heap_of(sequence)
+        if heap[0] is sequence:
+            heapq.heappop(heap)
+        else:
+            heap.remove(sequence)
+            heapq.heapify(heap)
         del self._since[sequence]
         self.num_tokens -= len(sequence.tokens)
+
+    def _heap_of(self, sequence: Sequence) -> list[Sequence]:
+        return self._plain if sequence.adapter is None else self._adapted

@@ -3,7 +3,7 @@
 A request owns one *row* from admission to its end: an index into permanent device state (block table, sampling
 parameters, token counts). Plans name rows, not requests, and carry only what changed since the last step.
 
-    scheduler ──StepPlan{released, admitted, work}──► runner ──StepResult{sampled}──► scheduler
+    scheduler ──StepPlan{released, fills, admitted, work}──► runner ──StepResult{sampled}──► scheduler
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ class RowInit:
     Attributes:
         seed: basis of the row's random stream; together with a token's position it fixes the draw.
         prompt_token_ids, output_token_ids: what penalties and min_tokens look at.
+        adapter: slot of its LoRA adapter, None = the model as it is.
     """
 
     row: int
@@ -27,6 +28,20 @@ class RowInit:
     seed: int
     prompt_token_ids: list[int]
     output_token_ids: list[int]
+    adapter: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """Tokens of a prompt whose logprobs are wanted: they stand at positions start .. start + len(token_ids) - 1.
+
+    Attributes:
+        top: how many of the likeliest tokens to name beside each.
+    """
+
+    start: int
+    token_ids: list[int]
+    top: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +51,7 @@ class RowWork:
     Attributes:
         new_pages: KV pages appended to the row's block table before this step.
         sample: the last of token_ids is the last known token, so its logits choose the next one.
+        targets: each stands one behind one of token_ids, whose logits say how likely it was.
     """
 
     row: int
@@ -43,15 +59,25 @@ class RowWork:
     token_ids: list[int]
     new_pages: list[int]
     sample: bool
+    targets: Targets | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SlotFill:
+    """The matrices of adapter number `adapter` go into a slot, whatever was there."""
+
+    slot: int
+    adapter: int
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """All that one step does. `released` rows are free before `admitted` take theirs."""
+    """All that one step does. `released` rows are free, and `fills` done, before `admitted` take theirs."""
 
     work: list[RowWork]
     admitted: list[RowInit] = field(default_factory=list)
     released: list[int] = field(default_factory=list)
+    fills: list[SlotFill] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -70,6 +96,12 @@ class SampledToken:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """One SampledToken for each RowWork with `sample`, in the order of the plan."""
+    """What a step computed.
+
+    Attributes:
+        sampled: one for each RowWork with `sample`, in the order of the plan.
+        targets: by row, one for each of its targets, in order.
+    """
 
     sampled: list[SampledToken]
+    targets: dict[int, list[TokenLogprob]] = field(default_factory=dict)

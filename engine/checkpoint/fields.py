@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,9 @@ class Fields:
         if not isinstance(values, dict):
             raise CheckpointError(f"{path}: not a JSON object")
         return cls(str(path), values)
+
+    def keys(self) -> Iterable[str]:
+        return self._values.keys()
 
     def raw(self, key: str) -> Any:
         """The value as it stands, None if absent."""

@@ -9,6 +9,7 @@ attention may have a window. What differs by hardware is in `ops`, what differs 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,12 +61,15 @@ class Decoder:
         self._ops = ops
         self._rope_table = rope_table
 
-    def forward(self, token_ids: Tensor, batch: AttentionBatch, cache: KVCache) -> Tensor:
+    def forward(
+        self, token_ids: Tensor, batch: AttentionBatch, cache: KVCache, layers: Sequence[Layer] | None = None
+    ) -> Tensor:
         """Hidden states after the last norm.
 
         Args:
             token_ids: int64 [T].
             batch: where those tokens stand.
+            layers: instead of the model's own: with the adapters of this step around them.
 
         Returns:
             [T, hidden_size] in the compute dtype.
@@ -73,7 +77,8 @@ class Decoder:
         ops, eps, window = self._ops, self.config.rms_norm_eps, self.config.sliding_window
         x = self.weights.embedding.rows(token_ids).to(self.dtype)
         residual = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-        for layer, keys, values in zip(self.weights.layers, cache.keys, cache.values, strict=True):
+        layers = self.weights.layers if layers is None else layers
+        for layer, keys, values in zip(layers, cache.keys, cache.values, strict=True):
             x = ops.add_rms_norm(x, residual, layer.attention_norm, eps)
             query = ops.rope_and_write(layer.qkv(x), self._rope_table, keys, values, batch)
             x = layer.attention_output(ops.attention(query, keys, values, batch, window))
