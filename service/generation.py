@@ -50,12 +50,14 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started:
-    """The first token is ready. Everything before this point can be retried."""
+    """The first token is ready. Everything before this point can be retried. `prompt_logprobs`, if asked for, are of
+    the prompt's tokens but the first."""
 
     request_id: str
     prompt_tokens: int
     cached_tokens: int
     queue_seconds: float
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,9 +172,13 @@ class Generator:
         began = time.monotonic()
         events = self._engine.generate(self._engine_request(index, request, prompt))
         decoder: StreamDecoder | None = None  # made when the engine has accepted the prompt's ids
+        prompt_logprobs: list[TokenLogprob] = []
         tokens, queued, first_token = 0, 0.0, 0.0
         async with aclosing(events):
             async for event in events:
+                prompt_logprobs += event.prompt_logprobs or []
+                if not event.token_ids and event.finish_reason is None:
+                    continue  # a part of the prompt was computed
                 if decoder is None:
                     decoder = StreamDecoder(self._text.tokenizer, self._with_text(prompt[-1:]))
                     first_token = time.monotonic() - began
@@ -182,6 +188,7 @@ class Generator:
                         prompt_tokens=len(prompt),
                         cached_tokens=event.cached_tokens,
                         queue_seconds=queued,
+                        prompt_logprobs=prompt_logprobs,
                     )
                 ended = event.finish_reason is not None
                 text, ids = self._advance(decoder, stop, event.token_ids, last=ended)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
 
 from nemoserve.v1 import generation_pb2 as pb
@@ -32,6 +32,7 @@ PHASES = {
 }
 LOAD_INTERVAL_SECONDS = (0.1, 60.0)
 MAX_REQUEST_ID = 256  # characters; it travels in headers and stands in logs
+PROMPT_LOGPROBS_PER_MESSAGE = 512  # with 20 named tokens each a message has about 200 KB
 INLINE_TOKENS = 4096  # turned into text within a millisecond; more go to a thread
 
 
@@ -49,7 +50,8 @@ class GenerationServicer(rpc.GenerationServiceServicer):
             generation = to_generation(request, request_id)
             async with aclosing(self._host.generate(generation)) as events:
                 async for event in events:
-                    yield self._response(event)
+                    for response in self._responses(event):
+                        yield response
         except ServiceError as error:
             await abort(context, error)
 
@@ -103,7 +105,7 @@ class GenerationServicer(rpc.GenerationServiceServicer):
         if name and name not in known:
             raise ServiceError(Code.NOT_FOUND, f"model: {name!r} is not served here; served are {', '.join(known)}")
 
-    def _response(self, event: GenerationEvent) -> pb.GenerateResponse:
+    def _responses(self, event: GenerationEvent) -> Iterator[pb.GenerateResponse]:
         match event:
             case Started():
                 started = pb.Started(
@@ -113,7 +115,11 @@ class GenerationServicer(rpc.GenerationServiceServicer):
                     cached_tokens=event.cached_tokens,
                     queue_seconds=event.queue_seconds,
                 )
-                return pb.GenerateResponse(started=started)
+                yield pb.GenerateResponse(started=started)
+                for at in range(0, len(event.prompt_logprobs), PROMPT_LOGPROBS_PER_MESSAGE):
+                    part = event.prompt_logprobs[at : at + PROMPT_LOGPROBS_PER_MESSAGE]
+                    logprobs = pb.PromptLogprobs(logprobs=[self._logprob(each) for each in part])
+                    yield pb.GenerateResponse(prompt_logprobs=logprobs)
             case Delta():
                 delta = pb.Delta(
                     index=event.index,
@@ -121,15 +127,16 @@ class GenerationServicer(rpc.GenerationServiceServicer):
                     token_ids=event.token_ids,
                     logprobs=[self._logprob(each) for each in event.logprobs],
                 )
-                return pb.GenerateResponse(delta=delta)
+                yield pb.GenerateResponse(delta=delta)
             case Finished():
-                return pb.GenerateResponse(finished=_finished(event))
+                yield pb.GenerateResponse(finished=_finished(event))
 
     def _logprob(self, logprob: TokenLogprob) -> pb.TokenLogprob:
         return pb.TokenLogprob(
             token_id=logprob.token_id,
             token=self._host.token_bytes(logprob.token_id),
             logprob=logprob.logprob,
+            rank=logprob.rank,
             top=[
                 pb.TopLogprob(token_id=token, token=self._host.token_bytes(token), logprob=value)
                 for token, value in logprob.top
@@ -248,7 +255,7 @@ def _conversation(chat: pb.Chat) -> Conversation:
 def _sampling(sampling: pb.SamplingParameters) -> SamplingParams:
     scalars = (
         *("max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
-        *("presence_penalty", "frequency_penalty", "seed", "logprobs"),
+        *("presence_penalty", "frequency_penalty", "seed", "logprobs", "prompt_logprobs"),
     )
     return SamplingParams(
         **{name: getattr(sampling, name) for name in scalars if sampling.HasField(name)},  # type: ignore[arg-type]

@@ -19,7 +19,6 @@ from engine import (
     EngineStats,
     FinishReason,
     Request,
-    SamplingParams,
     Timings,
     TokenEvent,
     TokenLogprob,
@@ -126,6 +125,8 @@ class FakeEngine:
     async def _events(self, request: Request) -> AsyncGenerator[TokenEvent]:
         sampling, prompt = request.sampling, len(request.prompt_token_ids)
         most = min(sampling.max_tokens, self.info.max_model_len - prompt)
+        for token in request.prompt_token_ids[1:-1] if sampling.prompt_logprobs is not None else ():
+            yield TokenEvent(request_id=request.request_id, prompt_logprobs=_logprobs(token, sampling.prompt_logprobs))
         for count in range(most):
             await self._step()
             token = self.output[count % len(self.output)]
@@ -147,7 +148,8 @@ class FakeEngine:
             yield TokenEvent(
                 request_id=request.request_id,
                 token_ids=[token],
-                logprobs=_logprobs(token, sampling),
+                logprobs=_logprobs(token, sampling.logprobs),
+                prompt_logprobs=_logprobs(request.prompt_token_ids[-1], None if count else sampling.prompt_logprobs),
                 finish_reason=FinishReason.LENGTH if count == most - 1 else None,
                 prompt_tokens=prompt,
                 cached_tokens=1,
@@ -175,9 +177,9 @@ class FakeEngine:
             self._changed.notify_all()
 
 
-def _logprobs(token: int, sampling: SamplingParams) -> list[TokenLogprob] | None:
-    """Token t has logprob -t / 100; beside it in `top` the next id at one less."""
-    if sampling.logprobs is None:
+def _logprobs(token: int, count: int | None) -> list[TokenLogprob] | None:
+    """Token t has logprob -t / 100; beside it in `top` the next id at one less. None if none are asked for."""
+    if count is None:
         return None
-    top = [(token, -token / 100), (token + 1, -token / 100 - 1)][: sampling.logprobs]
+    top = [(token, -token / 100), (token + 1, -token / 100 - 1)][:count]
     return [TokenLogprob(token, -token / 100, 1, top)]

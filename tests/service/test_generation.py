@@ -138,6 +138,25 @@ async def test_logprobs_stand_beside_their_tokens() -> None:
     ]
 
 
+async def test_logprobs_of_the_prompt_come_whole_with_started_however_the_prompt_is_cut() -> None:
+    events = await run(FakeEngine(b"ab"), ask("Hey", sampling={"max_tokens": 2, "prompt_logprobs": 1}))
+    started, *deltas, finished = events
+    assert isinstance(started, Started)
+    assert started.cached_tokens == 1  # what the first token says, not what a part of the prompt says
+    assert [(each.token_id, each.logprob, each.top) for each in started.prompt_logprobs] == [
+        (token, -token / 100, [(token, -token / 100)]) for token in b"Hey"
+    ]
+    assert [delta.text for delta in deltas if isinstance(delta, Delta)] == ["a", "b"]
+    assert isinstance(finished, Finished)
+
+
+async def test_n_completions_tell_the_logprobs_of_their_prompt_once() -> None:
+    started, *rest = await run(FakeEngine(), ask(n=3, sampling={"prompt_logprobs": 2}))
+    assert isinstance(started, Started)
+    assert [each.token_id for each in started.prompt_logprobs] == [*b"Hi"]
+    assert not any(isinstance(event, Started) for event in rest)
+
+
 async def test_ids_that_only_the_engine_has_add_no_text() -> None:
     assert text(await run(FakeEngine([97, PADDING, 98]), ask([PADDING]))) == "ab"
 

@@ -75,7 +75,7 @@ class GenerationServiceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Generate(self, request, context):
-        """Generates text. The stream is one Started, then Deltas, then exactly one Finished per index.
+        """Generates text. The stream is one Started, PromptLogprobs if asked for, Deltas, and exactly one Finished per index.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -211,7 +211,7 @@ class GenerationServiceStub(typing.Generic[_GenerationServiceGenerateType, _Gene
     ], channel: grpc.aio.Channel) -> None: ...
 
     Generate: _GenerationServiceGenerateType
-    """Generates text. The stream is one Started, then Deltas, then exactly one Finished per index."""
+    """Generates text. The stream is one Started, PromptLogprobs if asked for, Deltas, and exactly one Finished per index."""
 
     Tokenize: _GenerationServiceTokenizeType
     """Text (or a chat) to token ids."""
@@ -267,7 +267,7 @@ class GenerationServiceServicer(metaclass=abc.ABCMeta):
         request: nemoserve.v1.generation_pb2.GenerateRequest,
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[nemoserve.v1.generation_pb2.GenerateResponse], collections.abc.AsyncIterator[nemoserve.v1.generation_pb2.GenerateResponse]]:
-        """Generates text. The stream is one Started, then Deltas, then exactly one Finished per index."""
+        """Generates text. The stream is one Started, PromptLogprobs if asked for, Deltas, and exactly one Finished per index."""
 
     @abc.abstractmethod
     def Tokenize(

@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 import pytest
+from msgspec.structs import replace
 from nemoserve.v1 import generation_pb2 as pb
 
 from engine import EngineStats, SamplingParams
@@ -46,12 +47,40 @@ async def test_the_stream_is_started_deltas_finished(port: Port) -> None:
     assert (started.started.model, started.started.prompt_tokens, started.started.cached_tokens) == ("toy", 3, 1)
     assert [(each.delta.text, list(each.delta.token_ids)) for each in deltas] == [("a", [97]), ("b", [98]), ("c", [99])]
     [logprob] = deltas[0].delta.logprobs
-    assert (logprob.token_id, logprob.token, logprob.logprob) == (97, b"a", pytest.approx(-0.97))
+    assert (logprob.token_id, logprob.token, logprob.rank, logprob.logprob) == (97, b"a", 1, pytest.approx(-0.97))
     assert [(top.token_id, top.token) for top in logprob.top] == [(97, b"a"), (98, b"b")]
     assert finished.finished.reason == pb.FINISH_REASON_LENGTH
     assert finished.finished.usage == pb.Usage(prompt_tokens=3, completion_tokens=3, cached_tokens=1)
     assert finished.finished.timings.finished >= finished.finished.timings.first_token
     assert finished.finished.WhichOneof("matched_stop") is None
+
+
+async def test_logprobs_of_a_long_prompt_come_in_several_messages_before_the_first_delta() -> None:
+    engine = FakeEngine(info=replace(INFO, max_model_len=2048, kv_pages=200))
+    prompt = [token % 200 for token in range(1200)]
+    sampling = pb.SamplingParameters(max_tokens=1, n=2, prompt_logprobs=2)
+    async with serving(served(engine)) as port:
+        responses = await generate(port, pb.GenerateRequest(token_ids=pb.TokenIds(ids=prompt), sampling=sampling))
+    kinds = [response.WhichOneof("event") for response in responses]
+    assert kinds[:5] == ["started", "prompt_logprobs", "prompt_logprobs", "prompt_logprobs", "delta"]
+    assert "prompt_logprobs" not in kinds[5:]
+    entries = [entry for response in responses for entry in response.prompt_logprobs.logprobs]
+    assert [(entry.token_id, entry.token, entry.rank) for entry in entries] == [(t, bytes([t]), 1) for t in prompt[1:]]
+    assert [entry.logprob for entry in entries] == pytest.approx([-token / 100 for token in prompt[1:]])
+    assert [[top.token_id for top in entry.top] for entry in entries] == [[token, token + 1] for token in prompt[1:]]
+
+
+async def test_more_logprobs_of_a_prompt_than_one_request_may_have_are_refused() -> None:
+    engine = FakeEngine(info=replace(INFO, max_model_len=2**18, kv_pages=2**15))
+    request = pb.GenerateRequest(
+        token_ids=pb.TokenIds(ids=[1] * 13_000), sampling=pb.SamplingParameters(max_tokens=1, prompt_logprobs=20)
+    )
+    async with serving(served(engine)) as port:
+        error = await refusal(port.typed.Generate(request, timeout=10))
+    assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert (
+        "prompt_logprobs: 20 with a prompt of 13000 tokens makes 273000 logprobs, but at most 262144" in error.details()
+    )
 
 
 async def test_every_sampling_field_reaches_the_engine(engine: FakeEngine, port: Port) -> None:
@@ -67,6 +96,7 @@ async def test_every_sampling_field_reaches_the_engine(engine: FakeEngine, port:
         "frequency_penalty": 0.75,
         "seed": 2**64 - 1,
         "logprobs": 4,
+        "prompt_logprobs": 3,
         "logit_bias": {97: -100.0},
         "stop_token_ids": [98],
         "ignore_eos": True,
@@ -206,6 +236,8 @@ def chat(**fields: Any) -> pb.Chat:
         (ask(logit_bias={97: float("inf")}), "INVALID_ARGUMENT", ["logit_bias[97]", "inf", "100"]),
         (ask(stop=["é" * 100_000]), "INVALID_ARGUMENT", ["stop[0]", "100000", "1024"]),
         (ask(logprobs=21), "INVALID_ARGUMENT", ["logprobs", "21", "20"]),
+        (ask(prompt_logprobs=21), "INVALID_ARGUMENT", ["prompt_logprobs: 21", "20"]),
+        (ask(prompt_logprobs=-1), "INVALID_ARGUMENT", ["prompt_logprobs: -1", "0"]),
     ],
 )
 async def test_a_bad_request_is_refused_by_name(

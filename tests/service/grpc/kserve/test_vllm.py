@@ -240,6 +240,7 @@ async def test_bad_words_of_one_token_become_impossible(llm: Running, host: Fake
     ("sampling", "says"),
     [
         ({"banana": 1}, "banana: is no sampling parameter of this server; there are bad_words, "),
+        ({"prompt_logprobs": 1}, "prompt_logprobs: is no sampling parameter of this server"),  # no output has them
         ({"max_tokens": 0}, "max_tokens: 0 must be "),
         ({"max_tokens": "many"}, "max_tokens: 'many' must be an integer"),
         ({"max_tokens": 1.5}, "max_tokens: 1.5 must be an integer"),
