@@ -40,8 +40,10 @@ def _setting_options(command: Callable[..., Any]) -> Callable[..., Any]:
         if setting.name == "model":
             continue
         shown = "" if setting.default in (None, False) else f"  [default: {setting.default}]"
-        switch: dict[str, Any] = {"flag_value": "true", "is_flag": True} if setting.is_switch else {}
-        option = click.option(setting.flag, setting.name, default=None, help=setting.why + shown, **switch)
+        kind: dict[str, Any] = {"flag_value": "true", "is_flag": True}
+        if not setting.is_switch:
+            kind = {"metavar": setting.metavar}
+        option = click.option(setting.flag, setting.name, default=None, help=setting.why + shown, **kind)
         command = option(command)
     return command
 
@@ -97,10 +99,12 @@ def _serve(values: dict[str, Any], sample_prompt: str | None) -> None:
 def _engine_config(stored: StoredModel, values: dict[str, Any]) -> EngineConfig:
     from engine import EngineConfig
 
-    precisions = {"auto": "auto", "bf16": "bfloat16", "fp32": "float32"}
+    dtypes = {"auto": "auto", "bf16": "bfloat16", "fp32": "float32"}
     return EngineConfig(
         model_path=str(stored.path),
-        dtype=precisions[values["precision"]],
+        dtype=dtypes[values["dtype"]],
+        precision=values["precision"],
+        kv_precision=values["kv_precision"],
         device=values["device"],
         max_model_len=values["max_model_len"],
         max_batch_size=values["max_batch_size"],

@@ -11,8 +11,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from engine.schemes import SCHEMES
+
 PREFIX, ALIAS_PREFIX = "NEMOSERVE_", "NIM_"
 OTHER_VARIABLES = ("NEMOSERVE_CACHE", "NIM_CACHE_PATH", "NEMOSERVE_TEST_DATA")  # read elsewhere
+
+KV_PRECISIONS = ("auto", "bf16", "fp8")
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
 
@@ -75,13 +79,18 @@ def _flag(value: str) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """One setting. `default` None: the program works it out. `why` says how, or why the default is what it is."""
+    """One setting. `default` None: the program works it out. `why` says how, or why the default is what it is.
+
+    Attributes:
+        metavar: what the value looks like, for the help.
+    """
 
     name: str
     parse: Callable[[str], Any]
     default: Any
     why: str
     alias: str | None = None
+    metavar: str = "N"
 
     @property
     def flag(self) -> str:
@@ -101,6 +110,7 @@ SETTINGS = (
         name="model",
         parse=_text,
         default="smollm2-135m-instruct",
+        metavar="MODEL",
         why="a catalogue name, hf://org/name[@revision], a folder or a .gguf file; the default runs anywhere",
         alias="NIM_MODEL_PATH",
     ),
@@ -108,14 +118,22 @@ SETTINGS = (
         name="served_model_name",
         parse=_text,
         default=None,
+        metavar="NAME",
         why="what clients call the model; by default the catalogue's or the file's name",
         alias="NIM_SERVED_MODEL_NAME",
     ),
-    Setting(name="host", parse=_text, default="127.0.0.1", why="address to listen on; others need --allow-anonymous"),
+    Setting(
+        name="host",
+        parse=_text,
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        why="address to listen on; others need --allow-anonymous",
+    ),
     Setting(
         name="grpc_port",
         parse=_count(0, 65535),
         default=8001,
+        metavar="PORT",
         why="Triton's port, which its clients expect; 0 for any free one",
         alias="NIM_GRPC_API_PORT",
     ),
@@ -127,11 +145,33 @@ SETTINGS = (
     ),
     Setting(
         name="precision",
+        parse=_choice(*SCHEMES),
+        default="auto",
+        metavar="|".join(SCHEMES),
+        why="how weights are kept: as the file stores them (auto), bf16, fp8 (activations too), fp8-weight-only, int8, "
+        "int4; `nemoserve doctor` tells which fit",
+    ),
+    Setting(
+        name="kv_precision",
+        parse=_choice(*KV_PRECISIONS),
+        default="auto",
+        metavar="|".join(KV_PRECISIONS),
+        why="how keys and values are kept: in the compute dtype (auto), bf16, or fp8, which holds twice the tokens",
+    ),
+    Setting(
+        name="dtype",
         parse=_choice("auto", "bf16", "fp32"),
         default="auto",
-        why="auto: bf16 where the CPU or GPU has it",
+        metavar="auto|bf16|fp32",
+        why="what is computed in; auto: bf16 where the CPU or GPU multiplies it",
     ),
-    Setting(name="device", parse=_choice("auto", "cpu", "cuda"), default="auto", why="auto: a GPU if there is one"),
+    Setting(
+        name="device",
+        parse=_choice("auto", "cpu", "cuda"),
+        default="auto",
+        metavar="auto|cpu|cuda",
+        why="auto: a GPU if there is one",
+    ),
     Setting(
         name="max_model_len",
         parse=_count(2),
@@ -155,6 +195,7 @@ SETTINGS = (
         name="kv_memory",
         parse=_bytes,
         default=None,
+        metavar="BYTES",
         why="bytes of KV cache (800M, 4Gi); by default 2,048 tokens per request, at most half of the free memory",
     ),
     Setting(name="threads", parse=_count(1, 1024), default=None, why="CPU threads of the engine; by default all cores"),
@@ -162,13 +203,15 @@ SETTINGS = (
         name="drain_timeout",
         parse=_seconds,
         default=30.0,
+        metavar="SECONDS",
         why="seconds that accepted requests have to end after SIGTERM; Kubernetes' own default grace",
     ),
     Setting(
         name="log_level",
         parse=lambda value: _choice("debug", "info", "warning", "error")(value.lower()),
         default="info",
-        why="debug, info, warning or error",
+        metavar="debug|info|warning|error",
+        why="the least important lines to print",
         alias="NIM_LOG_LEVEL",
     ),
     Setting(
@@ -199,13 +242,37 @@ def resolve(flags: Mapping[str, str | None], environ: Mapping[str, str]) -> dict
         SettingError: a value is wrong, or two do not go together.
     """
     settings = {setting.name: _resolve(setting, flags, environ) for setting in SETTINGS}
-    host = settings["host"]
-    if not _is_loopback(host.value) and not settings["allow_anonymous"].value:
+    _check_address(settings["host"], settings["allow_anonymous"])
+    _check_precisions(settings["dtype"], settings["precision"], settings["kv_precision"])
+    _check_batch(settings["max_batch_size"], settings["max_batch_tokens"])
+    return settings
+
+
+def _check_address(host: Resolved, allow_anonymous: Resolved) -> None:
+    if not _is_loopback(host.value) and not allow_anonymous.value:
         raise SettingError(
             f"{host.source}: {host.value} is reachable by others and requests are not authenticated; "
             "use 127.0.0.1, or add --allow-anonymous on a network that is closed itself"
         )
-    return settings
+
+
+def _check_precisions(dtype: Resolved, precision: Resolved, kv_precision: Resolved) -> None:
+    """What is not quantised is in the compute dtype: bf16 by name cannot be fp32."""
+    for setting, kept in ((precision, "weights"), (kv_precision, "keys and values")):
+        if setting.value == "bf16" and dtype.value == "fp32":
+            raise SettingError(
+                f"{setting.source}: bf16 does not go with fp32 of {dtype.source}, in which {kept} that are not "
+                f"quantised are kept; leave out one of the two"
+            )
+
+
+def _check_batch(size: Resolved, tokens: Resolved) -> None:
+    if tokens.value < size.value:
+        named = tokens if tokens.source != "default" else size
+        raise SettingError(
+            f"{named.source}: {named.value} does not go together: max_batch_tokens ({tokens.value}) must be at least "
+            f"max_batch_size ({size.value}), one token for each running request"
+        )
 
 
 def join_address(host: str, port: int) -> str:

@@ -41,7 +41,10 @@ def test_values_are_understood(name: str, text: str, value: object) -> None:
         ("kv_memory", "-1", "a number of bytes"),
         ("kv_memory", "0", "a number of bytes"),
         ("drain_timeout", "nan", "between 0 and 86400"),
-        ("precision", "fp4", "one of auto, bf16, fp32"),
+        ("precision", "fp4", "one of auto, bf16, fp8, fp8-weight-only, int8, int4"),
+        ("precision", "fp32", "one of auto, bf16, fp8"),
+        ("kv_precision", "int8", "one of auto, bf16, fp8"),
+        ("dtype", "fp16", "one of auto, bf16, fp32"),
         ("log_json", "maybe", "true or false"),
         ("host", "", "not be empty"),
     ],
@@ -56,6 +59,29 @@ def test_an_address_beyond_loopback_must_be_asked_for_twice() -> None:
     with pytest.raises(SettingError, match="allow-anonymous"):
         resolve({"host": "0.0.0.0"}, {})
     assert resolve({"host": "0.0.0.0", "allow_anonymous": "true"}, {})["host"].value == "0.0.0.0"
+
+
+@pytest.mark.parametrize("name", ["precision", "kv_precision"])
+def test_what_is_kept_in_bf16_is_not_computed_in_fp32(name: str) -> None:
+    variable = f"NEMOSERVE_{name.upper()}"
+    with pytest.raises(SettingError, match=f"{variable}: bf16 does not go with fp32 of --dtype"):
+        resolve({"dtype": "fp32"}, {variable: "bf16"})
+    for dtype, kept in (("fp32", "fp8"), ("fp32", "auto"), ("bf16", "bf16"), ("auto", "bf16")):
+        assert resolve({"dtype": dtype, name: kept}, {})[name].value == kept
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ({"max_batch_tokens": "31"}, "--max-batch-tokens: 31"),
+        ({"max_batch_size": "513"}, "--max-batch-size: 513"),
+        ({"max_batch_size": "9", "max_batch_tokens": "8"}, "--max-batch-tokens: 8"),
+    ],
+)
+def test_a_step_has_a_token_for_every_running_request(flags: dict[str, str], named: str) -> None:
+    with pytest.raises(SettingError, match=f"{named} does not go together: max_batch_tokens .* must be at least"):
+        resolve(flags, {})
+    assert resolve({"max_batch_size": "8", "max_batch_tokens": "8"}, {})["max_batch_size"].value == 8
 
 
 def test_misspelt_variables_are_named() -> None:
