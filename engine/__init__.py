@@ -14,7 +14,7 @@ from engine.errors import (
     InvalidRequestError,
     UnsupportedModelError,
 )
-from engine.face import Engine, LoadProgress
+from engine.face import Done, Engine, LoadProgress
 from engine.request import (
     AdapterInfo,
     EngineInfo,
@@ -31,6 +31,7 @@ __all__ = [
     "AdapterInfo",
     "AdapterNotFoundError",
     "CheckpointError",
+    "Done",
     "Engine",
     "EngineConfig",
     "EngineConfigError",

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from engine.request import EngineInfo, EngineStats, Request, TokenEvent
 
-LoadProgress = Callable[[str, float], None]
-"""Called while loading with the phase in a word ("read weights", "warm up") and the fraction done, 0 to 1."""
+
+class Done(NamedTuple):
+    """How much of a load is done.
+
+    Attributes:
+        fraction: of the whole load, 0 to 1; never goes back.
+        read, total: bytes of the model's weights in its files that have been read, and all of them; total is 0 before
+            the files have been looked at.
+    """
+
+    fraction: float
+    read: int = 0
+    total: int = 0
+
+
+LoadProgress = Callable[[str, Done], None]
+"""Called while loading with the phase in a word ("read weights", "warm up") and how much is done."""
 
 
 class Engine(Protocol):

@@ -32,7 +32,7 @@ class LocalEngine(MailboxEngine):
     async def start(
         cls,
         config: EngineConfig,
-        progress: LoadProgress = lambda phase, fraction: None,
+        progress: LoadProgress = lambda phase, done: None,
         load: Callable[[EngineConfig, LoadProgress], StepRunner] | None = None,
     ) -> LocalEngine:
         """Load a model and start its core.

@@ -49,7 +49,7 @@ class RemoteEngine(MailboxEngine):
         self._pump = asyncio.create_task(self._receive(), name="engine-events")
 
     @classmethod
-    async def start(cls, config: EngineConfig, progress: LoadProgress = lambda phase, fraction: None) -> RemoteEngine:
+    async def start(cls, config: EngineConfig, progress: LoadProgress = lambda phase, done: None) -> RemoteEngine:
         """Start the process and load the model in it.
 
         Raises:
@@ -61,8 +61,8 @@ class RemoteEngine(MailboxEngine):
             worker.send(Start(config))
             while True:
                 match await worker.receive():
-                    case Loading(phase, fraction):
-                        progress(phase, fraction)
+                    case Loading(phase, done):
+                        progress(phase, done)
                     case Ready(info):
                         return cls(info, worker)
                     case Failed() as failed:

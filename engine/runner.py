@@ -14,7 +14,7 @@ import torch
 
 from engine.checkpoint import open_checkpoint
 from engine.config import EngineConfig, ModelConfig
-from engine.face import LoadProgress
+from engine.face import Done, LoadProgress
 from engine.machine import choose_device, choose_dtype, free_memory, usable_cores
 from engine.memory import Device, plan_memory
 from engine.model.cache import KVCache
@@ -136,10 +136,17 @@ def load_runner(config: EngineConfig, progress: LoadProgress) -> Runner:
 
     Reading counts as READ_SHARE of the whole, so that progress never goes back.
     """
-    runner = Runner.load(config, lambda phase, fraction: progress(phase, fraction * READ_SHARE))
-    progress("warm up", READ_SHARE)
+    done = Done(0.0)
+
+    def reading(phase: str, read: Done) -> None:
+        nonlocal done
+        done = read._replace(fraction=read.fraction * READ_SHARE)
+        progress(phase, done)
+
+    runner = Runner.load(config, reading)
+    progress("warm up", done)
     runner.warm_up()
-    progress("warm up", 1.0)
+    progress("warm up", done._replace(fraction=1.0))
     return runner
 
 

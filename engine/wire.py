@@ -1,7 +1,7 @@
 """Messages across the process border, and their framing: 4 bytes of length, big-endian, then one msgpack message.
 
     parent ──Start(config)──────────────► worker          first message, once
-           ◄─Loading(phase, fraction)────                 at least once a second while loading
+           ◄─Loading(phase, done)────────                 at least once a second while loading
            ◄─Ready(info) | Failed(kind, message)          once
            ──Submit | Cancel─────────────►
            ◄─StepOutput(events, stats)───                 one per step; at least once a second
@@ -22,6 +22,7 @@ from engine.errors import (
     EngineError,
     UnsupportedModelError,
 )
+from engine.face import Done
 from engine.loop import Cancel, StepOutput, Submit
 from engine.request import EngineInfo
 
@@ -35,7 +36,7 @@ class Start(msgspec.Struct, frozen=True, tag=True):
 
 class Loading(msgspec.Struct, frozen=True, tag=True):
     phase: str
-    fraction: float
+    done: Done
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):

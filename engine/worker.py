@@ -20,6 +20,7 @@ import msgspec
 
 from engine.config import EngineConfig
 from engine.errors import EngineError
+from engine.face import Done
 from engine.loop import HEARTBEAT_SECONDS, Command, StepOutput, run_core
 from engine.wire import (
     HEADER_BYTES,
@@ -93,7 +94,7 @@ class LoadingBeat:
 
     def __init__(self, outbox: Outbox) -> None:
         self._outbox = outbox
-        self._latest = Loading("start", 0.0)
+        self._latest = Loading("start", Done(0.0))
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="loading-beat", daemon=True)
 
@@ -105,8 +106,8 @@ class LoadingBeat:
         self._done.set()
         self._thread.join()
 
-    def report(self, phase: str, fraction: float) -> None:
-        self._latest = Loading(phase, fraction)
+    def report(self, phase: str, done: Done) -> None:
+        self._latest = Loading(phase, done)
         self._outbox.send(self._latest)
 
     def _run(self) -> None:

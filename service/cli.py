@@ -85,6 +85,7 @@ def _serve(values: dict[str, Any], sample_prompt: str | None) -> None:
         model_name=values["served_model_name"] or stored.name,
         grpc_address=join_address(values["host"], values["grpc_port"]),
         drain_timeout=values["drain_timeout"],
+        progress_bar=sys.stderr.isatty() and not values["log_json"],
     )
 
     async def run() -> int:
@@ -166,13 +167,16 @@ def chat(model: str | None, address: str | None, once: str | None, max_tokens: i
     if question is not None and not question.strip():
         raise click.UsageError("the question is empty")
     with _errors(), asyncio.Runner() as runner:
+        from service.progress import load_progress
         from service.talk import LocalPartner, Partner, RemotePartner, converse, say
         from service.text.chat import Message
 
         async def connect() -> Partner:
             if address is not None:
                 return RemotePartner(address, model or "", max_tokens, temperature)
-            return await LocalPartner.start(_pull(model or DEFAULT_MODEL).path, max_tokens, temperature)
+            stored = _pull(model or DEFAULT_MODEL)
+            with load_progress(stored.name, bar=sys.stderr.isatty()) as progress:
+                return await LocalPartner.start(stored.path, max_tokens, temperature, progress)
 
         partner = runner.run(connect())
         try:

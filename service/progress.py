@@ -1,14 +1,21 @@
-"""How far a download is, on stderr: a bar on a terminal, elsewhere a line every few seconds, for log collectors."""
+"""How far a download or a load is: a bar on a terminal, elsewhere a line every few seconds, for log collectors."""
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
+from engine import Done, LoadProgress
 from service.models.download import Progress
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+
+log = logging.getLogger(__name__)
 
 LINE_SECONDS = 5.0
 
@@ -19,12 +26,7 @@ def pull_progress(model: str) -> Iterator[Progress]:
     if not sys.stderr.isatty():
         yield lines(model, sys.stderr)
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
-    from rich.progress import Progress as Bar
-
-    columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=Console(stderr=True)) as bar:
+    with _bar() as bar:
         task = bar.add_task(f"pull {model}", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
@@ -42,3 +44,62 @@ def lines(model: str, out: TextIO, every: float = LINE_SECONDS) -> Progress:
             out.flush()
 
     return report
+
+
+@contextmanager
+def load_progress(model: str, *, bar: bool) -> Iterator[LoadProgress]:
+    """Show how far a load is until the context ends.
+
+    Args:
+        bar: on a terminal: bytes read, bytes per second and the time left; else log events.
+    """
+    if not bar:
+        yield LoadLog()
+        return
+    with _bar() as shown:
+        task = shown.add_task(f"load {model}", total=None)
+
+        def report(phase: str, done: Done) -> None:
+            shown.update(task, description=f"{phase} of {model}", completed=done.read, total=done.total or None)
+
+        yield report
+
+
+class LoadLog:
+    """Log events of one load: at most one in `every` seconds while weights are read, and one when they all are."""
+
+    def __init__(self, every: float = LINE_SECONDS, clock: Callable[[], float] = time.monotonic) -> None:
+        self._every, self._clock = every, clock
+        self._began = self._last = clock()
+        self._complete = False
+
+    def __call__(self, phase: str, done: Done) -> None:
+        now = self._clock()
+        if done.read == 0:
+            self._began = now  # before it libraries were loaded, which says nothing of the disk
+        complete = 0 < done.total == done.read
+        if not self._complete and done.total and (complete or now - self._last >= self._every):
+            self._last, self._complete = now, complete
+            self._write("weights read" if complete else "loading", done, max(now - self._began, 1e-3))
+
+    def _write(self, event: str, done: Done, seconds: float) -> None:
+        rate = done.read / seconds
+        fields = {
+            "gb": f"{done.read / 1e9:.2f}",
+            "of_gb": f"{done.total / 1e9:.2f}",
+            "mb_per_s": round(rate / 1e6),
+            "seconds": round(seconds, 1),
+        }
+        if rate and done.read < done.total:
+            fields["seconds_left"] = round((done.total - done.read) / rate)
+        log.info(event, extra=fields)
+
+
+def _bar() -> Bar:
+    """Bytes done and in all, bytes per second, time left. rich is loaded by who has a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bar
+
+    columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    return Bar(*columns, console=Console(stderr=True))

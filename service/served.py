@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
-from engine import Engine, EngineInfo, EngineStats
+from engine import Done, Engine, EngineInfo, EngineStats
 from service.errors import Code, ServiceError, invalid
 from service.generation import GenerationEvent, GenerationRequest, Generator
 from service.host import Phase, Status
@@ -45,10 +45,10 @@ class ServedModel:
 
     # -- moved by the server -----------------------------------------------------------------------------------
 
-    def loading(self, phase: str, fraction: float) -> None:
+    def loading(self, phase: str, done: Done) -> None:
         """Progress of the load; also proof of life. The time left is guessed from the time passed."""
         self._last_progress = time.monotonic()
-        passed = self._last_progress - self._began
+        passed, fraction = self._last_progress - self._began, done.fraction
         eta = passed * (1 - fraction) / fraction if 0.05 < fraction <= 1 else None
         self._move(Status(Phase.LOADING, phase, fraction, eta))
 

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine import Engine, EngineConfig, EngineError, LoadProgress
+from engine import Done, Engine, EngineConfig, EngineError, LoadProgress
 from engine.remote import RemoteEngine
 from service.grpc.server import GrpcServer
+from service.progress import load_progress
 from service.served import ServedModel
 from service.text.load import load_text
 from service.text.tokenizer import TextModel
@@ -36,6 +37,7 @@ class ServerConfig:
     Attributes:
         grpc_address: HOST:PORT, port 0 for any free one.
         drain_timeout: seconds that accepted requests have to end after SIGTERM.
+        progress_bar: somebody watches stderr: show a bar while loading, instead of log lines.
     """
 
     engine: EngineConfig
@@ -43,6 +45,7 @@ class ServerConfig:
     model_aliases: tuple[str, ...] = ()
     grpc_address: str = "127.0.0.1:8001"
     drain_timeout: float = 30.0
+    progress_bar: bool = False
 
 
 StartEngine = Callable[[EngineConfig, LoadProgress], Coroutine[Any, Any, Engine]]
@@ -112,8 +115,17 @@ class Server:
 
     async def _load(self) -> Engine:
         """Text side and engine at the same time; both or neither."""
+        with load_progress(self._config.model_name, bar=self._config.progress_bar) as show:
+
+            def progress(phase: str, done: Done) -> None:
+                self.model.loading(phase, done)
+                show(phase, done)
+
+            return await self._load_both(progress)
+
+    async def _load_both(self, progress: LoadProgress) -> Engine:
         path = Path(self._config.engine.model_path)
-        starting = asyncio.create_task(self._start_engine(self._config.engine, self.model.loading))
+        starting = asyncio.create_task(self._start_engine(self._config.engine, progress))
         reading = asyncio.create_task(asyncio.to_thread(self._load_text, path))
         try:
             engine, text = await asyncio.gather(starting, reading)

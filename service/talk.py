@@ -14,7 +14,7 @@ import grpc
 from nemoserve.v1 import generation_pb2 as pb
 from nemoserve.v1 import generation_pb2_grpc as rpc
 
-from engine import EngineConfig, FinishReason, SamplingParams
+from engine import EngineConfig, FinishReason, LoadProgress, SamplingParams
 from engine.remote import RemoteEngine
 from service.errors import ServiceError, TalkError
 from service.generation import Delta, Finished, GenerationRequest, Generator
@@ -72,10 +72,12 @@ class LocalPartner:
         self._sampling = SamplingParams(max_tokens=max_tokens or 1, temperature=temperature)
 
     @classmethod
-    async def start(cls, path: Path, max_tokens: int | None, temperature: float) -> LocalPartner:
+    async def start(
+        cls, path: Path, max_tokens: int | None, temperature: float, progress: LoadProgress = lambda phase, done: None
+    ) -> LocalPartner:
         """Raises EngineError: the model cannot be loaded."""
         text = await asyncio.to_thread(load_text, path)
-        engine = await RemoteEngine.start(EngineConfig(model_path=str(path)))
+        engine = await RemoteEngine.start(EngineConfig(model_path=str(path)), progress)
         return cls(engine, Generator(engine, text), max_tokens, temperature)
 
     async def answer(self, messages: list[Message]) -> AsyncGenerator[str]:

@@ -42,6 +42,9 @@ class Checkpoint(Protocol):
         a caller who goes slab by slab needs no more than a slab. Raises CheckpointError for weights that are not
         finite."""
 
+    def stored_bytes(self, name: str) -> int:
+        """Bytes of a tensor in its file, for telling how far reading is."""
+
     def close(self) -> None: ...
 
 

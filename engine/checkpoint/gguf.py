@@ -74,6 +74,9 @@ class GGUFCheckpoint:
     def matrix(self, name: str, start: int = 0, stop: int | None = None) -> Matrix:
         return FloatMatrix(self.read(name)[start:stop])
 
+    def stored_bytes(self, name: str) -> int:
+        return _num_bytes(self._directory[name])
+
     def close(self) -> None:
         del self._data
 

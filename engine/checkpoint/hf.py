@@ -6,6 +6,7 @@ where RoPE lives), and `null` must mean "none".
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ class SafetensorsFiles:
         self._stack = ExitStack()
         self._home: dict[str, tuple[Any, Path]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.nbytes: dict[str, int] = {}
         try:
             for path in files:
                 self._open(path)
@@ -54,6 +56,7 @@ class SafetensorsFiles:
                     )
                 self._home[name] = (file, path)
                 self.shapes[name] = tuple(part.get_shape())
+                self.nbytes[name] = math.prod(self.shapes[name]) * FLOAT_TYPES[part.get_dtype()].itemsize
         except FileNotFoundError:
             raise CheckpointError(f"{path}: no such file") from None
         except (SafetensorError, OSError, ValueError) as error:
@@ -100,6 +103,9 @@ class HFCheckpoint:
 
     def matrix(self, name: str, start: int = 0, stop: int | None = None) -> Matrix:
         return FloatMatrix(self.read(name)[start:stop])
+
+    def stored_bytes(self, name: str) -> int:
+        return self._files.nbytes[name]
 
     def close(self) -> None:
         self._files.close()

@@ -67,6 +67,9 @@ class MistralCheckpoint:
     def matrix(self, name: str, start: int = 0, stop: int | None = None) -> Matrix:
         return FloatMatrix(self.read(name)[start:stop])
 
+    def stored_bytes(self, name: str) -> int:
+        return self._files.nbytes[self._stored_names[name]]
+
     def close(self) -> None:
         self._files.close()
 

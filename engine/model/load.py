@@ -11,9 +11,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from engine.checkpoint.layout import expected_tensors
 from engine.config import ModelConfig
 from engine.errors import CheckpointError
-from engine.face import LoadProgress
+from engine.face import Done, LoadProgress
 from engine.model.decoder import Decoder, Layer, Weights
 from engine.model.rope import rope_table
 from engine.ops import load_kernels, select_ops
@@ -32,6 +33,9 @@ class TensorSource(Protocol):
 
     def matrix(self, name: str, start: int = 0, stop: int | None = None) -> Matrix:
         """Rows of a matrix as stored, rotate-half order. Raises CheckpointError if there is none."""
+
+    def stored_bytes(self, name: str) -> int:
+        """Bytes of a tensor in its file. Raises CheckpointError if there is none."""
 
 
 def load_decoder(
@@ -63,7 +67,7 @@ def load_decoder(
 
 
 class _Reader:
-    """Reads the tensors of one checkpoint in order, counting what it has read."""
+    """Reads the tensors of one checkpoint in order, telling slab by slab how many bytes of its files it has read."""
 
     def __init__(self, checkpoint: TensorSource, scheme: Scheme, target: Target, progress: LoadProgress) -> None:
         self._checkpoint = checkpoint
@@ -72,16 +76,17 @@ class _Reader:
         self._progress = progress
         self._parameters = 0
         self._nbytes = 0
+        self._outputs = {name: shape[0] for name, shape in expected_tensors(self._config).items()}
+        self._rows_read: dict[str, int] = {}
+        self._bytes_read = 0.0
+        self._total_bytes = sum(checkpoint.stored_bytes(name) for name in self._outputs)
 
     def read(self) -> Weights:
         config = self._config
+        self._progress("read weights", Done(0.0, 0, self._total_bytes))
         embedding, head = self._ends()
-        layers = []
-        for index in range(config.num_layers):
-            self._progress("read weights", index / config.num_layers)
-            layers.append(self._layer(f"model.layers.{index}."))
+        layers = [self._layer(f"model.layers.{index}.") for index in range(config.num_layers)]
         norm = self._vector("model.norm.weight", config.hidden_size)
-        self._progress("read weights", 1.0)
         return Weights(embedding, layers, norm, head, self._parameters, self._nbytes)
 
     def _ends(self) -> tuple[Table, Linear]:
@@ -129,13 +134,24 @@ class _Reader:
     def _rows(self, name: str, inputs: int, start: int, stop: int) -> Matrix:
         matrix = self._checkpoint.matrix(name, start, stop)
         _check_shape(name, matrix.shape, (stop - start, inputs))
+        self._count(name, stop)
         return matrix
 
     def _vector(self, name: str, width: int) -> Tensor:
         tensor = self._checkpoint.read(name)
         _check_shape(name, tuple(tensor.shape), (width,))
+        self._count(name, width)
         self._parameters += width
         return tensor.to(self._target.device, self._target.dtype).contiguous()
+
+    def _count(self, name: str, stop: int) -> None:
+        """Rows of a tensor up to `stop` have been read; a row that is looked at before its slab counts once."""
+        rows = stop - self._rows_read.get(name, 0)
+        if rows > 0:
+            self._rows_read[name] = stop
+            self._bytes_read += self._checkpoint.stored_bytes(name) * rows / self._outputs[name]
+            read = round(self._bytes_read)
+            self._progress("read weights", Done(read / self._total_bytes, read, self._total_bytes))
 
 
 def _check_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:

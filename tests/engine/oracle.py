@@ -45,6 +45,9 @@ class StateDict:
     def matrix(self, name: str, start: int = 0, stop: int | None = None) -> FloatMatrix:
         return FloatMatrix(self.read(name)[start:stop])
 
+    def stored_bytes(self, name: str) -> int:
+        return self.read(name).nbytes
+
 
 def transformers_model(config: ModelConfig, seed: int = 0) -> transformers.PreTrainedModel:
     """The model of transformers with this shape and random weights, large enough that every part matters."""

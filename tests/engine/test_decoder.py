@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import msgspec
 import pytest
 import torch
 
 from engine.errors import CheckpointError
+from engine.face import Done
 from engine.model.decoder import Decoder
 from engine.model.load import load_decoder
 from engine.model.rope import inverse_frequencies, rope_table
@@ -90,8 +93,12 @@ def test_a_tensor_of_the_wrong_shape_is_refused_by_name() -> None:
 
 
 def test_loading_reports_its_progress_from_start_to_end() -> None:
-    seen: list[float] = []
+    seen: list[Done] = []
     source = StateDict(BASE, transformers_model(BASE).state_dict())
     load_decoder(source, torch.float32, torch.device("cpu"), 8, 1, lambda phase, done: seen.append(done))
+    total = sum(tensor.nbytes for tensor in source.tensors.values())
     assert seen == sorted(seen)
-    assert (seen[0], seen[-1]) == (0.0, 1.0)
+    assert (seen[0], seen[-1]) == (Done(0.0, 0, total), Done(1.0, total, total))
+    largest = max(tensor.nbytes for tensor in source.tensors.values())
+    steps = [after.read - before.read for before, after in itertools.pairwise(seen)]
+    assert max(steps) <= largest  # every tensor is told of by itself

@@ -11,7 +11,7 @@ import pytest
 
 from engine.config import EngineConfig
 from engine.errors import CheckpointError, EngineDeadError, InvalidRequestError
-from engine.face import LoadProgress
+from engine.face import Done, LoadProgress
 from engine.local import LocalEngine
 from engine.mailbox import merge
 from engine.request import EngineInfo, FinishReason, Request, SamplingParams, Timings, TokenEvent, TokenLogprob
@@ -182,15 +182,15 @@ async def test_closing_waits_for_the_step_and_fails_what_was_in_flight() -> None
 
 
 async def test_a_load_error_is_raised_by_start_and_progress_is_passed_on() -> None:
-    seen: list[tuple[str, float]] = []
+    seen: list[tuple[str, Done]] = []
 
     def load(config: EngineConfig, progress: LoadProgress) -> FakeRunner:
-        progress("read weights", 0.5)
+        progress("read weights", Done(0.5, 4, 8))
         raise CheckpointError(f"{config.model_path} is truncated")
 
     with pytest.raises(CheckpointError, match="- is truncated"):
-        await LocalEngine.start(CONFIG, lambda phase, fraction: seen.append((phase, fraction)), load)
-    assert seen == [("read weights", 0.5)]
+        await LocalEngine.start(CONFIG, lambda phase, done: seen.append((phase, done)), load)
+    assert seen == [("read weights", Done(0.5, 4, 8))]
 
 
 async def test_the_heart_beats_with_every_step() -> None:

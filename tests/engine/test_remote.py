@@ -23,6 +23,7 @@ import pytest_asyncio
 import engine.remote
 from engine.config import EngineConfig
 from engine.errors import CheckpointError, EngineConfigError, EngineDeadError
+from engine.face import Done
 from engine.loop import Cancel, Submit
 from engine.remote import RemoteEngine
 from engine.request import FinishReason, Request, SamplingParams, TokenEvent
@@ -60,10 +61,13 @@ async def collect(engine: RemoteEngine, each: Request) -> list[TokenEvent]:
 
 
 async def test_loading_shows_life_and_then_facts(config: EngineConfig) -> None:
-    seen: list[tuple[str, float]] = []
-    engine = await RemoteEngine.start(config, lambda phase, fraction: seen.append((phase, fraction)))
+    seen: list[tuple[str, Done]] = []
+    engine = await RemoteEngine.start(config, lambda phase, done: seen.append((phase, done)))
     try:
         assert {phase for phase, _ in seen} >= {"read weights", "warm up"}
+        assert all(isinstance(done, Done) for _, done in seen)
+        assert [done.fraction for _, done in seen] == sorted(done.fraction for _, done in seen)
+        assert seen[-1][1].fraction == 1.0
         assert (engine.info.vocab_size, engine.info.page_size, engine.info.max_batch_size) == (160, 8, 3)
         assert engine.heartbeat_age < 5.0
     finally:
@@ -147,6 +151,7 @@ async def test_a_load_error_is_raised_as_the_type_that_it_was(config: EngineConf
 
 WORKER_SCRIPT = """
 import argparse, signal, socket
+from engine.face import Done
 from engine.wire import Loading, Ready, encode
 from tests.engine.fake_runner import engine_info
 parser = argparse.ArgumentParser()
@@ -183,7 +188,7 @@ async def test_a_worker_that_breaks_while_loading_ends_the_start(
 
 
 @pytest.mark.parametrize(
-    "line", ["sock.sendall(b'\\0\\0\\0\\7garbage')", "sock.sendall(encode(Loading('again', 0.0)))"]
+    "line", ["sock.sendall(b'\\0\\0\\0\\7garbage')", "sock.sendall(encode(Loading('again', Done(0.0))))"]
 )
 async def test_garbage_in_mid_stream_ends_all_requests_and_the_process(
     monkeypatch: pytest.MonkeyPatch, line: str
@@ -207,10 +212,10 @@ async def test_a_worker_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPa
 
 async def test_a_start_that_is_cancelled_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     config = worker_that(
-        monkeypatch, "import os", "sock.sendall(encode(Loading(str(os.getpid()), 0.0)))", UNTIL_THE_END
+        monkeypatch, "import os", "sock.sendall(encode(Loading(str(os.getpid()), Done(0.0))))", UNTIL_THE_END
     )
     pids: asyncio.Queue[int] = asyncio.Queue()
-    starting = asyncio.create_task(RemoteEngine.start(config, lambda phase, fraction: pids.put_nowait(int(phase))))
+    starting = asyncio.create_task(RemoteEngine.start(config, lambda phase, done: pids.put_nowait(int(phase))))
     pid = await pids.get()
     starting.cancel()
     with pytest.raises(asyncio.CancelledError):

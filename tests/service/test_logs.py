@@ -1,20 +1,28 @@
-"""Log lines: events with fields, in both forms; and the progress of a pull where there is no terminal."""
+"""Log lines: events with fields, in both forms; and how far a pull or a load is."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
+import os
+import re
+import subprocess
 import sys
 from datetime import datetime
+from pathlib import Path
 
-from service.logs import JsonFormatter, TextFormatter
-from service.progress import lines
+import pytest
+
+from engine import Done
+from service.logs import JsonFormatter, TextFormatter, fields
+from service.progress import LoadLog, lines
 
 
-def record(message: str, *, failed: bool = False, **fields: object) -> logging.LogRecord:
+def record(message: str, *, failed: bool = False, **extra: object) -> logging.LogRecord:
     made = logging.getLogger("service.server").makeRecord(
-        "service.server", logging.INFO, __file__, 1, message, (), None, extra=fields
+        "service.server", logging.INFO, __file__, 1, message, (), None, extra=extra
     )
     if failed:
         try:
@@ -63,3 +71,43 @@ def test_progress_without_a_terminal_goes_on_with_time() -> None:
     for done in (0, 50, 100):
         report(done, 100)
     assert out.getvalue().count("\n") == 3
+
+
+def test_a_load_without_a_terminal_is_a_line_now_and_then_and_one_at_the_end(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", "service.progress")
+    now, total = 100.0, 8_000_000_000
+    report = LoadLog(every=5.0, clock=lambda: now)
+    report("start", Done(0.0))
+    now += 3  # of importing libraries, in which no disk had to read
+    report("read weights", Done(0.0, 0, total))
+    for second in range(1, 17):
+        now += 1
+        report("read weights", Done(second / 20, second * total // 16, total))
+    report("warm up", Done(0.8, total, total))
+    written = [(each.getMessage(), fields(each)) for each in caplog.records]
+    assert [event for event, _ in written] == ["loading", "loading", "loading", "weights read"]
+    first, last = written[0][1], written[-1][1]
+    assert first == {"gb": "1.00", "of_gb": "8.00", "mb_per_s": 500, "seconds": 2.0, "seconds_left": 14}
+    assert last == {"gb": "8.00", "of_gb": "8.00", "mb_per_s": 500, "seconds": 16.0}
+
+
+def test_a_load_on_a_terminal_shows_a_bar_with_bytes_and_their_rate(smollm2_path: Path) -> None:
+    ours, theirs = os.openpty()
+    program = "import sys; from service.cli import main; main(sys.argv[1:])"
+    command = [sys.executable, "-c", program, "chat", str(smollm2_path), "--once", "Hi", "--max-tokens", "1"]
+    environ = os.environ | {"TERM": "xterm", "COLUMNS": "120"}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=theirs, env=environ)
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # EIO: the program has ended
+        while piece := os.read(ours, 65536):
+            shown += piece
+    os.close(ours)
+    assert process.wait(60) == 0
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode())
+    size = smollm2_path.stat().st_size / 1e6
+    done, total = map(float, re.findall(r"([\d.]+)/([\d.]+) MB", text)[-1])
+    assert done == total == pytest.approx(size, rel=0.05)  # the rest of the file is its header
+    assert "MB/s" in text or "GB/s" in text

@@ -15,7 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from nemoserve.v1 import generation_pb2 as pb
 from nemoserve.v1 import generation_pb2_grpc as rpc
 
-from engine import CheckpointError, EngineConfig, LoadProgress
+from engine import CheckpointError, Done, EngineConfig, LoadProgress
 from service.host import Phase
 from service.served import LIVE_SECONDS, LOADING_SECONDS, ServedModel
 from service.server import Server, ServerConfig
@@ -62,7 +62,7 @@ async def living(settings: ServerConfig) -> AsyncIterator[Life]:
     engine = FakeEngine(b"abc")
 
     async def start_engine(config: EngineConfig, progress: LoadProgress) -> FakeEngine:
-        progress("read weights", 1.0)
+        progress("read weights", Done(1.0))
         return engine
 
     ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -154,7 +154,7 @@ class Loading:
         self.undone = False
 
     async def __call__(self, config: EngineConfig, progress: LoadProgress) -> FakeEngine:
-        progress("read weights", 0.25)
+        progress("read weights", Done(0.25))
         self.began.set()
         try:
             await asyncio.Event().wait()
@@ -262,8 +262,8 @@ async def test_the_time_left_is_guessed_from_the_time_passed(monkeypatch: pytest
     now = 1000.0
     monkeypatch.setattr("service.served.time.monotonic", lambda: now)
     model = ServedModel("toy")
-    model.loading("read weights", 0.01)
+    model.loading("read weights", Done(0.01))
     assert model.status.eta_seconds is None
     now += 30
-    model.loading("read weights", 0.25)
+    model.loading("read weights", Done(0.25))
     assert model.status.eta_seconds == pytest.approx(90)
