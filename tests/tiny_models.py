@@ -110,6 +110,16 @@ def write_consolidated(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
     """A folder with params.json and consolidated.safetensors. Returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     config = config_json(**changes)
+    weights = {
+        mistral_name(name): _interleaved(name, weight, config) for name, weight in random_weights(config, seed).items()
+    }
+    save_file(weights, folder / "consolidated.safetensors")
+    (folder / "params.json").write_text(json.dumps(params_json(config)))
+    return folder
+
+
+def mistral_name(name: str) -> str:
+    """What a tensor, or a module, is called in consolidated.safetensors."""
     parts = {
         "input_layernorm": "attention_norm",
         "post_attention_layernorm": "ffn_norm",
@@ -125,14 +135,14 @@ def write_consolidated(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
         "lm_head": "output",
         "model.layers": "layers",
     }
-    weights = {}
-    for name, weight in random_weights(config, seed).items():
-        stored = name
-        for theirs, ours in parts.items():
-            stored = stored.replace(theirs, ours)
-        weights[stored] = _interleaved(name, weight, config)
-    save_file(weights, folder / "consolidated.safetensors")
-    params = {
+    for ours, theirs in parts.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def params_json(config: dict[str, Any]) -> dict[str, Any]:
+    """The same model as params.json has it."""
+    return {
         "dim": config["hidden_size"],
         "n_layers": config["num_hidden_layers"],
         "head_dim": config["head_dim"],
@@ -144,8 +154,6 @@ def write_consolidated(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
         "rope_theta": config["rope_theta"],
         "max_seq_len": config["max_position_embeddings"],
     }
-    (folder / "params.json").write_text(json.dumps(params))
-    return folder
 
 
 def write_gguf(path: Path, *, kind: str = "F32", seed: int = 0, **changes: Any) -> Path:

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints: config.json and safetensors, whole or sharded, memory-mapped and read tensor by tensor.
+"""Hugging Face checkpoints: config.json and safetensors, whole or sharded.
 
 The keys of config.json are read here and not by transformers: its defaults change between versions (sliding_window,
 where RoPE lives), and `null` must mean "none".
@@ -6,115 +6,48 @@ where RoPE lives), and `null` must mean "none".
 
 from __future__ import annotations
 
-import math
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from engine.checkpoint.fields import Fields
-from engine.checkpoint.layout import FLOAT_TYPES, check_tensors
+from engine.checkpoint.fp8_config import hf_claims
+from engine.checkpoint.weights import Dialect, SafetensorsCheckpoint
 from engine.config import Llama3RopeScaling, ModelConfig
 from engine.errors import CheckpointError, UnsupportedModelError
-from engine.quant.matrix import FloatMatrix, Matrix
 
-ARCHITECTURES = ("MistralForCausalLM", "LlamaForCausalLM", "Qwen2ForCausalLM")
+VISION = ("Mistral3ForConditionalGeneration",)  # of these the text model is run, which text_config describes
+ARCHITECTURES = ("MistralForCausalLM", "LlamaForCausalLM", "Qwen2ForCausalLM", *VISION)
+_VISION_PARTS = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 
-class SafetensorsFiles:
-    """Several safetensors files seen as one mapping of names; each is opened once and stays memory-mapped."""
+def open_hf(folder: Path, weights: Path | None = None) -> SafetensorsCheckpoint:
+    """A folder with config.json and safetensors.
 
-    def __init__(self, files: list[Path]) -> None:
-        """Raises CheckpointError for a file that is missing, truncated or corrupt, and for a name that stands twice."""
-        self._stack = ExitStack()
-        self._home: dict[str, tuple[Any, Path]] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.nbytes: dict[str, int] = {}
-        try:
-            for path in files:
-                self._open(path)
-        except BaseException:
-            self.close()
-            raise
+    Args:
+        weights: the only safetensors file to use; None = those of the index, or model.safetensors of the folder.
 
-    def _open(self, path: Path) -> None:
-        try:
-            file = self._stack.enter_context(safe_open(path, framework="pt"))
-            for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                if name in self._home:
-                    raise CheckpointError(f"{path}: tensor {name} is also in {self._home[name][1].name}")
-                part = file.get_slice(name)
-                if part.get_dtype() not in FLOAT_TYPES:
-                    supported = ", ".join(FLOAT_TYPES)
-                    raise UnsupportedModelError(
-                        f"{path}: tensor {name} has dtype {part.get_dtype()}; supported are {supported}"
-                    )
-                self._home[name] = (file, path)
-                self.shapes[name] = tuple(part.get_shape())
-                self.nbytes[name] = math.prod(self.shapes[name]) * FLOAT_TYPES[part.get_dtype()].itemsize
-        except FileNotFoundError:
-            raise CheckpointError(f"{path}: no such file") from None
-        except (SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from None
-
-    def home(self, name: str) -> Path:
-        return self._home[name][1]
-
-    def read(self, name: str) -> Tensor:
-        file, path = self._home[name]
-        try:
-            tensor: Tensor = file.get_tensor(name)
-        except SafetensorError as error:
-            raise CheckpointError(f"{path}: tensor {name} cannot be read: {error}") from None
-        return tensor
-
-    def close(self) -> None:
-        self._stack.close()
-
-
-class HFCheckpoint:
-    """One open checkpoint. Names and shapes have been checked; reading yields what the file stores."""
-
-    def __init__(self, folder: Path, weights: Path | None = None) -> None:
-        """
-        Args:
-            folder: where config.json is.
-            weights: the only safetensors file to use; None = the index or model.safetensors of the folder.
-
-        Raises:
-            CheckpointError, UnsupportedModelError: name the file and what is wrong with it.
-        """
-        self.config = read_config(folder)
-        self._files = SafetensorsFiles([weights] if weights else _weight_files(folder))
-        try:
-            check_tensors(str(weights or folder), self._files.shapes, self.config)
-        except BaseException:
-            self._files.close()
-            raise
-        self.num_parameters = sum(torch.Size(shape).numel() for shape in self._files.shapes.values())
-
-    def read(self, name: str) -> Tensor:
-        return self._files.read(name)
-
-    def matrix(self, name: str, start: int = 0, stop: int | None = None) -> Matrix:
-        return FloatMatrix(self.read(name)[start:stop])
-
-    def stored_bytes(self, name: str) -> int:
-        return self._files.nbytes[name]
-
-    def close(self) -> None:
-        self._files.close()
+    Raises:
+        CheckpointError, UnsupportedModelError: name the file and what is wrong with it.
+    """
+    fields = Fields.of_json(folder / "config.json")
+    config = read_config(folder)
+    listed = None if weights else read_index(folder / INDEX)
+    files = [weights or folder / SINGLE] if listed is None else sorted(set(listed.values()))
+    dialect = Dialect(
+        rename=_language_model if config.architecture in VISION else str,
+        fp8=hf_claims(fields, folder),
+        listed=listed,
+    )
+    return SafetensorsCheckpoint(weights or folder, files, config, dialect)
 
 
 def read_config(folder: Path) -> ModelConfig:
     """What config.json and generation_config.json say, refused if this decoder does not implement it."""
-    fields = Fields.of_json(folder / "config.json")
-    architecture = _architecture(fields)
+    whole = Fields.of_json(folder / "config.json")
+    architecture = _architecture(whole)
+    fields = _text_config(whole) if architecture in VISION else whole
+    _refuse(fields)
     heads = fields.size("num_attention_heads")
     kv_heads = fields.size("num_key_value_heads", heads)
     hidden = fields.size("hidden_size")
@@ -152,15 +85,29 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def _architecture(fields: Fields) -> str:
-    """The one architecture named, after everything that would make it another model has been refused."""
+    """The one architecture named."""
     names = fields.raw("architectures")
     name = names[0] if isinstance(names, list) and len(names) == 1 else names
     if name not in ARCHITECTURES:
         raise UnsupportedModelError(
             f"{fields.where}: architectures {names!r}; supported are {', '.join(ARCHITECTURES)}"
         )
+    return str(name)
+
+
+def _text_config(fields: Fields) -> Fields:
+    """The part of a model with images that is about text."""
+    text = fields.child("text_config")
+    if text is None:
+        raise fields.wrong("text_config", None, "an object")
+    if text.raw("model_type") not in (None, "mistral"):
+        raise UnsupportedModelError(f"{text.where}: model_type {text.raw('model_type')!r}; supported is 'mistral'")
+    return text
+
+
+def _refuse(fields: Fields) -> None:
+    """Everything that would make it another model than this decoder is."""
     refusals: dict[str, tuple[object, ...]] = {
-        "quantization_config": (None,),
         "hidden_act": (None, "silu"),
         "attention_bias": (None, False),
         "mlp_bias": (None, False),
@@ -171,7 +118,6 @@ def _architecture(fields: Fields) -> str:
         if value not in allowed:
             shown = " or ".join("absent" if each is None else repr(each) for each in allowed)
             raise UnsupportedModelError(f"{fields.where}: {key} {value!r} is not supported; it must be {shown}")
-    return str(name)
 
 
 def _rope(fields: Fields) -> tuple[float, Llama3RopeScaling | None]:
@@ -202,16 +148,22 @@ def _eos(fields: Fields, folder: Path) -> tuple[int, ...]:
     return tuple(dict.fromkeys(ids))
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The shards that the index names, or the single file."""
-    index = folder / INDEX
+def read_index(index: Path) -> dict[str, Path] | None:
+    """Name of each tensor -> the file of this folder that has it; None if there is no index."""
     if not index.exists():
-        return [folder / SINGLE]
+        return None
     weight_map = Fields.of_json(index).raw("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: weight_map is not an object of tensor names and files")
-    names = sorted({str(name) for name in weight_map.values()})
-    for name in names:
-        if name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
-            raise CheckpointError(f"{index}: weight_map names {name!r}, which is not a file of this folder")
-    return [folder / name for name in names]
+    for name in weight_map.values():
+        if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
+            raise CheckpointError(f"{index}: weight_map names {name!r:.80}, which is not a file of this folder")
+    return {tensor: index.parent / name for tensor, name in weight_map.items()}
+
+
+def _language_model(name: str) -> str | None:
+    """Our name of a tensor of a model with images: as the first files have it, or as transformers saves since 4.52."""
+    for theirs, ours in (("model.language_model.", "model."), ("language_model.", "")):
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return None if name.startswith(_VISION_PARTS) else name

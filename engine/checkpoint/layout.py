@@ -5,9 +5,8 @@ Every reader maps its own names to these, and every checkpoint is held against t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
-import torch
 from torch import Tensor
 
 from engine.config import ModelConfig
@@ -23,6 +22,10 @@ _HARMLESS = (
 
 def expected_tensors(config: ModelConfig) -> dict[str, Shape]:
     """Name -> shape of every tensor of the model, weights as [outputs, inputs]."""
+    return dict(_tensors(config))
+
+
+def _tensors(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
     hidden, ffn = config.hidden_size, config.intermediate_size
     layer: dict[str, Shape] = {
         "input_layernorm.weight": (hidden,),
@@ -41,13 +44,12 @@ def expected_tensors(config: ModelConfig) -> dict[str, Shape]:
             "self_attn.k_proj.bias": (config.kv_size,),
             "self_attn.v_proj.bias": (config.kv_size,),
         }
-    tensors: dict[str, Shape] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
+    yield "model.embed_tokens.weight", (config.vocab_size, hidden)
     for index in range(config.num_layers):
-        tensors |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
-    tensors["model.norm.weight"] = (hidden,)
+        yield from ((f"model.layers.{index}.{name}", shape) for name, shape in layer.items())
+    yield "model.norm.weight", (hidden,)
     if not config.tie_word_embeddings:
-        tensors["lm_head.weight"] = (config.vocab_size, hidden)
-    return tensors
+        yield "lm_head.weight", (config.vocab_size, hidden)
 
 
 def check_tensors(where: str, found: Mapping[str, Shape], config: ModelConfig) -> None:
@@ -61,8 +63,9 @@ def check_tensors(where: str, found: Mapping[str, Shape], config: ModelConfig) -
         CheckpointError: a tensor is missing or has another shape.
         UnsupportedModelError: there is a tensor that this decoder would not use.
     """
-    expected = expected_tensors(config)
-    for name, shape in expected.items():
+    expected = set()
+    for name, shape in _tensors(config):  # one by one: a configuration may claim a hundred million layers
+        expected.add(name)
         if name not in found:
             raise CheckpointError(f"{where}: tensor {name} is missing")
         if found[name] != shape:
@@ -83,6 +86,3 @@ def rotate_half_order(weight: Tensor, heads: int, head_dim: int) -> Tensor:
     """
     rows = weight.view(heads, head_dim // 2, 2, -1).transpose(1, 2)
     return rows.reshape(weight.shape)
-
-
-FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

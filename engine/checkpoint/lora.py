@@ -23,7 +23,7 @@ from torch import Tensor
 
 from engine.adapters import projections
 from engine.checkpoint.fields import Fields
-from engine.checkpoint.hf import SafetensorsFiles
+from engine.checkpoint.files import SafetensorsFiles
 from engine.checkpoint.layout import rotate_half_order
 from engine.config import ModelConfig
 from engine.errors import CheckpointError, UnsupportedModelError

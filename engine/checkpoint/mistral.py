@@ -1,32 +1,30 @@
 """Mistral's own checkpoint form: params.json and consolidated.safetensors, with RoPE in interleaved pairs.
 
-Source of names and permutation: mistralai/mistral-inference `args.py`, `rope.py`.
+Source of names and permutation: mistralai/mistral-inference `args.py`, `rope.py`; of FP8 and of images, vLLM
+`models/llama.py:mistral_mapping`, `transformers_utils/configs/mistral.py`.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from engine.checkpoint.fields import Fields
-from engine.checkpoint.hf import SafetensorsFiles
-from engine.checkpoint.layout import check_tensors, rotate_half_order
+from engine.checkpoint.fp8_config import mistral_claims
+from engine.checkpoint.hf import read_index
+from engine.checkpoint.weights import Dialect, SafetensorsCheckpoint
 from engine.config import ModelConfig
 from engine.errors import UnsupportedModelError
-from engine.quant.matrix import FloatMatrix, Matrix
 
 PARAMS = "params.json"
 WEIGHTS = "consolidated.safetensors"
+INDEX = "consolidated.safetensors.index.json"
 _CONTEXT = 128000  # of NeMo; params.json rarely says
 _EOS = 2  # `</s>` in every Mistral tokenizer; the file does not say
 _BOS = 1
-_FIXED_NAMES = {
-    "tok_embeddings.weight": "model.embed_tokens.weight",
-    "norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
+_VISION = ("vision_encoder", "multimodal")  # keys of params.json, the second of newer files
+_VISION_PARTS = ("vision_encoder.", "vision_language_adapter.", "patch_merger.", "pre_mm_projector_norm.")
+_KINDS = {"qscale_weight": "weight_scale", "qscale_act": "input_scale"}
+_FIXED_NAMES = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
 _LAYER_NAMES = {
     "attention_norm": "input_layernorm",
     "attention.wq": "self_attn.q_proj",
@@ -38,53 +36,45 @@ _LAYER_NAMES = {
     "feed_forward.w2": "mlp.down_proj",
     "feed_forward.w3": "mlp.up_proj",
 }
+_KV_QUANTIZERS = {f"attention.{each}_fake_quantizer": f"self_attn.{each}_scale" for each in ("q", "k", "v", "kv")}
 
 
-class MistralCheckpoint:
-    """One open checkpoint. Names and shapes have been checked; reading yields rotate-half order."""
+def open_mistral(folder: Path) -> SafetensorsCheckpoint:
+    """A folder with params.json and consolidated.safetensors, whole or sharded.
 
-    def __init__(self, folder: Path) -> None:
-        """Raises CheckpointError or UnsupportedModelError, naming the file and what is wrong with it."""
-        self.config = read_params(folder)
-        self._files = SafetensorsFiles([folder / WEIGHTS])
-        self._stored_names = {_canonical(name): name for name in self._files.shapes}
-        try:
-            shapes = {name: self._files.shapes[stored] for name, stored in self._stored_names.items()}
-            check_tensors(str(folder / WEIGHTS), shapes, self.config)
-        except BaseException:
-            self._files.close()
-            raise
-        self.num_parameters = sum(torch.Size(shape).numel() for shape in shapes.values())
-
-    def read(self, name: str) -> Tensor:
-        values = self._files.read(self._stored_names[name])
-        if ".self_attn.q_proj." in name:
-            return rotate_half_order(values, self.config.num_heads, self.config.head_dim)
-        if ".self_attn.k_proj." in name:
-            return rotate_half_order(values, self.config.num_kv_heads, self.config.head_dim)
-        return values
-
-    def matrix(self, name: str, start: int = 0, stop: int | None = None) -> Matrix:
-        return FloatMatrix(self.read(name)[start:stop])
-
-    def stored_bytes(self, name: str) -> int:
-        return self._files.nbytes[self._stored_names[name]]
-
-    def close(self) -> None:
-        self._files.close()
+    Raises:
+        CheckpointError, UnsupportedModelError: name the file and what is wrong with it.
+    """
+    fields = Fields.of_json(folder / PARAMS)
+    config = read_params(folder)
+    listed = read_index(folder / INDEX)
+    files = [folder / WEIGHTS] if listed is None else sorted(set(listed.values()))
+    images = any(fields.raw(key) for key in _VISION)
+    dialect = Dialect(
+        rename=lambda name: _canonical(name, images), interleaved=True, fp8=mistral_claims(fields), listed=listed
+    )
+    return SafetensorsCheckpoint(folder / WEIGHTS, files, config, dialect)
 
 
 def read_params(folder: Path) -> ModelConfig:
     """What params.json says, refused if this decoder does not implement it."""
     fields = Fields.of_json(folder / PARAMS)
-    for key in ("moe", "quantization", "vision_encoder", "yarn", "lora"):
+    for key in ("moe", "yarn", "lora", "llama_4_scaling", "qk_nope_head_dim"):
         if fields.raw(key):
             raise UnsupportedModelError(f"{fields.where}: {key} is not supported")
+    for key, only in {"model_type": "transformer", "activation": "silu"}.items():
+        if fields.raw(key) not in (None, only):
+            raise UnsupportedModelError(
+                f"{fields.where}: {key} {fields.raw(key)!r} is not supported; it must be {only!r}"
+            )
     heads = fields.size("n_heads")
     kv_heads = fields.size("n_kv_heads", heads)
     if heads % kv_heads:
         raise fields.wrong("n_heads", heads, f"a multiple of n_kv_heads ({kv_heads})")
     hidden = fields.size("dim")
+    head_dim = fields.size("head_dim", max(1, hidden // heads))
+    if head_dim % 2:
+        raise fields.wrong("head_dim", head_dim, "even, for rotary embeddings")
     window = fields.optional_size("sliding_window") or fields.optional_size("_sliding_window")
     return ModelConfig(
         architecture="MistralForCausalLM",
@@ -93,10 +83,10 @@ def read_params(folder: Path) -> ModelConfig:
         num_layers=fields.size("n_layers"),
         num_heads=heads,
         num_kv_heads=kv_heads,
-        head_dim=fields.size("head_dim", max(1, hidden // heads)),
+        head_dim=head_dim,
         intermediate_size=fields.size("hidden_dim"),
         rms_norm_eps=fields.number("norm_eps"),
-        rope_theta=fields.number("rope_theta", 1e6),
+        rope_theta=fields.number("rope_theta", 1e6 if window is None else 1e4),  # 7B v0.1 does not say
         max_position_embeddings=fields.size("max_position_embeddings", fields.size("max_seq_len", _CONTEXT)),
         sliding_window=window,
         tie_word_embeddings=fields.flag("tied_embeddings", False),
@@ -105,11 +95,21 @@ def read_params(folder: Path) -> ModelConfig:
     )
 
 
-def _canonical(name: str) -> str:
-    """Hugging Face's name of a tensor; unknown names stay, and are refused where all names are checked."""
-    if name in _FIXED_NAMES:
-        return _FIXED_NAMES[name]
-    match name.removesuffix(".weight").split(".", 2):
-        case ["layers", index, part] if part in _LAYER_NAMES and index.isdecimal():
-            return f"model.layers.{int(index)}.{_LAYER_NAMES[part]}.weight"
+def _canonical(name: str, images: bool) -> str | None:
+    """Our name of a tensor; unknown names stay, and are refused where all names are checked.
+
+    Args:
+        images: there are parts for images, which are left out.
+    """
+    if images and name.startswith(_VISION_PARTS):
+        return None
+    module, _, kind = name.rpartition(".")
+    kind = _KINDS.get(kind, kind)
+    if module in _FIXED_NAMES:
+        return f"{_FIXED_NAMES[module]}.{kind}"
+    match module.split(".", 2):
+        case ["layers", index, part] if part in _LAYER_NAMES:
+            return f"model.layers.{index}.{_LAYER_NAMES[part]}.{kind}"
+        case ["layers", index, part] if part in _KV_QUANTIZERS and kind == "input_scale":
+            return f"model.layers.{index}.{_KV_QUANTIZERS[part]}"
     return name

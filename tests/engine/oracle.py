@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
 
-from engine.config import Llama3RopeScaling, ModelConfig
+from engine.config import EngineConfig, Llama3RopeScaling, ModelConfig
 from engine.model.cache import KVCache
 from engine.model.decoder import Decoder
 from engine.model.load import load_decoder
 from engine.quant.matrix import FloatMatrix
+from engine.request import SamplingParams
 from engine.rows import Rows
-from engine.step import RowWork
+from engine.runner import load_runner
+from engine.step import RowInit, RowWork, StepPlan, Targets
 
 BASE = ModelConfig(
     architecture="llama",
@@ -122,6 +126,29 @@ def teacher_forced(
         for item, part in zip(work, logits.split([len(item.token_ids) for item in work]), strict=True):
             outputs[item.row].append(part)
     return [torch.cat(parts) for parts in outputs]
+
+
+def from_transformers(config: Mapping[str, Any], weights: dict[str, Tensor]) -> transformers.PreTrainedModel:
+    """The float32 model of transformers with a config.json and tensors by its names."""
+    hf = transformers.AutoConfig.for_model(**config)
+    model = transformers.AutoModelForCausalLM.from_config(hf, dtype=torch.float32, attn_implementation="eager")
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def engine_logprobs(path: Path, prompt: list[int], precision: str = "auto") -> Tensor:
+    """What a whole engine, loaded from files, says of a prompt: float32 [len - 1, vocab], the token after each."""
+    config = EngineConfig(model_path=str(path), dtype="float32", precision=precision, threads=1, max_model_len=256)
+    runner = load_runner(config, lambda phase, done: None)
+    targets = Targets(1, prompt[1:], top=runner.info.vocab_size)
+    pages = -(-len(prompt) // runner.info.page_size)
+    work = RowWork(0, 0, prompt, list(range(pages)), sample=True, targets=targets)
+    result = runner.run(StepPlan(work=[work], admitted=[RowInit(0, SamplingParams(), 0, prompt, [])]))
+    logprobs = torch.empty(len(prompt) - 1, runner.info.vocab_size)
+    for row, each in zip(logprobs, result.targets[0], strict=True):
+        tokens, values = zip(*each.top, strict=True)
+        row[list(tokens)] = torch.tensor(values)
+    return logprobs
 
 
 LLAMA3_SCALING = Llama3RopeScaling(
