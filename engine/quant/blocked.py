@@ -92,15 +92,12 @@ class BlockedLinear:
         rows = matrix.shape[0]
         assert start % BLOCK == 0
         assert rows % BLOCK == 0 or start + rows == self._outputs
-        where = slice(start // BLOCK, -(-(start + rows) // BLOCK))
         codes = matrix.values.bfloat16() if isinstance(matrix, FloatMatrix) else matrix.codes.view(torch.uint8)
-        if self._form.bits == 8:
-            codes = codes ^ 0x80  # code - 128 as a signed byte
-        lanes = functional.pad(codes, (0, self._width - self._inputs, 0, -rows % BLOCK))
-        lanes = lanes.view(-1, BLOCK, self._width // 2, 2).transpose(1, 2)  # [blocks, pairs, outputs, 2]
-        self._codes[where] = _gather_bits(lanes, 0, 4) if self._form.bits in (4, 5, 6) else lanes
-        if self._high is not None:
-            self._high[where] = _gather_bits(lanes, 4, self._form.bits - 4)
+        codes = codes.contiguous()
+        self._kernels.library.nemo_pack(
+            ctypes.byref(self._weight), codes.data_ptr(), start, rows, self._inputs, self._kernels.threads
+        )
+        where = slice(start // BLOCK, -(-(start + rows) // BLOCK))
         if self._scales is not None:
             assert not isinstance(matrix, FloatMatrix)
             self._scales[where] = _in_blocks(matrix.scales)
@@ -168,21 +165,8 @@ def _high_plane(bits: int, blocks: int, width: int) -> Tensor | None:
     return torch.zeros(blocks, width * (bits - 4) // 32, BLOCK, 2, dtype=torch.int16)
 
 
-def _gather_bits(lanes: Tensor, first: int, count: int) -> Tensor:
-    """`count` bits of each code from bit `first` on, those of the first pair lowest in a lane.
-
-    uint8 [blocks, pairs, 64, 2] -> int16 [blocks, pairs * count / 16, 64, 2].
-    """
-    per_lane = 16 // count
-    out = torch.zeros(len(lanes), lanes.shape[1] // per_lane, *lanes.shape[2:], dtype=torch.int16)
-    for i in range(per_lane):
-        bits = (lanes[:, i::per_lane] >> first) & (2**count - 1)
-        out |= bits.to(torch.int16) << (i * count)
-    return out
-
-
 def _spread_bits(lanes: Tensor, count: int) -> Tensor:
-    """int16 [n, m, 2] -> float32 [n, m * 32 / count], undoing `_gather_bits`."""
+    """int16 [n, m, 2], `count` bits of each code from the lowest bit on -> float32 [n, m * 32 / count]."""
     shifts = torch.arange(0, 16, count, dtype=torch.int32)
     numbers: Tensor = (lanes.int().unsqueeze(2) >> shifts.view(1, 1, -1, 1)) & (2**count - 1)
     return numbers.flatten(1).float()

@@ -25,7 +25,7 @@ from engine.quant.matrix import FloatMatrix, Fp8Matrix, GroupMatrix, Matrix, con
 from engine.quant.quantise import quantise_fp8, quantise_int4, quantise_int8
 from engine.schemes import INT4_GROUP, Kept
 
-_SLAB = 2**24  # weights that are in hand at a time; as float32 64 MiB
+_SLAB = 2**20  # weights that are in hand at a time: their float32 temporaries stay in the cache of a core
 
 
 @dataclass(frozen=True, slots=True)
