@@ -6,6 +6,7 @@ runs the core in this process, `engine.remote.RemoteEngine` in its own.
 
 from engine.config import EngineConfig, ModelConfig
 from engine.errors import (
+    AdapterLimitError,
     AdapterNotFoundError,
     CheckpointError,
     EngineConfigError,
@@ -29,6 +30,7 @@ from engine.request import (
 
 __all__ = [
     "AdapterInfo",
+    "AdapterLimitError",
     "AdapterNotFoundError",
     "CheckpointError",
     "Done",

@@ -84,6 +84,13 @@ class Adapters:
 
     # -- names -------------------------------------------------------------------------------------------------
 
+    def __len__(self) -> int:
+        """How many have a name."""
+        return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
     def add(self, info: AdapterInfo) -> LoadedAdapter:
         """A new adapter under its name. One that had the name loses it, as if it were unloaded."""
         if info.name in self._names:

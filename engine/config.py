@@ -86,7 +86,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         threads: intra-op CPU threads; None = all cores.
         seed: basis of the random streams of requests that bring no seed; None = a new one at each start.
         max_loras: LoRA adapters whose requests can run at the same time; each has a slot of device memory of its own,
-            taken at the start. Any number can be loaded. 0 = no adapters, no memory.
+            taken at the start. 0 = no adapters, no memory.
+        max_cpu_loras: adapters that can be loaded, all of which stay in host memory.
         max_lora_rank: highest rank of an adapter, and what a slot is sized for.
     """
 
@@ -103,4 +104,5 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     threads: int | None = None
     seed: int | None = None
     max_loras: int = 0
-    max_lora_rank: int = 32
+    max_cpu_loras: int = 64  # of rank 32 on every matrix of NeMo they are 14 GiB; most change fewer
+    max_lora_rank: int = 32  # few adapters have more; a slot for NeMo takes 218 MiB in bf16

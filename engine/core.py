@@ -1,4 +1,5 @@
-"""The core: schedule, run, sample, commit, emit. It owns all engine state and belongs to one thread.
+"""The core: schedule, run, sample, commit, emit. It owns all engine state and belongs to one thread, but for
+`read_adapter`.
 
 add, cancel ─► Scheduler ──StepPlan──► runner ──StepResult──► Scheduler ─► TokenEvents
 """
@@ -10,15 +11,37 @@ import random
 import secrets
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
+from engine.adapters import Adapters
 from engine.config import EngineConfig
+from engine.errors import AdapterLimitError, EngineConfigError
 from engine.kv.pages import PagePool
-from engine.request import EngineInfo, EngineStats, Request, TokenEvent, validate_request
+from engine.request import AdapterInfo, EngineInfo, EngineStats, Request, TokenEvent, validate_request
 from engine.scheduler import Scheduler
 from engine.step import StepPlan, StepResult
 
 RATE_SECONDS = 5.0  # of work, over which tokens per second are averaged
+
+
+class ReadAdapter(Protocol):
+    """What the core needs of `engine.model.lora.HostAdapter`."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+class AdapterPool(Protocol):
+    """What the core needs of `engine.model.lora.LoraPool`."""
+
+    def read(self, path: str) -> ReadAdapter: ...
+
+    def keep(self, number: int, adapter: Any) -> None: ...
+
+    def drop(self, number: int) -> None: ...
 
 
 class StepRunner(Protocol):
@@ -26,6 +49,10 @@ class StepRunner(Protocol):
 
     @property
     def info(self) -> EngineInfo: ...
+
+    @property
+    def adapters(self) -> AdapterPool | None:
+        """None if the engine has no slots for them."""
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]: ...
@@ -42,6 +69,8 @@ class EngineCore:
         self._runner = runner
         self._clock = clock
         self._pool = PagePool(info.kv_pages)
+        self._adapters = Adapters(info.max_loras)
+        self._max_adapters = config.max_cpu_loras
         self._scheduler = Scheduler(
             self._pool,
             page_size=info.page_size,
@@ -49,6 +78,7 @@ class EngineCore:
             max_batch_tokens=info.max_batch_tokens,
             max_model_len=info.max_model_len,
             eos_token_ids=runner.eos_token_ids,
+            adapters=self._adapters,
         )
         self._seeds = random.Random(config.seed if config.seed is not None else secrets.randbits(64))
         self._steps = 0
@@ -64,14 +94,63 @@ class EngineCore:
 
         Raises:
             InvalidRequestError: names the field, the value and the limit.
+            AdapterNotFoundError: names the adapter and those that are loaded.
         """
         validate_request(request, self.info)
+        adapter = None if request.adapter is None else self._adapters.find(request.adapter)
         seed = self._seeds.getrandbits(64) if request.sampling.seed is None else request.sampling.seed
-        self._scheduler.submit(request, seed, self._clock())
+        self._scheduler.submit(request, seed, self._clock(), adapter)
 
     def cancel(self, request_id: str) -> TokenEvent | None:
         """End a request now; None if it has ended already."""
-        return self._scheduler.cancel(request_id, self._clock())
+        event = self._scheduler.cancel(request_id, self._clock())
+        self._drop_adapters()
+        return event
+
+    def read_adapter(self, name: str, path: str) -> ReadAdapter:
+        """Read the files of an adapter, for `add_adapter`. From any thread.
+
+        Raises:
+            CheckpointError: it is missing, broken, or does not fit the model and the rank limit.
+            AdapterLimitError: it would be one too many.
+            EngineConfigError: this engine has no slots for adapters.
+        """
+        if self._runner.adapters is None:
+            raise EngineConfigError("max_loras: 0, so that this engine serves no adapters")
+        self._check_limit(name)
+        return self._runner.adapters.read(path)
+
+    def add_adapter(self, name: str, adapter: ReadAdapter) -> AdapterInfo:
+        """Requests find it by its name from now on, instead of any that had the name.
+
+        Raises:
+            AdapterLimitError: it would be one too many.
+        """
+        assert self._runner.adapters is not None
+        self._check_limit(name)
+        info = AdapterInfo(name=name, rank=adapter.rank, nbytes=adapter.nbytes)
+        self._runner.adapters.keep(self._adapters.add(info).number, adapter)
+        self._drop_adapters()
+        return info
+
+    def remove_adapter(self, name: str) -> None:
+        """Requests do not find it any more; those that have it end with it, and then its memory is free.
+
+        Raises:
+            AdapterNotFoundError: there is none of this name.
+        """
+        self._adapters.remove(name)
+        self._drop_adapters()
+
+    def _check_limit(self, name: str) -> None:
+        if name not in self._adapters and len(self._adapters) >= self._max_adapters:
+            raise AdapterLimitError(f"max_cpu_loras: {self._max_adapters} adapters are loaded, {name!r} is too many")
+
+    def _drop_adapters(self) -> None:
+        """Give back the memory of those that nobody needs any more."""
+        for number in self._adapters.take_dropped():
+            assert self._runner.adapters is not None
+            self._runner.adapters.drop(number)
 
     def step(self) -> list[TokenEvent]:
         """One step of work. Whatever the runner raises is fatal to the engine and not caught here."""
@@ -81,6 +160,7 @@ class EngineCore:
         now = self._clock()
         prompt, generated = self._scheduler.prompt_tokens, self._scheduler.generated_tokens
         events = self._scheduler.commit(plan, result, now)
+        self._drop_adapters()
         self._steps += 1
         self._prefill_rate.add(self._scheduler.prompt_tokens - prompt, now - began)
         self._decode_rate.add(self._scheduler.generated_tokens - generated, now - began)

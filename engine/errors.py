@@ -55,11 +55,16 @@ class EngineDeadError(EngineError):
     """The engine process is gone or failed; every request in flight gets this."""
 
 
+class AdapterLimitError(EngineError):
+    """No further LoRA adapter can be loaded: their number, or the memory of the host, is at its limit."""
+
+
 def error_of(kind: str, message: str) -> EngineError:
     """An error that has crossed the process border, as the type that it had there; EngineDeadError for our own faults.
 
     Args:
         kind: name of the type.
     """
-    kinds = {error.__name__: error for error in (CheckpointError, UnsupportedModelError, EngineConfigError)}
+    types = (CheckpointError, UnsupportedModelError, EngineConfigError, AdapterLimitError)
+    kinds = {error.__name__: error for error in types}
     return kinds.get(kind, EngineDeadError)(message)

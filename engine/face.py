@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable
 from typing import NamedTuple, Protocol
 
-from engine.request import EngineInfo, EngineStats, Request, TokenEvent
+from engine.request import AdapterInfo, EngineInfo, EngineStats, Request, TokenEvent
 
 
 class Done(NamedTuple):
@@ -52,7 +52,32 @@ class Engine(Protocol):
 
         Raises:
             InvalidRequestError: before anything is computed.
+            AdapterNotFoundError: likewise, if there is no adapter of the name that it asks for.
             EngineDeadError: the engine died before the request ended.
+        """
+
+    @property
+    def adapters(self) -> tuple[AdapterInfo, ...]:
+        """The loaded LoRA adapters, by name."""
+
+    async def load_adapter(self, name: str, path: str) -> AdapterInfo:
+        """Read a LoRA adapter from its folder beside the work that goes on. Requests find it as soon as this returns.
+
+        One that had the name before serves the requests that have it to their ends. Cancelling this does not stop it.
+
+        Raises:
+            CheckpointError: it is missing, broken, or does not fit the model and the rank limit.
+            AdapterLimitError: the number of adapters or the memory of the host is at its limit.
+            EngineConfigError: the engine was started without slots for adapters.
+            EngineDeadError: the engine died.
+        """
+
+    def unload_adapter(self, name: str) -> None:
+        """New requests do not find it from now on; those that were accepted end with it, and then its memory is free.
+
+        Raises:
+            AdapterNotFoundError: there is none of this name.
+            EngineDeadError: the engine died.
         """
 
     async def close(self) -> None:

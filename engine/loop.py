@@ -1,19 +1,26 @@
 """The core's loop, the same in a thread of this process (`engine.local`) and in a process of its own (`engine.worker`).
 
 While there is work it steps and only glances at the inbox; when idle it waits for the inbox and beats once a second.
+Adapters are read from their files beside it, one after the other, so that no step waits for a disk.
 """
 
 from __future__ import annotations
 
+import logging
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import msgspec
 
-from engine.core import EngineCore
-from engine.errors import InvalidRequestError
-from engine.request import EngineStats, FinishReason, Request, TokenEvent
+from engine.core import EngineCore, ReadAdapter
+from engine.errors import AdapterNotFoundError, CheckpointError, EngineError, InvalidRequestError
+from engine.request import AdapterInfo, EngineStats, FinishReason, Request, TokenEvent
+
+log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 1.0
+READING_SECONDS = 0.02  # an idle core looks so often for an adapter that has been read
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
@@ -28,37 +35,108 @@ class Cancel(msgspec.Struct, frozen=True, tag=True):
     request_id: str
 
 
+class LoadAdapter(msgspec.Struct, frozen=True, tag=True):
+    """Read the LoRA adapter in the folder `path`, and let requests find it under `name`. Answered with `call`."""
+
+    call: int
+    name: str
+    path: str
+
+
+class UnloadAdapter(msgspec.Struct, frozen=True, tag=True):
+    """Requests that come from now on do not find it. Not answered."""
+
+    name: str
+
+
+class AdapterAnswer(msgspec.Struct, frozen=True):
+    """How a LoadAdapter went: `info`, or the name of an error's type and its message."""
+
+    call: int
+    info: AdapterInfo | None = None
+    kind: str = ""
+    message: str = ""
+
+
 class StepOutput(msgspec.Struct, frozen=True, tag=True):
     """What one step did; without events it is a heart beat."""
 
     events: list[TokenEvent]
     stats: EngineStats
+    answers: list[AdapterAnswer] = []
 
 
-Command = Submit | Cancel
+Command = Submit | Cancel | LoadAdapter | UnloadAdapter
 Receive = Callable[[float], list[Command] | None]
 """Commands that have arrived, waiting at most so many seconds for the first; None when there will be no more."""
 
 
 def run_core(core: EngineCore, receive: Receive, emit: Callable[[StepOutput], None]) -> None:
     """Serve commands until `receive` says that there will be no more. What the runner raises passes through."""
-    while True:
-        commands = receive(0.0 if core.has_work else HEARTBEAT_SECONDS)
-        if commands is None:
-            return
-        events = [event for command in commands if (event := _obey(core, command)) is not None]
-        if core.has_work:
-            events += core.step()
-        emit(StepOutput(events, core.stats()))
+    reading = Reading(core)
+    try:
+        while True:
+            commands = receive(0.0 if core.has_work else READING_SECONDS if reading else HEARTBEAT_SECONDS)
+            if commands is None:
+                return
+            events = [event for command in commands if (event := _obey(core, reading, command)) is not None]
+            answers = reading.finished()
+            if core.has_work:
+                events += core.step()
+            emit(StepOutput(events, core.stats(), answers))
+    finally:
+        reading.close()
 
 
-def _obey(core: EngineCore, command: Command) -> TokenEvent | None:
+def _obey(core: EngineCore, reading: Reading, command: Command) -> TokenEvent | None:
     match command:
         case Submit(request):
             try:
                 core.add(request)
-            except InvalidRequestError as error:  # callers validate first; answered all the same
+            except (InvalidRequestError, AdapterNotFoundError) as error:  # callers check first; answered all the same
                 return TokenEvent(request_id=request.request_id, finish_reason=FinishReason.ERROR, error=str(error))
-            return None
         case Cancel(request_id):
             return core.cancel(request_id)
+        case LoadAdapter():
+            reading.start(command)
+        case UnloadAdapter(name):
+            core.remove_adapter(name)
+    return None
+
+
+class Reading:
+    """Adapters on their way from their files into the core, in the order in which they were asked for.
+
+    True while there are any.
+    """
+
+    def __init__(self, core: EngineCore) -> None:
+        self._core = core
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapters")
+        self._begun: deque[tuple[LoadAdapter, Future[ReadAdapter]]] = deque()
+
+    def __bool__(self) -> bool:
+        return bool(self._begun)
+
+    def start(self, command: LoadAdapter) -> None:
+        self._begun.append((command, self._thread.submit(self._core.read_adapter, command.name, command.path)))
+
+    def finished(self) -> list[AdapterAnswer]:
+        """Hand what has been read to the core, and say how it went."""
+        answers = []
+        while self._begun and self._begun[0][1].done():
+            answers.append(self._finish(*self._begun.popleft()))
+        return answers
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _finish(self, command: LoadAdapter, read: Future[ReadAdapter]) -> AdapterAnswer:
+        try:
+            return AdapterAnswer(command.call, self._core.add_adapter(command.name, read.result()))
+        except EngineError as error:
+            return AdapterAnswer(command.call, kind=type(error).__name__, message=str(error))
+        except Exception as error:  # of the reader, for example MemoryError: the engine goes on without this adapter
+            log.exception("an adapter cannot be read")
+            message = f"{command.path}: cannot be read: {type(error).__name__}"
+            return AdapterAnswer(command.call, kind=CheckpointError.__name__, message=message)

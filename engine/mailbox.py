@@ -14,9 +14,9 @@ from collections.abc import AsyncGenerator
 
 from msgspec.structs import replace
 
-from engine.errors import EngineDeadError
-from engine.loop import Cancel, Command, StepOutput, Submit
-from engine.request import EngineInfo, EngineStats, Request, TokenEvent, validate_request
+from engine.errors import AdapterNotFoundError, EngineDeadError, error_of
+from engine.loop import AdapterAnswer, Cancel, Command, LoadAdapter, StepOutput, Submit, UnloadAdapter
+from engine.request import AdapterInfo, EngineInfo, EngineStats, Request, TokenEvent, validate_request
 
 
 class Mailbox:
@@ -75,6 +75,8 @@ class MailboxEngine(ABC):
         self._last_beat = time.monotonic()
         self._failure: str | None = None
         self._mailboxes: dict[str, Mailbox] = {}
+        self._adapters: dict[str, AdapterInfo] = {}  # what the core will have when it reads the next command
+        self._loads: dict[int, asyncio.Future[AdapterInfo]] = {}
         self._numbers = itertools.count(1)
 
     @property
@@ -98,6 +100,8 @@ class MailboxEngine(ABC):
         if self._failure is not None:
             raise EngineDeadError(self._failure)
         validate_request(request, self._info)
+        if request.adapter is not None:
+            self._check_adapter(request.adapter)
         # Inside, requests have numbers: events of a cancelled request can never reach its namesake.
         inner = str(next(self._numbers))
         mailbox = self._mailboxes[inner] = Mailbox()
@@ -112,6 +116,33 @@ class MailboxEngine(ABC):
             del self._mailboxes[inner]
             if not ended and self._failure is None:
                 self._send(Cancel(inner))
+
+    @property
+    def adapters(self) -> tuple[AdapterInfo, ...]:
+        """See `engine.face.Engine.adapters`."""
+        return tuple(self._adapters[name] for name in sorted(self._adapters))
+
+    async def load_adapter(self, name: str, path: str) -> AdapterInfo:
+        """See `engine.face.Engine.load_adapter`."""
+        if self._failure is not None:
+            raise EngineDeadError(self._failure)
+        call = next(self._numbers)
+        loaded: asyncio.Future[AdapterInfo] = asyncio.get_running_loop().create_future()
+        self._loads[call] = loaded
+        self._send(LoadAdapter(call, name, path))
+        return await loaded
+
+    def unload_adapter(self, name: str) -> None:
+        """See `engine.face.Engine.unload_adapter`."""
+        if self._failure is not None:
+            raise EngineDeadError(self._failure)
+        self._check_adapter(name)
+        del self._adapters[name]
+        self._send(UnloadAdapter(name))
+
+    def _check_adapter(self, name: str) -> None:
+        if name not in self._adapters:
+            raise AdapterNotFoundError(name, self._adapters)
 
     @abstractmethod
     def _send(self, command: Command) -> None:
@@ -128,6 +159,20 @@ class MailboxEngine(ABC):
         for event in output.events:
             if (mailbox := self._mailboxes.get(event.request_id)) is not None:
                 mailbox.put(event)
+        for answer in output.answers:
+            self._answer(answer)
+
+    def _answer(self, answer: AdapterAnswer) -> None:
+        """An adapter is there even if the caller has gone away meanwhile."""
+        if answer.info is not None:
+            self._adapters[answer.info.name] = answer.info
+        loaded = self._loads.pop(answer.call)
+        if loaded.done():
+            return
+        if answer.info is not None:
+            loaded.set_result(answer.info)
+        else:
+            loaded.set_exception(error_of(answer.kind, answer.message))
 
     def _die(self, reason: str) -> None:
         """Called in the event loop when the core is gone; the first reason stays."""
@@ -135,3 +180,6 @@ class MailboxEngine(ABC):
             self._failure = reason
             for mailbox in self._mailboxes.values():
                 mailbox.fail(reason)
+            for loaded in self._loads.values():
+                if not loaded.done():
+                    loaded.set_exception(EngineDeadError(reason))

@@ -3,6 +3,7 @@
 
     free ─┬─ weights     matrices as the precision keeps them, norms in the compute dtype
           ├─ tables      rotary angles of every position, block tables of every row
+          ├─ adapters    slots of LoRA adapters
           ├─ workspace   activations and logits of the largest step
           ├─ reserve     what is taken without asking: loaded kernels, captured graphs, the allocator's rounding
           └─ cache       KV pages: all that is left
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from engine.adapters import slot_size
 from engine.config import EngineConfig, ModelConfig
 from engine.schemes import DECODE_SLAB, SCHEMES, Kept, Scheme
 
@@ -73,6 +75,7 @@ class MemoryPlan:
     free: int
     weights: int
     tables: int
+    adapters: int = 0
     workspace: int
     reserve: int
     cache: int
@@ -104,12 +107,14 @@ def plan_memory(model: ModelConfig, engine: EngineConfig, device: Device, weight
     if device.kind == "cuda":
         reserve = CUDA_RESERVE + int(device.free * CUDA_RESERVE_SHARE)
     tables = table_bytes(model, engine)
+    adapters = engine.max_loras * slot_size(model, engine.max_lora_rank) * device.float_bytes
     workspace = step_bytes(model, engine, device)
-    left = device.free - weights - tables - workspace - reserve
+    left = device.free - weights - tables - adapters - workspace - reserve
     return MemoryPlan(
         free=device.free,
         weights=weights,
         tables=tables,
+        adapters=adapters,
         workspace=workspace,
         reserve=reserve,
         cache=max(left, 0),

@@ -21,6 +21,7 @@ from engine.model.cache import KVCache
 from engine.model.decoder import Decoder
 from engine.model.footprint import checkpoint_bytes
 from engine.model.load import load_decoder
+from engine.model.lora import LoraPool
 from engine.request import EngineInfo, SamplingParams
 from engine.rows import Rows
 from engine.sampler import Sampler
@@ -45,6 +46,8 @@ class Runner:
         self._decoder = decoder
         self._device = device
         self._cache = KVCache.allocate(model, size.num_pages, config.page_size, dtype, device)
+        loras = config.max_loras, config.max_lora_rank
+        self.adapters = LoraPool(model, *loras, dtype, device) if config.max_loras else None
         self._rows = Rows(config.max_batch_size, size.pages_per_sequence, config.page_size, device)
         self._sampler = Sampler(model.vocab_size, config.max_batch_size, device, model.eos_token_ids)
         self.eos_token_ids = model.eos_token_ids
@@ -61,6 +64,7 @@ class Runner:
             num_parameters=decoder.weights.parameters,
             weight_bytes=decoder.weights.nbytes,
             load_seconds=load_seconds,
+            max_loras=config.max_loras,
         )
 
     @classmethod
@@ -94,24 +98,29 @@ class Runner:
         """Execute one step: free and take rows, compute all work, sample where the plan says so."""
         for row in plan.released:
             self._sampler.clear_row(row)
+        if self.adapters is not None:
+            for fill in plan.fills:
+                self.adapters.fill(fill.slot, fill.adapter)
         for init in plan.admitted:
-            self._rows.clear(init.row)
+            self._rows.clear(init.row, init.adapter)
             self._sampler.set_row(init)
         if not plan.work:
             return StepResult([])
-        self._rows.append_pages(plan.work)
-        token_ids, batch = self._rows.batch(plan.work)
-        hidden = self._decoder.forward(token_ids, batch, self._cache)
+        work, segments = self._rows.by_adapter(plan.work)
+        self._rows.append_pages(work)
+        token_ids, batch = self._rows.batch(work)
+        layers = None
+        if self.adapters is not None and segments:
+            layers = self.adapters.around(self._decoder.weights.layers, segments)
+        hidden = self._decoder.forward(token_ids, batch, self._cache, layers)
         head = partial(self._decoder.logits, hidden)
-        targets = score_targets(plan.work, batch.query_starts_list[:-1], head, self.info.vocab_size, self._device)
+        targets = score_targets(work, batch.query_starts_list[:-1], head, self.info.vocab_size, self._device)
 
-        sampling = [
-            (work.row, end) for work, end in zip(plan.work, batch.query_starts_list[1:], strict=True) if work.sample
-        ]
+        sampling = [(each.row, end) for each, end in zip(work, batch.query_starts_list[1:], strict=True) if each.sample]
         if not sampling:
             return StepResult([], targets)
         last = torch.tensor([end - 1 for _, end in sampling], device=self._device)
-        positions = [work.start + len(work.token_ids) for work in plan.work if work.sample]
+        positions = [each.start + len(each.token_ids) for each in work if each.sample]
         logits = head(last)
         return StepResult(self._sampler.sample(logits, [row for row, _ in sampling], positions), targets)
 

@@ -23,8 +23,9 @@ class CacheSize:
 
 def check_config(engine: EngineConfig) -> None:
     """Raises EngineConfigError for a size that is not positive or not possible together with the others."""
-    for field in ("max_batch_size", "max_batch_tokens", "page_size"):
+    for field in ("max_batch_size", "max_batch_tokens", "page_size", "max_cpu_loras", "max_lora_rank"):
         _require(getattr(engine, field) >= 1, field, getattr(engine, field), "must be at least 1")
+    _require(engine.max_loras >= 0, "max_loras", engine.max_loras, "must be 0 (no adapters) or positive")
     for field in ("kv_memory_bytes", "threads"):
         value = getattr(engine, field)
         _require(value is None or value >= 1, field, value, "must be at least 1")
@@ -55,12 +56,13 @@ def size_cache(engine: EngineConfig, model: ModelConfig, plan: MemoryPlan, devic
         wanted,
         f"must be at most the model's own limit of {model.max_position_embeddings} tokens",
     )
+    others = plan.tables + plan.adapters + plan.workspace + plan.reserve
     _require(
         not plan.missing,
         "precision",
         engine.precision,
-        f"takes {plan.weights} bytes of weights and {plan.workspace + plan.tables + plan.reserve} to compute with, but "
-        f"{plan.free} bytes are free on this {device}",
+        f"takes {plan.weights} bytes of weights and {others} to compute with, but {plan.free} bytes are free on this "
+        f"{device}",
     )
     page_bytes = plan.page_size * plan.token_bytes
     if engine.kv_memory_bytes is not None:

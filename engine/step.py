@@ -99,7 +99,7 @@ class StepResult:
     """What a step computed.
 
     Attributes:
-        sampled: one for each RowWork with `sample`, in the order of the plan.
+        sampled: one for each RowWork with `sample`.
         targets: by row, one for each of its targets, in order.
     """
 

@@ -4,7 +4,8 @@
            ◄─Loading(phase, done)────────                 at least once a second while loading
            ◄─Ready(info) | Failed(kind, message)          once
            ──Submit | Cancel─────────────►
-           ◄─StepOutput(events, stats)───                 one per step; at least once a second
+           ──LoadAdapter | UnloadAdapter─►
+           ◄─StepOutput(events, stats, answers)           one per step; at least once a second
            ──end of file─────────────────►                the worker ends
 
 The socket pair is inherited by the worker alone: there is no port, no file, and nothing to authenticate.
@@ -15,15 +16,9 @@ from __future__ import annotations
 import msgspec
 
 from engine.config import EngineConfig
-from engine.errors import (
-    CheckpointError,
-    EngineConfigError,
-    EngineDeadError,
-    EngineError,
-    UnsupportedModelError,
-)
+from engine.errors import EngineError, error_of
 from engine.face import Done
-from engine.loop import Cancel, StepOutput, Submit
+from engine.loop import Cancel, LoadAdapter, StepOutput, Submit, UnloadAdapter
 from engine.request import EngineInfo
 
 HEADER_BYTES = 4
@@ -50,15 +45,12 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
-ToWorker = Start | Submit | Cancel
+ToWorker = Start | Submit | Cancel | LoadAdapter | UnloadAdapter
 FromWorker = Loading | Ready | Failed | StepOutput
 
 _encoder = msgspec.msgpack.Encoder()
 _to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
 _from_worker: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
-_ERRORS: dict[str, type[EngineError]] = {
-    error.__name__: error for error in (CheckpointError, UnsupportedModelError, EngineConfigError)
-}
 
 
 def encode(message: ToWorker | FromWorker) -> bytes:
@@ -93,4 +85,4 @@ def decode_from_worker(body: bytes | memoryview) -> FromWorker:
 
 def to_error(failed: Failed) -> EngineError:
     """The error that the worker ended with, as the type that it had there."""
-    return _ERRORS.get(failed.kind, EngineDeadError)(failed.message)
+    return error_of(failed.kind, failed.message)

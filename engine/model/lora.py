@@ -24,7 +24,7 @@ from torch import Tensor
 from engine.adapters import Projection, projections, slot_size
 from engine.checkpoint.lora import LowRank, read_adapter
 from engine.config import ModelConfig
-from engine.errors import EngineConfigError
+from engine.errors import AdapterLimitError
 from engine.machine import free_memory
 from engine.model.decoder import Layer
 from engine.quant import Linear
@@ -101,6 +101,9 @@ class LoraPool:
     """All adapters of an engine, in host memory, and as many of them on the device as there are slots.
 
     `read` may be called from any thread; everything else belongs to the runner's.
+
+    Attributes:
+        nbytes: of all slots.
     """
 
     def __init__(self, model: ModelConfig, slots: int, max_rank: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -108,13 +111,14 @@ class LoraPool:
         self._memory = torch.empty(slots, slot_size(model, max_rank), dtype=dtype, device=device)
         self._slots: list[Deltas] = [[] for _ in range(slots)]
         self._kept: dict[int, HostAdapter] = {}
+        self.nbytes = self._memory.nbytes
 
     def read(self, path: str) -> HostAdapter:
         """An adapter from its folder.
 
         Raises:
             CheckpointError: it is missing, broken, or does not fit this model and the rank limit.
-            EngineConfigError: the memory of the host is full.
+            AdapterLimitError: the memory of the host is full.
         """
         weights = read_adapter(Path(path), self._model, self._max_rank, self._memory.dtype)
         deltas: Deltas = []
@@ -123,7 +127,7 @@ class LoraPool:
             deltas.append({name: delta for name, delta in made.items() if delta is not None})
         adapter = HostAdapter(weights.rank, deltas)
         if adapter.nbytes > (free := free_memory(torch.device("cpu"))):
-            raise EngineConfigError(f"adapter {path} takes {adapter.nbytes} bytes of memory, but {free} are free")
+            raise AdapterLimitError(f"{path}: {adapter.nbytes} bytes, but {free} bytes of the host's memory are free")
         return adapter
 
     def keep(self, number: int, adapter: HostAdapter) -> None:

@@ -1,12 +1,14 @@
 """A runner without a model that notices every mistake of a scheduler, and what its tokens must be.
 
 Its pages hold token ids, and the next token is a hash of what a row's pages hold: a page that is lost, shared, stale or
-out of order changes the tokens. Pages of a released row are wiped at once.
+out of order changes the tokens, and so does an adapter that is not the one asked for. Pages of a released row are wiped
+at once.
 """
 
 from __future__ import annotations
 
 import struct
+import threading
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ def engine_info(
     max_batch_size: int = 4,
     max_batch_tokens: int = 16,
     max_model_len: int = 128,
+    max_loras: int = 0,
 ) -> EngineInfo:
     return EngineInfo(
         vocab_size=VOCAB,
@@ -41,6 +44,7 @@ def engine_info(
         num_parameters=0,
         weight_bytes=0,
         load_seconds=0.0,
+        max_loras=max_loras,
     )
 
 
@@ -62,7 +66,7 @@ def expected(request: Request, info: EngineInfo) -> Expected:
         return Expected([], FinishReason.ERROR)
     output: list[int] = []
     while len(output) < params.max_tokens and len(prompt) + len(output) < info.max_model_len:
-        token = next_token(prompt + output, _stream(request.sampling.temperature, params.seed or 0))
+        token = next_token(prompt + output, _stream(params.temperature, params.seed or 0, request.adapter))
         if len(output) >= params.min_tokens and (
             token in params.stop_token_ids or (token == EOS and not params.ignore_eos)
         ):
@@ -71,8 +75,40 @@ def expected(request: Request, info: EngineInfo) -> Expected:
     return Expected(output, FinishReason.LENGTH)
 
 
-def _stream(temperature: float, seed: int) -> int:
-    return seed if temperature > 0 else 0
+def _stream(temperature: float, seed: int, adapter: str | None) -> int:
+    return (seed if temperature > 0 else 0) ^ (zlib.crc32(adapter.encode()) if adapter else 0)
+
+
+@dataclass(frozen=True)
+class FakeAdapter:
+    """What is read from the path `name`; a request runs with it if the engine's adapter has that name."""
+
+    name: str
+    rank: int = 4
+    nbytes: int = 100
+
+
+class FakePool:
+    """See `engine.core.AdapterPool`. `errors` are raised for the paths that they are under; `gate` holds reading up."""
+
+    def __init__(self) -> None:
+        self.kept: dict[int, FakeAdapter] = {}
+        self.errors: dict[str, Exception] = {}
+        self.gate: threading.Event | None = None
+
+    def read(self, path: str) -> FakeAdapter:
+        if self.gate is not None:
+            assert self.gate.wait(30)
+        if path in self.errors:
+            raise self.errors[path]
+        return FakeAdapter(path)
+
+    def keep(self, number: int, adapter: FakeAdapter) -> None:
+        assert number not in self.kept
+        self.kept[number] = adapter
+
+    def drop(self, number: int) -> None:
+        del self.kept[number]
 
 
 @dataclass
@@ -93,6 +129,8 @@ class FakeRunner:
         self._on_run = on_run
         self._pages: list[list[int | None]] = [[None] * info.page_size for _ in range(info.kv_pages)]
         self._rows: dict[int, Row] = {}
+        self.adapters = FakePool() if info.max_loras else None
+        self.slots: list[str | None] = [None] * info.max_loras
 
     def run(self, plan: StepPlan) -> StepResult:
         self._on_run(plan)
@@ -102,6 +140,10 @@ class FakeRunner:
         for row in plan.released:
             for page in self._rows.pop(row).pages:
                 self._pages[page] = [None] * self.info.page_size
+        for fill in plan.fills:
+            assert self.adapters is not None
+            assert all(row.init.adapter != fill.slot for row in self._rows.values()), "a slot is in use"
+            self.slots[fill.slot] = self.adapters.kept[fill.adapter].name
         for init in plan.admitted:
             assert 0 <= init.row < self.info.max_batch_size
             assert init.row not in self._rows, "an admitted row is in use"
@@ -134,6 +176,7 @@ class FakeRunner:
             raise RuntimeError("the device is on fire")
         if NAN in prompt:
             return SampledToken(number, -1, failed="the logits are not numbers")
-        token = next_token(known, _stream(params.temperature, init.seed))
+        adapter = None if init.adapter is None else self.slots[init.adapter]
+        token = next_token(known, _stream(params.temperature, init.seed, adapter))
         logprob = None if params.logprobs is None else TokenLogprob(token, -float(len(known)), 1)
         return SampledToken(number, token, logprob)

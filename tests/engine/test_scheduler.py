@@ -8,15 +8,26 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.adapters import Adapters
 from engine.errors import InvalidRequestError
 from engine.kv.pages import PagePool
-from engine.request import EngineInfo, FinishReason, Request, SamplingParams, TokenEvent, validate_request
+from engine.request import (
+    AdapterInfo,
+    EngineInfo,
+    FinishReason,
+    Request,
+    SamplingParams,
+    TokenEvent,
+    validate_request,
+)
 from engine.scheduler import Scheduler
 from engine.step import SampledToken, StepPlan, StepResult
-from tests.engine.fake_runner import EOS, NAN, FakeRunner, engine_info, expected
+from tests.engine.fake_runner import EOS, NAN, FakeAdapter, FakeRunner, engine_info, expected
+
+ADAPTERS = ("a", "b", "c", "d")
 
 
-def make(info: EngineInfo) -> tuple[Scheduler, PagePool]:
+def make(info: EngineInfo, adapters: Adapters | None = None) -> tuple[Scheduler, PagePool]:
     pool = PagePool(info.kv_pages)
     scheduler = Scheduler(
         pool,
@@ -25,6 +36,7 @@ def make(info: EngineInfo) -> tuple[Scheduler, PagePool]:
         max_batch_tokens=info.max_batch_tokens,
         max_model_len=info.max_model_len,
         eos_token_ids=[EOS],
+        adapters=adapters,
     )
     return scheduler, pool
 
@@ -231,6 +243,7 @@ def engines(draw: st.DrawFn) -> EngineInfo:
         max_batch_size=batch,
         max_batch_tokens=batch + draw(st.integers(0, 12)),
         max_model_len=draw(st.integers(2, 40)),
+        max_loras=draw(st.integers(1, 3)),
     )
 
 
@@ -255,6 +268,7 @@ def arrivals(draw: st.DrawFn) -> list[Arrival]:
                     prompt_token_ids=prompt,
                     sampling=sampling,
                     priority=draw(st.integers(-1, 1)),
+                    adapter=draw(st.sampled_from([None, *ADAPTERS])),
                 ),
                 at=draw(st.integers(0, 20)),
                 cancel_after=draw(st.none() | st.integers(0, 15)),
@@ -268,15 +282,22 @@ class Run:
 
     def __init__(self, info: EngineInfo, all_arrivals: list[Arrival]) -> None:
         self.info = info
-        self.scheduler, self.pool = make(info)
+        self.adapters = Adapters(info.max_loras)
+        self.scheduler, self.pool = make(info, self.adapters)
         self.events: dict[str, list[TokenEvent]] = {}
         self.submitted: list[Arrival] = []
         runner = FakeRunner(info)
+        assert runner.adapters is not None
+        for name in ADAPTERS:
+            added = self.adapters.add(AdapterInfo(name=name, rank=1, nbytes=1))
+            runner.adapters.keep(added.number, FakeAdapter(name))
         for step in range(2000):
             for arrival in all_arrivals:
                 name = arrival.request.request_id
                 if arrival.at == step and self._fits(arrival.request):
-                    self.scheduler.submit(arrival.request, arrival.request.sampling.seed or 0, float(step))
+                    wanted = arrival.request.adapter
+                    adapter = None if wanted is None else self.adapters.find(wanted)
+                    self.scheduler.submit(arrival.request, arrival.request.sampling.seed or 0, float(step), adapter)
                     self.submitted.append(arrival)
                 if arrival.cancel_after is not None and arrival.at + arrival.cancel_after == step:
                     event = self.scheduler.cancel(name, float(step))
@@ -309,7 +330,8 @@ def test_whatever_arrives_nothing_leaks_all_end_once_in_turn_and_with_the_same_t
 
     assert run.pool.num_used == 0
     assert (run.scheduler.num_running, len(run.scheduler.waiting), run.scheduler.waiting.num_tokens) == (0, 0, 0)
-    started: dict[int, float] = {}
+    assert all((adapter.requests, adapter.rows) == (0, 0) for adapter in map(run.adapters.find, ADAPTERS))
+    started: dict[tuple[int, bool], float] = {}
     for arrival in run.submitted:
         events = run.events[arrival.request.request_id]
         assert [event.finish_reason is not None for event in events] == [False] * (len(events) - 1) + [True]
@@ -324,10 +346,10 @@ def test_whatever_arrives_nothing_leaks_all_end_once_in_turn_and_with_the_same_t
                 oracle.stop_token_id,
             )
         assert last.timings is not None
-        if tokens:  # it ran; in its priority, after those that came before it and ran
-            start = arrival.at + last.timings.queued
-            assert start >= started.get(arrival.request.priority, 0.0)
-            started[arrival.request.priority] = start
+        if tokens:  # it ran; in its priority, after those that came before it and ran, with an adapter or without
+            start, line = arrival.at + last.timings.queued, (arrival.request.priority, arrival.request.adapter is None)
+            assert start >= started.get(line, 0.0)
+            started[line] = start
     if all(arrival.cancel_after is None for arrival in run.submitted):
         computed = sum(len(expected(arrival.request, info).token_ids) for arrival in run.submitted)
         assert run.scheduler.generated_tokens == computed
