@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,19 @@ def smollm2_path() -> Path:
     from service.models.store import ModelStore
 
     return ModelStore.default().pull("smollm2-135m-instruct").path
+
+
+@pytest.fixture(scope="session")
+def smollm2_oracle(smollm2_path: Path) -> Any:
+    """SmolLM2's tokenizer as transformers reads it from the GGUF file; it forgets that digits are split."""
+    from tokenizers import pre_tokenizers
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(smollm2_path.parent), gguf_file=smollm2_path.name)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    return tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ STEP_TOKENS = 64  # the prompts take several steps
 
 @pytest.fixture(scope="module")
 def exact_server(smollm2_path: Path) -> Iterator[ServerProcess]:
-    running = ServerProcess.start(smollm2_path, "--precision", "fp32", "--max-batch-tokens", str(STEP_TOKENS))
+    running = ServerProcess.start(smollm2_path, "--dtype", "fp32", "--max-batch-tokens", str(STEP_TOKENS))
     yield running
     running.kill()
 

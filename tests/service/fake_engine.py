@@ -178,8 +178,9 @@ class FakeEngine:
 
 
 def _logprobs(token: int, count: int | None) -> list[TokenLogprob] | None:
-    """Token t has logprob -t / 100; beside it in `top` the next id at one less. None if none are asked for."""
+    """Token t has logprob -t / 100 and rank 1 or, if odd, 2; beside it in `top` the next id at one less. None if none
+    are asked for."""
     if count is None:
         return None
     top = [(token, -token / 100), (token + 1, -token / 100 - 1)][:count]
-    return [TokenLogprob(token, -token / 100, 1, top)]
+    return [TokenLogprob(token, -token / 100, 1 + token % 2, top)]

@@ -47,7 +47,7 @@ async def test_the_stream_is_started_deltas_finished(port: Port) -> None:
     assert (started.started.model, started.started.prompt_tokens, started.started.cached_tokens) == ("toy", 3, 1)
     assert [(each.delta.text, list(each.delta.token_ids)) for each in deltas] == [("a", [97]), ("b", [98]), ("c", [99])]
     [logprob] = deltas[0].delta.logprobs
-    assert (logprob.token_id, logprob.token, logprob.rank, logprob.logprob) == (97, b"a", 1, pytest.approx(-0.97))
+    assert (logprob.token_id, logprob.token, logprob.rank, logprob.logprob) == (97, b"a", 2, pytest.approx(-0.97))
     assert [(top.token_id, top.token) for top in logprob.top] == [(97, b"a"), (98, b"b")]
     assert finished.finished.reason == pb.FINISH_REASON_LENGTH
     assert finished.finished.usage == pb.Usage(prompt_tokens=3, completion_tokens=3, cached_tokens=1)
@@ -65,7 +65,8 @@ async def test_logprobs_of_a_long_prompt_come_in_several_messages_before_the_fir
     assert kinds[:5] == ["started", "prompt_logprobs", "prompt_logprobs", "prompt_logprobs", "delta"]
     assert "prompt_logprobs" not in kinds[5:]
     entries = [entry for response in responses for entry in response.prompt_logprobs.logprobs]
-    assert [(entry.token_id, entry.token, entry.rank) for entry in entries] == [(t, bytes([t]), 1) for t in prompt[1:]]
+    expected = [(token, bytes([token]), 1 + token % 2) for token in prompt[1:]]
+    assert [(entry.token_id, entry.token, entry.rank) for entry in entries] == expected
     assert [entry.logprob for entry in entries] == pytest.approx([-token / 100 for token in prompt[1:]])
     assert [[top.token_id for top in entry.top] for entry in entries] == [[token, token + 1] for token in prompt[1:]]
 

@@ -10,10 +10,8 @@ from typing import Any
 import mistral_common
 import pytest
 import sentencepiece
-import tokenizers
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
-from tokenizers import pre_tokenizers
 
 from service.text.bpe import BpeTokenizer, load_tekken
 from service.text.load import load_text
@@ -75,19 +73,6 @@ def modern_tekken(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
 @pytest.fixture(scope="session")
 def smollm2(smollm2_path: Path) -> TextModel:
     return load_text(smollm2_path)
-
-
-@pytest.fixture(scope="session")
-def smollm2_oracle(smollm2_path: Path) -> Any:
-    """SmolLM2's tokenizer as transformers reads it from the GGUF file; it forgets that digits are split."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(str(smollm2_path.parent), gguf_file=smollm2_path.name)
-    backend: tokenizers.Tokenizer = tokenizer.backend_tokenizer
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    return tokenizer
 
 
 @pytest.fixture(scope="session")
