@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -157,7 +158,10 @@ def params_json(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_gguf(path: Path, *, kind: str = "F32", seed: int = 0, **changes: Any) -> Path:
-    """A GGUF file whose matrices have the quantisation `kind`; norms and biases stay F32. Returns the file."""
+    """A GGUF file whose matrices have the types of a file of this `kind`; norms and biases stay F32. Returns the file.
+
+    Of K-quants the scales are random too, not those of `random_weights`: the gguf package cannot quantise to them.
+    """
     config = config_json(**changes)
     qwen = config["architectures"] == ["Qwen2ForCausalLM"]
     writer = gguf.GGUFWriter(path, "qwen2" if qwen else "llama")
@@ -176,13 +180,73 @@ def write_gguf(path: Path, *, kind: str = "F32", seed: int = 0, **changes: Any) 
     writer.add_eos_token_id(config["eos_token_id"])
     for name, weight in random_weights(config, seed).items():
         values = (weight if qwen else _interleaved(name, weight, config)).numpy()
-        wanted = gguf.GGMLQuantizationType[kind if weight.ndim == 2 else "F32"]
-        writer.add_tensor(gguf_name(name), gguf.quants.quantize(values, wanted), raw_dtype=wanted)
+        wanted = gguf.GGMLQuantizationType[publishers_type(kind, name, weight, config) if weight.ndim == 2 else "F32"]
+        if wanted.name.endswith("_K"):
+            blocks = random_blocks(wanted.name, weight.numel() // 256, np.random.default_rng([seed, weight.numel()]))
+            data = blocks.reshape(len(weight), -1)
+        else:
+            data = gguf.quants.quantize(values, wanted)
+        writer.add_tensor(gguf_name(name), data, raw_dtype=wanted)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def publishers_type(kind: str, name: str, weight: Tensor, config: dict[str, Any]) -> str:
+    """The type that llama.cpp gives a matrix in a file of this kind: a type's own name, or Q4_K_M or Q5_K_M.
+
+    Source: ggml-org/llama.cpp, src/llama-quant.cpp, `llama_tensor_get_type`.
+    """
+    wanted, layers = kind.removesuffix("_M"), config["num_hidden_layers"]
+    if kind.endswith("_M"):
+        layer = int(name.split(".")[2]) if ".layers." in name else 0
+        more = layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
+        is_head = name == ("model.embed_tokens.weight" if config["tie_word_embeddings"] else "lm_head.weight")
+        if is_head or (more and ("v_proj" in name or "down_proj" in name)):
+            wanted = "Q6_K"
+    narrow = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}  # where rows are no whole blocks of 256
+    return narrow.get(wanted, wanted) if weight.shape[1] % 256 else wanted
+
+
+# Where the float16 numbers of a block are, in bytes: its scale, then its minimum.
+GGUF_HALVES = {
+    "Q4_0": (0,),
+    "Q4_1": (0, 2),
+    "Q5_0": (0,),
+    "Q5_1": (0, 2),
+    "Q8_0": (0,),
+    "Q4_K": (0, 2),
+    "Q5_K": (0, 2),
+    "Q6_K": (208,),
+}
+
+
+def random_blocks(kind: str, count: int, generator: np.random.Generator) -> np.ndarray:
+    """uint8 [count, bytes]: any bytes are codes; the scales bring K-quants to a spread of 0.04 about 0."""
+    size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1]
+    blocks = generator.integers(0, 256, (count, size), dtype=np.uint8)
+    scale = {"Q4_K": 2e-4, "Q5_K": 1e-4, "Q6_K": 3e-5}.get(kind, 0.01) * generator.uniform(0.5, 1.5, (count, 1))
+    middle = {"Q4_K": 7.5, "Q5_K": 15.5}.get(kind, -8)  # minima of the K-quants are taken off, of others added
+    for at, factor in zip(GGUF_HALVES[kind], (1, middle), strict=False):
+        blocks[:, at : at + 2] = (factor * scale).astype("<f2").view(np.uint8)
+    return blocks
+
+
+def dequantised(path: Path, config: ModelConfig) -> dict[str, Tensor]:
+    """All tensors of a GGUF file in float32 under their Hugging Face names, as the gguf package reads them."""
+    found = {}
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    for name, shape in expected_tensors(config).items():
+        tensor = stored[gguf_name(name)]
+        values = torch.from_numpy(np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type), np.float32))
+        values = values.view(shape)
+        heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}.get(name.split(".")[-2])
+        if heads and config.architecture == "LlamaForCausalLM":
+            values = values.view(heads, config.head_dim // 2, 2, -1).transpose(1, 2).reshape(shape)
+        found[name] = values
+    return found
 
 
 def gguf_name(name: str) -> str:

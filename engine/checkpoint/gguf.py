@@ -1,7 +1,9 @@
-"""GGUF checkpoints: metadata to ModelConfig, tensors dequantised one at a time from the memory-mapped file.
+"""GGUF checkpoints: metadata to ModelConfig, matrices as the file stores them, read from it a few rows at a time.
 
 llama.cpp stores query and key projections of its `llama` architecture in interleaved-RoPE order; they are put back into
-rotate-half order here. Its `qwen2` architecture keeps the order. Dequantisation is that of the `gguf` package.
+rotate-half order here, by moving rows of blocks. Its `qwen2` architecture keeps the order.
+
+Rows are read, not mapped: the pages of a mapping count as this process's memory, in the end the file beside the model.
 """
 
 from __future__ import annotations
@@ -10,22 +12,19 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-from gguf.quants import dequantize
 from torch import Tensor
 
 from engine.checkpoint.fields import Fields
+from engine.checkpoint.gguf_blocks import OTHER_NAMES, TYPES
 from engine.checkpoint.layout import check_tensors, rotate_half_order
 from engine.config import ModelConfig
 from engine.errors import CheckpointError, UnsupportedModelError
 from engine.gguf_header import GGUFHeader, GGUFTensor, read_header
-from engine.quant.matrix import FloatMatrix, Matrix
+from engine.quant.matrix import FloatMatrix, GroupMatrix, Matrix
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
-TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q4_K", "Q5_K", "Q6_K")
-_SUPPORTED = {GGMLQuantizationType[name] for name in TYPES}
+_SCALES = torch.float16  # what scales and minima are kept in, so that none may be larger
 _FIXED_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -45,7 +44,7 @@ _LAYER_NAMES = {
 
 
 class GGUFCheckpoint:
-    """One open file. Names, shapes, types and extents have been checked; reading dequantises to float."""
+    """One open file. Names, shapes, types and extents have been checked; values are as they are read."""
 
     def __init__(self, path: Path) -> None:
         """Raises CheckpointError or UnsupportedModelError, naming the file and what is wrong with it."""
@@ -54,43 +53,58 @@ class GGUFCheckpoint:
         self._directory = {_canonical(name): tensor for name, tensor in header.tensors.items()}
         for name, tensor in header.tensors.items():
             _check_extent(path, name, tensor, header.file_size)
-        self._data = np.memmap(path, mode="r", dtype=np.uint8)
-        self.config = _read_config(path, header, self._rope_factors())
-        check_tensors(str(path), {name: tensor.shape for name, tensor in self._directory.items()}, self.config)
+        self._interleaved = header.metadata.get("general.architecture") == "llama"
+        self._file = path.open("rb")
+        try:
+            self.config = _read_config(path, header, self._rope_factors())
+            check_tensors(str(path), {name: tensor.shape for name, tensor in self._directory.items()}, self.config)
+        except BaseException:
+            self.close()
+            raise
         self.num_parameters = sum(math.prod(tensor.shape) for tensor in self._directory.values())
-        self._interleaved = header.metadata["general.architecture"] == "llama"
 
     def read(self, name: str) -> Tensor:
+        matrix = self.matrix(name)
+        values = matrix.values if isinstance(matrix, FloatMatrix) else matrix.dequantise()
+        return values.view(self._directory[name].shape)
+
+    def matrix(self, name: str, start: int = 0, stop: int | None = None) -> Matrix:
         tensor = self._directory.get(name)
         if tensor is None:
             raise CheckpointError(f"{self._path}: tensor {name} is missing")
-        values = self._dequantise(tensor)
-        if self._interleaved and ".self_attn.q_proj." in name:
-            return rotate_half_order(values, self.config.num_heads, self.config.head_dim)
-        if self._interleaved and ".self_attn.k_proj." in name:
-            return rotate_half_order(values, self.config.num_kv_heads, self.config.head_dim)
-        return values
-
-    def matrix(self, name: str, start: int = 0, stop: int | None = None) -> Matrix:
-        return FloatMatrix(self.read(name)[start:stop])
+        rows = range(tensor.shape[0])[start:stop]
+        if not self._moves_rows(name):
+            raw = self._read_rows(name, tensor, rows)
+        else:  # pairs of a head lie apart in it, so whole heads are read
+            width = self.config.head_dim
+            first, last = rows.start // width, -(-rows.stop // width)
+            raw = self._read_rows(name, tensor, range(first * width, last * width))
+            raw = rotate_half_order(raw, last - first, width)[rows.start - first * width : rows.stop - first * width]
+        matrix = TYPES[tensor.ggml_type].matrix(raw)
+        _check_finite(f"{self._path}: tensor {name}", matrix)
+        return matrix
 
     def stored_bytes(self, name: str) -> int:
         return _num_bytes(self._directory[name])
 
     def close(self) -> None:
-        del self._data
+        self._file.close()
 
-    def _dequantise(self, tensor: GGUFTensor) -> Tensor:
-        kind = GGMLQuantizationType(tensor.ggml_type)
-        raw = self._data[tensor.offset : tensor.offset + _num_bytes(tensor)]
-        if kind is GGMLQuantizationType.BF16:
-            return torch.from_numpy(raw.copy()).view(torch.bfloat16).view(tensor.shape)
-        rows = raw.reshape(*tensor.shape[:-1], -1)
-        return torch.from_numpy(np.array(dequantize(rows, kind), dtype=np.float32)).view(tensor.shape)
+    def _moves_rows(self, name: str) -> bool:
+        return self._interleaved and (".self_attn.q_proj." in name or ".self_attn.k_proj." in name)
+
+    def _read_rows(self, name: str, tensor: GGUFTensor, rows: range) -> Tensor:
+        """uint8 [rows, bytes of a row]. Of a vector, each number is a row."""
+        size = TYPES[tensor.ggml_type].row_bytes(math.prod(tensor.shape[1:]))
+        raw = torch.empty(len(rows), size, dtype=torch.uint8)
+        self._file.seek(tensor.offset + rows.start * size)
+        if self._file.readinto(raw.numpy().data) != raw.nbytes:
+            raise CheckpointError(f"{self._path}: truncated while it was read, in tensor {name}")
+        return raw
 
     def _rope_factors(self) -> tuple[float, ...] | None:
-        tensor = self._directory.get("rope_freqs.weight")
-        return None if tensor is None else tuple(self._dequantise(tensor).flatten().tolist())
+        name = "rope_freqs.weight"
+        return tuple(self.read(name).flatten().tolist()) if name in self._directory else None
 
 
 def _canonical(name: str) -> str:
@@ -104,25 +118,39 @@ def _canonical(name: str) -> str:
 
 
 def _num_bytes(tensor: GGUFTensor) -> int:
-    block, size = GGML_QUANT_SIZES[GGMLQuantizationType(tensor.ggml_type)]
-    return math.prod(tensor.shape) // block * size
+    return TYPES[tensor.ggml_type].row_bytes(math.prod(tensor.shape))
 
 
 def _check_extent(path: Path, name: str, tensor: GGUFTensor, file_size: int) -> None:
     """The type is one that we read, rows are whole blocks, and the data lies inside the file."""
-    known = {kind.value: kind for kind in GGMLQuantizationType}
-    kind = known.get(tensor.ggml_type)
-    if kind not in _SUPPORTED:
-        shown = kind.name if kind else tensor.ggml_type
-        raise UnsupportedModelError(f"{path}: tensor {name} has type {shown}; supported are {', '.join(TYPES)}")
-    block, _ = GGML_QUANT_SIZES[kind]
-    if tensor.shape[-1] % block:
+    kind = TYPES.get(tensor.ggml_type)
+    if kind is None:
+        shown = OTHER_NAMES.get(tensor.ggml_type, tensor.ggml_type)
+        supported = ", ".join(each.name for each in TYPES.values())
+        raise UnsupportedModelError(f"{path}: tensor {name} has type {shown}; supported are {supported}")
+    if tensor.shape[-1] % kind.weights:
         raise CheckpointError(
-            f"{path}: tensor {name} has rows of {tensor.shape[-1]}, not whole {kind.name} blocks of {block}"
+            f"{path}: tensor {name} has rows of {tensor.shape[-1]}, not whole {kind.name} blocks of {kind.weights}"
         )
+    if len(tensor.shape) == 1 and kind.floats is None:
+        raise CheckpointError(f"{path}: tensor {name} is a vector in {kind.name}; vectors must be F32, F16 or BF16")
     end = tensor.offset + _num_bytes(tensor)
     if end > file_size:
         raise CheckpointError(f"{path}: truncated: tensor {name} ends at byte {end}, the file at {file_size}")
+
+
+def _check_finite(where: str, matrix: Matrix) -> None:
+    """Every weight is a number if all scales and minima are; only these are looked at, which costs next to nothing."""
+    if isinstance(matrix, FloatMatrix):
+        numbers, what, dtype = [matrix.values], "a weight", matrix.values.dtype
+    else:
+        assert isinstance(matrix, GroupMatrix)
+        numbers, what, dtype = [matrix.scales, matrix.mins], "a scale or minimum", _SCALES
+    most = torch.finfo(dtype).max
+    for low, high in (each.aminmax() for each in numbers if each.numel()):
+        if not -most <= low <= high <= most:  # NaN is in no order
+            span = f"between {low:g} and {high:g}"
+            raise CheckpointError(f"{where} has {what} {span}; it must be finite, and at most {most:g}")
 
 
 def _read_config(path: Path, header: GGUFHeader, rope_factors: tuple[float, ...] | None) -> ModelConfig:

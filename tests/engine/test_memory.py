@@ -98,11 +98,14 @@ def test_the_parts_of_a_plan_are_the_free_memory() -> None:
         assert (plan.cache == 0) != (plan.missing == 0)
 
 
+GGUF_KINDS = ("Q8_0", "Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K")
+
+
 def write_forms(folder: Path) -> dict[str, Path]:
     """The same model as floats and as GGUF blocks."""
     return {
         "safetensors": write_hf(folder / "hf", **MID),
-        **{kind: write_gguf(folder / f"{kind}.gguf", kind=kind, **MID) for kind in ("Q8_0", "Q4_0")},
+        **{kind: write_gguf(folder / f"{kind}.gguf", kind=kind, **MID) for kind in GGUF_KINDS},
     }
 
 
@@ -113,7 +116,7 @@ def forms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("with_kernels", [True, False])
 @pytest.mark.parametrize("precision", list(SCHEMES))
-@pytest.mark.parametrize("form", ["safetensors", "Q8_0", "Q4_0"])
+@pytest.mark.parametrize("form", ["safetensors", *GGUF_KINDS])
 def test_the_plan_is_what_loading_allocates(
     forms: dict[str, Path], form: str, precision: str, with_kernels: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -81,37 +81,6 @@ def test_a_single_safetensors_file_is_a_model(tmp_path: Path) -> None:
     assert tensors(write_hf(tmp_path) / "model.safetensors").keys() == tensors(tmp_path).keys()
 
 
-@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0"])
-def test_gguf_types_are_dequantised_as_the_reference_does(tmp_path: Path, kind: str) -> None:
-    path = write_gguf(tmp_path / "m.gguf", kind=kind, seed=5)
-    name = "model.layers.1.mlp.down_proj.weight"
-    wanted = gguf.GGMLQuantizationType[kind]
-    packed = gguf.quants.quantize(random_weights(config_json(), seed=5)[name].numpy(), wanted)
-    assert torch.equal(tensors(path)[name].float(), torch.from_numpy(gguf.quants.dequantize(packed, wanted)))
-
-
-@pytest.mark.parametrize("kind", ["Q4_K", "Q5_K", "Q6_K"])
-def test_k_quants_are_dequantised_as_the_reference_does(tmp_path: Path, kind: str) -> None:
-    """The gguf package cannot quantise to these, so any bytes must do: random ones, whose scales are made finite."""
-    wanted = gguf.GGMLQuantizationType[kind]
-    block, size = gguf.GGML_QUANT_SIZES[wanted]
-    changes = {"hidden_size": block, "intermediate_size": block}
-    path = write_gguf(tmp_path / "m.gguf", **changes)
-    generator = random.Random(6)
-    blocks = bytearray(generator.randbytes(size * block))
-    halves = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}[kind]
-    for start in range(0, len(blocks), size):
-        for at in halves:
-            blocks[start + at : start + at + 2] = struct.pack("<e", generator.uniform(-1, 1))
-    name = "blk.0.ffn_down.weight"
-    retype(path, name, wanted.value, bytes(blocks))
-    import numpy as np
-
-    raw = np.frombuffer(bytes(blocks), dtype=np.uint8).reshape(block, size)
-    expected = torch.from_numpy(gguf.quants.dequantize(raw, wanted))
-    assert torch.equal(tensors(path)["model.layers.0.mlp.down_proj.weight"], expected)
-
-
 def retype(path: Path, name: str, kind: int, data: bytes) -> None:
     """Give a tensor of a GGUF file another type and, in place, the data of that type (shorter than what it had)."""
     content = bytearray(path.read_bytes())
