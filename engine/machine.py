@@ -37,6 +37,12 @@ def free_memory(device: torch.device, cgroup: Path = CGROUP) -> int:
     return free
 
 
+def memory_limit(cgroup: Path = CGROUP) -> int | None:
+    """Bytes of main memory that this container may use in all, None where nothing limits it."""
+    limit = _read(cgroup / "memory.max").strip()
+    return int(limit) if limit.isdigit() else None
+
+
 def choose_device(name: str) -> torch.device:
     """The device for "auto", "cpu" or "cuda".
 

@@ -61,14 +61,17 @@ def size_cache(engine: EngineConfig, model: ModelConfig, plan: MemoryPlan, devic
         not plan.missing,
         "precision",
         engine.precision,
-        f"takes {plan.weights} bytes of weights and {others} to compute with, but {plan.free} bytes are free on this "
-        f"{device}",
+        f"takes {_gib(plan.weights)} of weights and {_gib(others)} to compute with, but {_gib(plan.free)} are free on "
+        f"this {device}",
     )
     page_bytes = plan.page_size * plan.token_bytes
     if engine.kv_memory_bytes is not None:
         budget = engine.kv_memory_bytes
         _require(
-            budget <= plan.cache, "kv_memory_bytes", budget, f"must be at most the {plan.cache} bytes that are left"
+            budget <= plan.cache,
+            "kv_memory_bytes",
+            budget,
+            f"must be at most the {plan.cache} bytes ({_gib(plan.cache)}) that are left",
         )
         pages = budget // page_bytes
     elif device == "cpu":
@@ -82,11 +85,16 @@ def size_cache(engine: EngineConfig, model: ModelConfig, plan: MemoryPlan, devic
         holds >= (wanted or 2),
         "max_model_len",
         wanted or "auto",
-        f"needs {-(-(wanted or 2) // plan.page_size) * page_bytes} bytes of KV cache ({page_bytes} per page of "
-        f"{plan.page_size} tokens), but {budget} bytes hold {holds} tokens",
+        f"needs {_gib(-(-(wanted or 2) // plan.page_size) * page_bytes)} of KV cache ({plan.token_bytes / 1024:.4g} KiB a "
+        f"token), but {_gib(budget)} hold {holds} tokens",
     )
     length = wanted or min(context_limit(model), holds)
     return CacheSize(pages, length, -(-length // plan.page_size))
+
+
+def _gib(count: int) -> str:
+    """Bytes as people read them; small caches in MiB."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**28 else f"{count / 2**20:.1f} MiB"
 
 
 def _require(ok: bool, field: str, value: object, rule: str) -> None:

@@ -9,7 +9,7 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +17,18 @@ import click
 
 from service.models.catalog import CATALOG, DEFAULT_MODEL
 from service.models.errors import StoreError
-from service.settings import SETTINGS, Resolved, SettingError, join_address, resolve, unknown_variables
+from service.settings import (
+    SETTINGS,
+    Resolved,
+    SettingError,
+    engine_config,
+    join_address,
+    resolve,
+    unknown_variables,
+)
 from service.version import VERSION
 
 if TYPE_CHECKING:
-    from engine import EngineConfig
     from service.models.store import StoredModel
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
@@ -34,10 +41,19 @@ def main() -> None:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what the C core would print, our own errors say better
 
 
-def _setting_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """A flag for each setting; text as given, so that flags and variables are parsed by the same code."""
+PLANNED = ("precision", "kv_precision", "dtype", "max_model_len", "max_batch_size", "max_batch_tokens", "kv_memory")
+"""Settings that decide what fits."""
+
+
+def _options(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A flag for each of these settings."""
+    return lambda command: _with_options(command, names)
+
+
+def _with_options(command: Callable[..., Any], names: Collection[str]) -> Callable[..., Any]:
+    """Text as given, so that flags and variables are parsed by the same code."""
     for setting in reversed(SETTINGS):
-        if setting.name == "model":
+        if setting.name not in names:
             continue
         shown = "" if setting.default in (None, False) else f"  [default: {setting.default}]"
         kind: dict[str, Any] = {"flag_value": "true", "is_flag": True}
@@ -50,7 +66,7 @@ def _setting_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @main.command()
 @click.argument("model", required=False)
-@_setting_options
+@_options(*(setting.name for setting in SETTINGS if setting.name != "model"))
 @click.option("--sample-prompt", metavar="TEXT", help="once ready, stream the answer to this and keep serving")
 @click.option("--dry-run", is_flag=True, help="print every setting and where its value comes from, then end")
 @click.option("--json", "as_json", is_flag=True, help="with --dry-run: print JSON")
@@ -81,7 +97,7 @@ def _serve(values: dict[str, Any], sample_prompt: str | None) -> None:
         logging.getLogger(__name__).warning("unknown variable", extra={"variable": name})
     stored = _pull(values["model"])
     config = ServerConfig(
-        engine=_engine_config(stored, values),
+        engine=engine_config(stored.path, values),
         model_name=values["served_model_name"] or stored.name,
         grpc_address=join_address(values["host"], values["grpc_port"]),
         drain_timeout=values["drain_timeout"],
@@ -95,24 +111,6 @@ def _serve(values: dict[str, Any], sample_prompt: str | None) -> None:
         return await Server(config).run(on_ready)
 
     sys.exit(asyncio.run(run()))
-
-
-def _engine_config(stored: StoredModel, values: dict[str, Any]) -> EngineConfig:
-    from engine import EngineConfig
-
-    dtypes = {"auto": "auto", "bf16": "bfloat16", "fp32": "float32"}
-    return EngineConfig(
-        model_path=str(stored.path),
-        dtype=dtypes[values["dtype"]],
-        precision=values["precision"],
-        kv_precision=values["kv_precision"],
-        device=values["device"],
-        max_model_len=values["max_model_len"],
-        max_batch_size=values["max_batch_size"],
-        max_batch_tokens=values["max_batch_tokens"],
-        kv_memory_bytes=values["kv_memory"],
-        threads=values["threads"],
-    )
 
 
 async def _welcome(model: str, address: str, sample_prompt: str | None) -> None:
@@ -231,6 +229,46 @@ def models(as_json: bool) -> None:
     for row, entry in zip(rows, CATALOG.values(), strict=True):
         here = "in store" if row["stored"] else f"{entry.num_bytes / 1e9:.1f} GB to fetch"
         click.echo(f"{entry.name:28} {entry.parameters / 1e9:6.2f} B  {entry.licence:26} {here}")
+
+
+@main.command()
+@click.argument("model", required=False)
+@click.option("--gpu", metavar="NAME", help="plan for this GPU (h100, a100-40gb, l40s, …) instead of this machine")
+@click.option("--memory", type=click.FloatRange(0.1), metavar="GIB", help="plan for a GPU with so much memory")
+@_options("host", "grpc_port", "device", *PLANNED)
+@click.option("--json", "as_json", is_flag=True, help="print JSON")
+def doctor(gpu: str | None, memory: float | None, as_json: bool, **flags: str | None) -> None:
+    """Look at this machine and tell what of MODEL fits, precision by precision.
+
+    Exit code 1 if MODEL does not fit as `nemoserve serve` with the same options and variables would run it.
+    """
+    from service.doctor import examine, place_of
+
+    with _errors():
+        values = {name: each.value for name, each in resolve(flags, os.environ).items()}
+        found = examine(values, place_of(gpu, memory))
+        click.echo(json.dumps(found.as_json(), indent=2) if as_json else found.text())
+        if found.failure:
+            _fail(found.failure, EXIT_FAILED)
+
+
+@main.command()
+@click.argument("model", required=False)
+@click.option("--gpu", metavar="NAME", help="only this GPU, or all that are known; does not look at this machine")
+@_options("device", *(name for name in PLANNED if name != "precision"))
+@click.option("--json", "as_json", is_flag=True, help="print JSON")
+def profiles(model: str | None, gpu: str | None, as_json: bool, **flags: str | None) -> None:
+    """Profiles of MODEL, or of every model that has a name: what fits here, and which one `serve` takes.
+
+    An id reads MODEL/DEVICE-PRECISION-tp1; run one with `nemoserve serve MODEL --precision PRECISION`.
+    """
+    from service.doctor import list_profiles, places_of
+    from service.report import profile_table
+
+    with _errors():
+        values = {name: each.value for name, each in resolve(flags, os.environ).items()}
+        found = list_profiles([model] if model else [*CATALOG], places_of(gpu), values)
+        click.echo(json.dumps([each.as_json() for each in found], indent=2) if as_json else profile_table(found))
 
 
 def _pull(model: str) -> StoredModel:

@@ -9,8 +9,10 @@ import ipaddress
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from engine import EngineConfig
 from engine.schemes import SCHEMES
 
 PREFIX, ALIAS_PREFIX = "NEMOSERVE_", "NIM_"
@@ -273,6 +275,23 @@ def _check_batch(size: Resolved, tokens: Resolved) -> None:
             f"{named.source}: {named.value} does not go together: max_batch_tokens ({tokens.value}) must be at least "
             f"max_batch_size ({size.value}), one token for each running request"
         )
+
+
+def engine_config(model: Path, values: Mapping[str, Any]) -> EngineConfig:
+    """What the resolved values say to the engine."""
+    dtypes = {"auto": "auto", "bf16": "bfloat16", "fp32": "float32"}
+    return EngineConfig(
+        model_path=str(model),
+        dtype=dtypes[values["dtype"]],
+        precision=values["precision"],
+        kv_precision=values["kv_precision"],
+        device=values["device"],
+        max_model_len=values["max_model_len"],
+        max_batch_size=values["max_batch_size"],
+        max_batch_tokens=values["max_batch_tokens"],
+        kv_memory_bytes=values["kv_memory"],
+        threads=values["threads"],
+    )
 
 
 def join_address(host: str, port: int) -> str:

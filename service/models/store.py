@@ -51,7 +51,7 @@ class ModelStore:
             root: created when something is fetched.
             index: where wheels come from; None = what pip uses.
         """
-        self._root = root
+        self.root = root
         self._index = index
 
     @classmethod
@@ -67,7 +67,7 @@ class ModelStore:
             StoreError: it means nothing; the message has the names that are near.
         """
         if entry := catalog.find(reference):
-            folder = self._root / "models" / entry.name
+            folder = self.root / "models" / entry.name
             source = entry.source
             path = folder / Path(source.member).name if isinstance(source, WheelFile) else folder
             return Wanted(entry.name, path, source)
@@ -77,7 +77,7 @@ class ModelStore:
                 raise StoreError(f"{reference}: not of the form hf://org/name or hf://org/name@revision")
             source = HubRepository(repo=match["repo"], revision=match["revision"] or "main")
             name = f"{source.repo}@{source.revision}".replace("/", "--")
-            return Wanted(source.repo.rpartition("/")[2].lower(), self._root / "models" / name, source)
+            return Wanted(source.repo.rpartition("/")[2].lower(), self.root / "models" / name, source)
         path = Path(reference).expanduser()
         if path.exists():
             return Wanted(path.resolve().stem if path.is_file() else path.resolve().name, path)
@@ -127,7 +127,7 @@ class ModelStore:
     @contextmanager
     def _lock(self, wanted: Wanted) -> Iterator[None]:
         """One process at a time fetches a model; the kernel frees the lock of one that dies."""
-        folder = self._root / "locks"
+        folder = self.root / "locks"
         path = folder / f"{wanted.path.name}.lock"
         try:
             folder.mkdir(parents=True, exist_ok=True)

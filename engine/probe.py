@@ -1,0 +1,188 @@
+"""What the engine finds on this machine, and what a model's weights would take: `python -m engine.probe` prints it.
+
+A program of its own, because the answers need torch and who asks (`nemoserve doctor`) never imports it: the types here
+are all that both sides share. One JSON object on stdout: `Found`, or `Failed` with the engine's own error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from engine.config import ModelConfig
+from engine.errors import EngineError
+from engine.schemes import SCHEMES
+from engine.wire import Failed
+
+if TYPE_CHECKING:
+    import torch
+
+    from engine.checkpoint import Checkpoint
+
+# That the kernels are compiled for, or that oneDNN uses, where a CPU has them; as /proc/cpuinfo spells them.
+INSTRUCTIONS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd")
+
+
+class Gpu(msgspec.Struct, frozen=True, kw_only=True):
+    """A CUDA device. `free_bytes` is after the context of a process was made."""
+
+    name: str
+    capability: tuple[int, int]
+    memory_bytes: int
+    free_bytes: int
+
+
+class Machine(msgspec.Struct, frozen=True, kw_only=True):
+    """What there is to run on.
+
+    Attributes:
+        cores: that this process may keep busy.
+        free_bytes, limit_bytes: of main memory; the limit is the container's, None where there is none.
+        compiler: path, None where there is none.
+        kernels: the engine's own are compiled and loaded; without them a CPU runs plain torch.
+        device, dtype: what the engine would take for the ones asked for.
+    """
+
+    cpu: str
+    cores: int
+    instructions: tuple[str, ...]
+    free_bytes: int
+    limit_bytes: int | None
+    torch: str
+    compiler: str | None
+    kernels: bool
+    device: str
+    dtype: str
+    gpus: tuple[Gpu, ...]
+
+
+class Weights(msgspec.Struct, frozen=True, kw_only=True):
+    """A checkpoint that was opened.
+
+    Attributes:
+        parameters: numbers stored, a tied head counted once.
+        nbytes: what the weights take in each precision of `engine.schemes.SCHEMES`.
+        refused: precision -> why this file cannot be kept so.
+    """
+
+    model: ModelConfig
+    parameters: int
+    nbytes: dict[str, int]
+    refused: dict[str, str]
+
+
+class Found(msgspec.Struct, frozen=True, tag=True):
+    machine: Machine
+    weights: Weights | None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="engine.probe", description=__doc__)
+    parser.add_argument("--model", help="a checkpoint to open")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    arguments = parser.parse_args()
+    answer: Found | Failed
+    try:
+        answer = probe(arguments.device, arguments.dtype, arguments.model)
+    except EngineError as error:
+        answer = Failed(type(error).__name__, str(error))
+    sys.stdout.buffer.write(msgspec.json.encode(answer))
+    return 0
+
+
+def probe(device_name: str, dtype_name: str, model: str | None) -> Found:
+    """Look at this machine, and into the files of a model. Imports torch.
+
+    Raises:
+        EngineConfigError: there is no such device or dtype here.
+        CheckpointError: the model cannot be opened.
+    """
+    from engine.checkpoint import open_checkpoint
+    from engine.machine import choose_device, choose_dtype
+
+    device = choose_device(device_name)
+    dtype = choose_dtype(dtype_name, device)
+    weights = None
+    if model is not None:
+        with open_checkpoint(model) as checkpoint:
+            weights = _weights(checkpoint, dtype)
+    return Found(_machine(device, dtype), weights)
+
+
+def _machine(device: torch.device, dtype: torch.dtype) -> Machine:
+    import torch
+
+    from engine.machine import free_memory, memory_limit, usable_cores
+    from engine.ops import load_kernels
+
+    cores = usable_cores()
+    cpu, flags = _cpu()
+    return Machine(
+        cpu=cpu,
+        cores=cores,
+        instructions=tuple(name for name in INSTRUCTIONS if name in flags),
+        free_bytes=free_memory(torch.device("cpu")),
+        limit_bytes=memory_limit(),
+        torch=str(torch.__version__),
+        compiler=shutil.which("g++") or shutil.which("c++"),
+        kernels=load_kernels(cores) is not None,
+        device=device.type,
+        dtype=str(dtype).removeprefix("torch."),
+        gpus=tuple(_gpu(index) for index in range(torch.cuda.device_count())),
+    )
+
+
+def _gpu(index: int) -> Gpu:
+    import torch
+
+    free, total = torch.cuda.mem_get_info(index)
+    return Gpu(
+        name=torch.cuda.get_device_name(index),
+        capability=torch.cuda.get_device_capability(index),
+        memory_bytes=total,
+        free_bytes=free,
+    )
+
+
+def _weights(checkpoint: Checkpoint, dtype: torch.dtype) -> Weights:
+    from engine.model.footprint import checkpoint_bytes
+
+    source = _FirstRows(checkpoint)
+    nbytes, refused = {}, {}
+    for precision, scheme in SCHEMES.items():
+        try:
+            nbytes[precision] = checkpoint_bytes(source, scheme, dtype)
+        except EngineError as error:
+            refused[precision] = str(error)
+    return Weights(model=checkpoint.config, parameters=checkpoint.num_parameters, nbytes=nbytes, refused=refused)
+
+
+class _FirstRows:
+    """A checkpoint whose matrices are looked at once, however many precisions are asked about."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.config = checkpoint.config
+        self.read, self.stored_bytes = checkpoint.read, checkpoint.stored_bytes
+        self.matrix = functools.cache(checkpoint.matrix)
+
+
+def _cpu() -> tuple[str, frozenset[str]]:
+    """Name and instruction sets of the first core."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return "CPU", frozenset()
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines[:60])}
+    flags = fields.get("flags") or fields.get("Features") or ""
+    return fields.get("model name", "CPU"), frozenset(flags.split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,192 @@
+"""What fits where: the engine's own memory plan, for a model on disk or by name, on this machine or on any GPU.
+
+Subject (shape, bytes of its weights) ─┐
+Place   (free memory, what it is)     ─┼─► fit ─► Fit: the plan, tokens, sequences, or why not
+EngineConfig (what serve would say)   ─┘
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from engine import EngineConfig, EngineConfigError, ModelConfig
+from engine.memory import CUDA_CONTEXT, Device, MemoryPlan, context_limit, parameter_count, plan_memory, weight_bytes
+from engine.probe import Machine, Weights
+from engine.schemes import SCHEMES
+from engine.sizing import check_config, size_cache
+from service.models.catalog import CatalogEntry
+from service.models.gpus import FP8_SINCE, KnownGpu, recognise
+from service.models.machine import GIB
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """A device to plan for.
+
+    Attributes:
+        slug: its part of a profile's id.
+        kind: "cpu" or "cuda".
+        free: bytes that nobody has taken; on a GPU after the context was made.
+        float_bytes: of the compute dtype.
+        multiplies_fp8: it has units for FP8; None where nobody knows.
+    """
+
+    slug: str
+    name: str
+    kind: str
+    free: int
+    float_bytes: int = 2
+    multiplies_fp8: bool | None = None
+
+    @classmethod
+    def of_gpu(cls, gpu: KnownGpu) -> Place:
+        free = gpu.memory_bytes - CUDA_CONTEXT
+        return cls(slug=gpu.slug, name=gpu.name, kind="cuda", free=free, multiplies_fp8=gpu.multiplies_fp8)
+
+    @classmethod
+    def of_size(cls, gib: float) -> Place:
+        """A GPU of which only the memory is known."""
+        return cls(slug="gpu", name=f"a GPU with {gib:g} GiB", kind="cuda", free=max(int(gib * GIB) - CUDA_CONTEXT, 0))
+
+    @classmethod
+    def here(cls, machine: Machine) -> Place:
+        """The device of this machine that the engine would take."""
+        float_bytes = 4 if machine.dtype == "float32" else 2
+        if machine.device == "cpu":
+            return cls(
+                slug="cpu", name="this machine's CPU", kind="cpu", free=machine.free_bytes, float_bytes=float_bytes
+            )
+        gpu = machine.gpus[0]
+        known = recognise(gpu.name, gpu.memory_bytes)
+        return cls(
+            slug=known.slug if known else "gpu",
+            name=f"this machine's {gpu.name}",
+            kind="cuda",
+            free=gpu.free_bytes,
+            float_bytes=float_bytes,
+            multiplies_fp8=gpu.capability >= FP8_SINCE,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """A model to plan for.
+
+    Attributes:
+        stored: the precision that its file is nearest to; None where the file itself was looked at.
+        nbytes: weights in each precision, where the file was looked at; else they follow from the shape.
+        refused: precision -> why the file cannot be kept so.
+    """
+
+    name: str
+    shape: ModelConfig
+    stored: str | None = None
+    nbytes: Mapping[str, int] | None = None
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of_entry(cls, entry: CatalogEntry) -> Subject:
+        return cls(name=entry.name, shape=entry.shape, stored=entry.stored)
+
+    @classmethod
+    def of_file(cls, name: str, weights: Weights) -> Subject:
+        return cls(name=name, shape=weights.model, nbytes=weights.nbytes, refused=weights.refused)
+
+    @property
+    def parameters(self) -> int:
+        return parameter_count(self.shape)
+
+    def weight_bytes(self, precision: str, float_bytes: int) -> int:
+        """0 for a precision that is refused."""
+        if self.nbytes is not None:
+            return self.nbytes.get(precision, 0)
+        kept = self.stored if precision == "auto" and self.stored else precision
+        return weight_bytes(self.shape, SCHEMES[kept], float_bytes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fit:
+    """One model in one precision at one place.
+
+    Attributes:
+        context: tokens of the longest sequence that is wanted.
+        taken: tokens of the KV cache that `serve` would allocate: on a GPU all that fit, on a CPU what it needs.
+        reason: why it does not fit; None if it does.
+    """
+
+    precision: str
+    kv_precision: str
+    plan: MemoryPlan
+    context: int
+    taken: int
+    reason: str | None
+
+    @property
+    def tokens(self) -> int:
+        """That the KV cache can hold."""
+        return 0 if self.reason else self.plan.tokens
+
+    @property
+    def sequences(self) -> int:
+        """Of `context` tokens that the KV cache can hold at a time, in whole pages each."""
+        page = self.plan.page_size
+        return self.tokens // (-(-self.context // page) * page)
+
+    @property
+    def tight(self) -> bool:
+        """It fits, but not with one sequence of `context` tokens."""
+        return self.reason is None and self.sequences == 0
+
+    def as_json(self) -> dict[str, Any]:
+        plan = self.plan
+        return {
+            "precision": self.precision,
+            "kv_precision": self.kv_precision,
+            "fits": self.reason is None,
+            "reason": self.reason,
+            "free_bytes": plan.free,
+            "weight_bytes": plan.weights,
+            "table_bytes": plan.tables,
+            "workspace_bytes": plan.workspace,
+            "reserve_bytes": plan.reserve,
+            "kv_cache_bytes": plan.cache,
+            "bytes_per_token": plan.token_bytes,
+            "tokens": self.tokens,
+            "tokens_by_default": self.taken,
+            "max_model_len": self.context,
+            "sequences": self.sequences,
+        }
+
+
+def fit(subject: Subject, place: Place, options: EngineConfig) -> Fit:
+    """Plan as the engine does at its start; `options` may ask for a precision, a context and a batch.
+
+    Raises:
+        EngineConfigError: the options are wrong for any model.
+    """
+    check_config(options)
+    device = Device(kind=place.kind, free=place.free, float_bytes=place.float_bytes, decodes=place.kind != "cpu")
+    weights = subject.weight_bytes(options.precision, place.float_bytes)
+    plan = plan_memory(subject.shape, options, device, weights)
+    taken, reason = 0, subject.refused.get(options.precision)
+    if reason is None:
+        try:
+            taken = size_cache(options, subject.shape, plan, place.kind).num_pages * plan.page_size
+        except EngineConfigError as error:
+            reason = _lack(plan) if plan.missing else str(error)
+    return Fit(
+        precision=options.precision,
+        kv_precision=options.kv_precision,
+        plan=plan,
+        context=options.max_model_len or context_limit(subject.shape),
+        taken=taken,
+        reason=reason,
+    )
+
+
+def _lack(plan: MemoryPlan) -> str:
+    weights, compute = plan.weights / GIB, (plan.tables + plan.workspace + plan.reserve) / GIB
+    free, missing = plan.free / GIB, plan.missing / GIB
+    return f"{missing:.2f} GiB short: {weights:.2f} GiB of weights and {compute:.2f} to compute with, {free:.2f} free"

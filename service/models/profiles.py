@@ -1,0 +1,58 @@
+"""Profiles in NIM's manner, `MODEL/DEVICE-PRECISION-tp1`: what of a model can run on what, and what `serve` would take.
+
+Only what the engine runs is listed: one device (tp1), and the precisions that make sense on it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from engine import EngineConfig
+from service.models.fit import Fit, Place, Subject, fit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """One way to run a model.
+
+    Attributes:
+        taken: `serve` takes it at this place if no precision is asked for: files are kept as they are.
+    """
+
+    id: str
+    place: Place
+    fit: Fit
+    taken: bool
+
+    def as_json(self) -> dict[str, Any]:
+        return {"profile": self.id, "device": self.place.name, "taken": self.taken, **self.fit.as_json()}
+
+
+def precisions(place: Place) -> tuple[str, ...]:
+    """Without FP8 units to multiply rounded activations, weights alone in FP8 are as small and more exact."""
+    return ("bf16", "fp8" if place.multiplies_fp8 else "fp8-weight-only", "int8", "int4")
+
+
+def profiles(subject: Subject, place: Place, options: EngineConfig) -> list[Profile]:
+    """All of one model at one place, the file's own precision first if it is none of the others.
+
+    Args:
+        options: its precision does not count.
+    """
+    stored = subject.stored if subject.stored in precisions(place) else "auto"
+    if subject.stored == "fp8":
+        stored = precisions(place)[1]
+    names = precisions(place) if stored != "auto" else ("auto", *precisions(place))
+    kv = "-kvfp8" if options.kv_precision == "fp8" else ""
+    return [
+        Profile(
+            id=f"{subject.name}/{place.slug}-{'stored' if name == 'auto' else name}{kv}-tp1",
+            place=place,
+            fit=fit(subject, place, msgspec.structs.replace(options, precision=name)),
+            taken=name == stored,
+        )
+        for name in names
+    ]

@@ -1,0 +1,109 @@
+"""Memory plans as tables for people. The numbers are those of `service.models.fit`; GiB, as GPUs are sold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from engine.memory import MemoryPlan
+from service.models.fit import Fit, Place, Subject
+from service.models.machine import GIB, Check
+from service.models.profiles import Profile
+from service.tables import table
+
+_PARTS = ("weights", "tables", "workspace", "reserve", "KV cache")
+
+
+def check_lines(checks: Iterable[Check]) -> str:
+    return "\n".join(f"{'ok' if check.ok else '!!'}  {check.name:12} {check.detail}" for check in checks)
+
+
+def memory_table(subject: Subject, place: Place, fits: Mapping[str, Sequence[Fit]], asked: str) -> str:
+    """A row per precision; the one asked for is marked.
+
+    Args:
+        fits: precision -> one Fit for each KV precision, the same ones in every row.
+        asked: the precision that `serve` would take.
+    """
+    first = next(iter(fits.values()))
+    kvs = [_kv_name(each, place) for each in first]
+    context = f"{first[0].context:,}"
+    head = ["", "precision", *_PARTS]
+    for kv in kvs:
+        head += [f"tokens, {kv} KV", f"x {context}"]
+    rows = [head]
+    for precision, row in fits.items():
+        stored = f"as stored ({subject.stored})" if subject.stored else "as stored"
+        name = stored if precision == "auto" else precision
+        rows.append(["->" if precision == asked else "", name, *_parts(row[0].plan), *_counts(row)])
+    per_token = ", ".join(f"{each.plan.token_bytes / 1024:.4g} in {kv}" for each, kv in zip(first, kvs, strict=True))
+    lines = [
+        f"{subject.name} on {place.name}: {subject.parameters:,} parameters, {place.free / GIB:.2f} GiB free",
+        f"Parts in GiB; tokens that the KV cache can hold, and sequences of {context} tokens at a time.",
+        f"A token takes KiB: {per_token}.",
+        "",
+        table(rows, left=(0, 1)),
+        *_notes(place, fits[asked][0]),
+        *_reasons(fits),
+    ]
+    return "\n".join(lines)
+
+
+def _kv_name(fit: Fit, place: Place) -> str:
+    floats = "bf16" if place.float_bytes == 2 else "fp32"
+    return "fp8" if fit.kv_precision == "fp8" else floats
+
+
+def _notes(place: Place, asked: Fit) -> list[str]:
+    notes = []
+    if place.kind == "cpu" and asked.reason is None:
+        notes.append(f"serve takes {asked.taken:,} of these tokens, enough for its batch; --kv-memory takes more.")
+    if place.multiplies_fp8 is False:
+        notes.append("fp8 rounds activations too, which gains no speed without FP8 units: take fp8-weight-only.")
+    return ["", *notes] if notes else []
+
+
+def _parts(plan: MemoryPlan) -> list[str]:
+    parts = (plan.weights, plan.tables, plan.workspace, plan.reserve, plan.cache)
+    return [f"{part / GIB:.2f}" for part in parts]
+
+
+def _counts(row: Sequence[Fit]) -> list[str]:
+    counts: list[str] = []
+    for each in row:
+        counts += ["-", "-"] if each.reason else [f"{each.tokens:,}", str(each.sequences)]
+    return counts
+
+
+def _reasons(fits: Mapping[str, Sequence[Fit]]) -> list[str]:
+    """Why what does not fit does not; a reason that all KV precisions share stands once."""
+    found = {(precision, each.reason): None for precision, row in fits.items() for each in row if each.reason}
+    names = {precision: "as stored" if precision == "auto" else precision for precision in fits}
+    return ["", *(f"{names[precision]} does not fit: {reason}" for precision, reason in found)] if found else []
+
+
+def profile_table(profiles: Sequence[Profile]) -> str:
+    """Of one or several models and places; those that `serve` takes by default are marked."""
+    rows = [["", "profile", "weights", "KV cache", "tokens", "sequences", ""]]
+    for each in profiles:
+        plan = each.fit.plan
+        counts = ["-", "-"]
+        if each.fit.reason is None:
+            counts = [f"{each.fit.tokens:,}", f"{each.fit.sequences} x {each.fit.context:,}"]
+        sizes = [f"{plan.weights / GIB:.2f}", f"{plan.cache / GIB:.2f}"]
+        rows.append(["->" if each.taken else "", each.id, *sizes, *counts, _verdict(each.fit)])
+    places = {each.place.name: each.place for each in profiles}
+    kv = _kv_name(profiles[0].fit, profiles[0].place)
+    lines = [
+        f"Weights and KV cache in GiB, tokens that the cache can hold in {kv}.",
+        "-> is what serve takes: a file is kept as it is unless --precision says otherwise.",
+    ]
+    if len(places) == 1:
+        [(name, place)] = places.items()
+        lines.insert(0, f"On {name}, {place.free / GIB:.2f} GiB free.")
+    return "\n".join([*lines, "", table(rows, left=(0, 1, 6))])
+
+
+def _verdict(fit: Fit) -> str:
+    if fit.reason:
+        return f"{fit.plan.missing / GIB:.2f} GiB short" if fit.plan.missing else fit.reason
+    return f"tight: no sequence beyond {fit.tokens:,} tokens" if fit.tight else "fits"
