@@ -80,20 +80,22 @@ def size_cache(engine: EngineConfig, model: ModelConfig, plan: MemoryPlan, devic
         pages = min(-(-tokens // plan.page_size), budget // page_bytes)
     else:
         budget, pages = plan.cache, plan.pages
-    holds = pages * plan.page_size
+    holds, needed = pages * plan.page_size, -(-(wanted or 2) // plan.page_size) * page_bytes
     _require(
         holds >= (wanted or 2),
         "max_model_len",
         wanted or "auto",
-        f"needs {_gib(-(-(wanted or 2) // plan.page_size) * page_bytes)} of KV cache ({plan.token_bytes / 1024:.4g} KiB a "
-        f"token), but {_gib(budget)} hold {holds} tokens",
+        f"needs {_gib(needed)} of KV cache ({_gib(page_bytes)} per page of {plan.page_size} tokens), but "
+        f"{_gib(budget)} hold {holds} tokens",
     )
     length = wanted or min(context_limit(model), holds)
     return CacheSize(pages, length, -(-length // plan.page_size))
 
 
 def _gib(count: int) -> str:
-    """Bytes as people read them; small caches in MiB."""
+    """Bytes as people read them."""
+    if count < 2**20:
+        return f"{count} bytes"
     return f"{count / 2**30:.2f} GiB" if count >= 2**28 else f"{count / 2**20:.1f} MiB"
 
 

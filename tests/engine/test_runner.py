@@ -222,7 +222,7 @@ def test_a_context_that_cannot_fit_is_refused_with_numbers(change: dict[str, int
 
 def test_weights_that_do_not_fit_are_refused_with_numbers() -> None:
     with pytest.raises(
-        EngineConfigError, match="precision: auto takes 0 bytes of weights and 7 to compute with, but 0 "
+        EngineConfigError, match="precision: auto takes 0 bytes of weights and 7 bytes to compute with, but 0 "
     ):
         size_cache(ENGINE, SIZES, left(0, missing=7), "cpu")
 
