@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from engine.memory import MemoryPlan
 from service.models.fit import Fit, Place, Subject
 from service.models.machine import GIB, Check
 from service.models.profiles import Profile
 from service.tables import table
 
-_PARTS = ("weights", "tables", "workspace", "reserve", "KV cache")
+_PARTS = {
+    "weights": "weights",
+    "tables": "tables",
+    "adapters": "adapters",
+    "workspace": "workspace",
+    "reserve": "reserve",
+    "KV cache": "cache",
+}
+"""Head of a column -> field of a MemoryPlan."""
 
 
 def check_lines(checks: Iterable[Check]) -> str:
@@ -27,18 +34,20 @@ def memory_table(subject: Subject, place: Place, fits: Mapping[str, Sequence[Fit
     first = next(iter(fits.values()))
     kvs = [_kv_name(each, place) for each in first]
     context = f"{first[0].context:,}"
-    head = ["", "precision", *_PARTS]
+    parts = {head: part for head, part in _PARTS.items() if any(getattr(row[0].plan, part) for row in fits.values())}
+    head = ["", "precision", *parts]
     for kv in kvs:
-        head += [f"tokens, {kv} KV", f"x {context}"]
+        head += [f"tokens, {kv}", f"x {context}"]
     rows = [head]
     for precision, row in fits.items():
         stored = f"as stored ({subject.stored})" if subject.stored else "as stored"
         name = stored if precision == "auto" else precision
-        rows.append(["->" if precision == asked else "", name, *_parts(row[0].plan), *_counts(row)])
+        sizes = [f"{getattr(row[0].plan, part) / GIB:.2f}" for part in parts.values()]
+        rows.append(["->" if precision == asked else "", name, *sizes, *_counts(row)])
     per_token = ", ".join(f"{each.plan.token_bytes / 1024:.4g} in {kv}" for each, kv in zip(first, kvs, strict=True))
     lines = [
         f"{subject.name} on {place.name}: {subject.parameters:,} parameters, {place.free / GIB:.2f} GiB free",
-        f"Parts in GiB; tokens that the KV cache can hold, and sequences of {context} tokens at a time.",
+        f"Parts in GiB; tokens that the KV cache can hold in {' and '.join(kvs)}, and sequences of {context} tokens.",
         f"A token takes KiB: {per_token}.",
         "",
         table(rows, left=(0, 1)),
@@ -60,11 +69,6 @@ def _notes(place: Place, asked: Fit) -> list[str]:
     if place.multiplies_fp8 is False:
         notes.append("fp8 rounds activations too, which gains no speed without FP8 units: take fp8-weight-only.")
     return ["", *notes] if notes else []
-
-
-def _parts(plan: MemoryPlan) -> list[str]:
-    parts = (plan.weights, plan.tables, plan.workspace, plan.reserve, plan.cache)
-    return [f"{part / GIB:.2f}" for part in parts]
 
 
 def _counts(row: Sequence[Fit]) -> list[str]:

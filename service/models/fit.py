@@ -149,6 +149,7 @@ class Fit:
             "free_bytes": plan.free,
             "weight_bytes": plan.weights,
             "table_bytes": plan.tables,
+            "adapter_bytes": plan.adapters,
             "workspace_bytes": plan.workspace,
             "reserve_bytes": plan.reserve,
             "kv_cache_bytes": plan.cache,
@@ -187,6 +188,6 @@ def fit(subject: Subject, place: Place, options: EngineConfig) -> Fit:
 
 
 def _lack(plan: MemoryPlan) -> str:
-    weights, compute = plan.weights / GIB, (plan.tables + plan.workspace + plan.reserve) / GIB
+    weights, compute = plan.weights / GIB, (plan.tables + plan.adapters + plan.workspace + plan.reserve) / GIB
     free, missing = plan.free / GIB, plan.missing / GIB
     return f"{missing:.2f} GiB short: {weights:.2f} GiB of weights and {compute:.2f} to compute with, {free:.2f} free"

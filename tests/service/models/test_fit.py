@@ -143,7 +143,7 @@ def test_what_lacks_is_told_in_gib_and_adds_up() -> None:
     found = on("l4")
     plan = found.plan
     assert (found.tokens, found.sequences, found.taken) == (0, 0, 0)
-    short = (plan.weights + plan.tables + plan.workspace + plan.reserve - plan.free) / GIB
+    short = (plan.weights + plan.tables + plan.adapters + plan.workspace + plan.reserve - plan.free) / GIB
     assert found.reason is not None
     assert found.reason.startswith(f"{short:.2f} GiB short: 22.81 GiB of weights and ")
 

