@@ -175,10 +175,11 @@ def _entry(path: Path, descriptor: int, name: str, entry: object, data: int) -> 
 
 def _check_extents(path: Path, tensors: Mapping[str, StoredTensor], data: int, size: int) -> None:
     """Tensors follow one another, without overlap or gap, from the header to the end of the file."""
-    at = data
-    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
+    for name, tensor in tensors.items():
         if tensor.end > size:
             raise CheckpointError(f"{path}: truncated: tensor {name} ends at byte {tensor.end}, the file at {size}")
+    at = data
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
         if tensor.begin != at:
             fault = "overlaps another" if tensor.begin < at else "follows a gap"
             raise CheckpointError(f"{path}: tensor {name} {fault}: it begins at byte {tensor.begin}, not {at}")

@@ -90,7 +90,10 @@ def choose_files(where: str, files: list[HubFile]) -> list[HubFile]:
     for pattern in ("model*.safetensors", "consolidated*.safetensors"):
         if any(fnmatch(file.name, pattern) for file in files):
             return [file for file in files if any(fnmatch(file.name, each) for each in (*SMALL_FILES, pattern))]
-    raise StoreError(f"{where}: has no safetensors weights; other formats are not fetched")
+    raise StoreError(
+        f"{where}: has no safetensors weights, and pickled weights and .nemo archives are not fetched; "
+        "use a repository that has the model as *.safetensors, or a .gguf file"
+    )
 
 
 def _check(where: str, path: Path, file: HubFile) -> None:

@@ -32,6 +32,7 @@ from engine.runner import Runner
 from engine.schemes import SCHEMES
 from engine.sizing import CacheSize, size_cache
 from engine.step import RowInit, RowWork, StepPlan
+from tests.fp8_models import write_fp8, write_mistral_fp8
 from tests.tiny_models import write_gguf, write_hf
 
 CPU = torch.device("cpu")
@@ -60,6 +61,7 @@ MID: dict[str, Any] = {
     "intermediate_size": 1280,
     "max_position_embeddings": 4096,
 }
+FP8 = ("autofp8-static", "compressed-dynamic", "fp8-blocks")
 
 
 def test_nemo_has_12_247_782_400_parameters() -> None:
@@ -102,9 +104,11 @@ GGUF_KINDS = ("Q8_0", "Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K")
 
 
 def write_forms(folder: Path) -> dict[str, Path]:
-    """The same model as floats and as GGUF blocks."""
+    """The same model as floats, in FP8 with scales per tensor, per row and per block, and as GGUF blocks."""
     return {
         "safetensors": write_hf(folder / "hf", **MID),
+        **{kind: write_fp8(folder / kind, kind, **MID).folder for kind in FP8},
+        "mistral-fp8": write_mistral_fp8(folder / "mistral", static=True, **MID).folder,
         **{kind: write_gguf(folder / f"{kind}.gguf", kind=kind, **MID) for kind in GGUF_KINDS},
     }
 
@@ -116,7 +120,7 @@ def forms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("with_kernels", [True, False])
 @pytest.mark.parametrize("precision", list(SCHEMES))
-@pytest.mark.parametrize("form", ["safetensors", *GGUF_KINDS])
+@pytest.mark.parametrize("form", ["safetensors", *FP8, "mistral-fp8", *GGUF_KINDS])
 def test_the_plan_is_what_loading_allocates(
     forms: dict[str, Path], form: str, precision: str, with_kernels: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

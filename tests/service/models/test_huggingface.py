@@ -181,6 +181,7 @@ def test_mistrals_own_form_is_taken_where_it_is_the_only_one() -> None:
     assert [file.name for file in chosen] == ["params.json", "consolidated.safetensors", "tekken.json"]
 
 
-def test_a_repository_without_safetensors_is_refused() -> None:
-    with pytest.raises(StoreError, match="no safetensors"):
-        choose_files("x", [HubFile("pytorch_model.bin", 1, None, None), HubFile("config.json", 1, None, None)])
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "Mistral-NeMo-12B-Instruct.nemo"])
+def test_a_repository_without_safetensors_is_refused_with_what_to_use(name: str) -> None:
+    with pytest.raises(StoreError, match=r"no safetensors.*; use a repository that has the model as \*.safetensors"):
+        choose_files("x", [HubFile(name, 1, None, None), HubFile("config.json", 1, None, None)])
