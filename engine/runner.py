@@ -45,7 +45,8 @@ class Runner:
         device, dtype, model = decoder.device, decoder.dtype, decoder.config
         self._decoder = decoder
         self._device = device
-        self._cache = KVCache.allocate(model, size.num_pages, config.page_size, dtype, device)
+        kv_dtype = torch.float8_e4m3fn if config.kv_precision == "fp8" else dtype
+        self._cache = KVCache.allocate(model, size.num_pages, config.page_size, kv_dtype, device)
         loras = config.max_loras, config.max_lora_rank
         self.adapters = LoraPool(model, *loras, dtype, device) if config.max_loras else None
         self._rows = Rows(config.max_batch_size, size.pages_per_sequence, config.page_size, device)

@@ -56,3 +56,5 @@ SCHEMES = {
     "int8": Scheme(Kept.INT8, Kept.INT8, Kept.INT8),
     "int4": Scheme(Kept.INT4, Kept.INT8, Kept.INT8),
 }
+
+KV_PRECISIONS = ("auto", "bf16", "fp8")  # of keys and values: the compute dtype, the same, e4m3

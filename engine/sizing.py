@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from engine.config import EngineConfig, ModelConfig
 from engine.errors import EngineConfigError
 from engine.memory import MemoryPlan, context_limit
-from engine.schemes import SCHEMES
+from engine.schemes import KV_PRECISIONS, SCHEMES
 
 DEFAULT_TOKENS_PER_SEQUENCE = 2048  # a chat of usual length, for each of max_batch_size sequences
 
@@ -30,6 +30,8 @@ def check_config(engine: EngineConfig) -> None:
         value = getattr(engine, field)
         _require(value is None or value >= 1, field, value, "must be at least 1")
     _require(engine.precision in SCHEMES, "precision", engine.precision, f"must be {', '.join(SCHEMES)}")
+    kv = engine.kv_precision
+    _require(kv in KV_PRECISIONS, "kv_precision", kv, f"must be {', '.join(KV_PRECISIONS)}")
     length = engine.max_model_len
     _require(length is None or length >= 2, "max_model_len", length, "must be at least 2 (a prompt and a completion)")
     _require(

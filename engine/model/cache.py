@@ -8,21 +8,30 @@ import torch
 from torch import Tensor
 
 from engine.config import ModelConfig
+from engine.ops import LayerCache
 
 
 @dataclass(frozen=True, slots=True)
 class KVCache:
-    """keys[layer], values[layer]: [num_pages, kv_heads, page_size, head_dim]. Page owners are known elsewhere."""
+    """The pages of all layers. Who owns which is known elsewhere."""
 
-    keys: list[Tensor]
-    values: list[Tensor]
+    layers: list[LayerCache]
     page_size: int
 
     @classmethod
     def allocate(
         cls, config: ModelConfig, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
     ) -> KVCache:
-        """Contents are undefined: the operators read no position before it was written."""
-        shape = (2, config.num_layers, num_pages, config.num_kv_heads, page_size, config.head_dim)
-        keys, values = torch.empty(shape, dtype=dtype, device=device)
-        return cls(list(keys), list(values), page_size)
+        """Contents are undefined: the operators read no position before it was written.
+
+        Args:
+            dtype: of the model, or float8_e4m3fn: then each vector has a scale.
+        """
+        shape = (config.num_layers, num_pages, config.num_kv_heads, page_size)
+
+        def pages(*width: int, dtype: torch.dtype) -> list[Tensor]:
+            return list(torch.empty((*shape, *width), dtype=dtype, device=device))
+
+        numbers = [pages(config.head_dim, dtype=dtype) for _ in range(2)]
+        scales = [pages(dtype=torch.float32) for _ in range(2)] if dtype == torch.float8_e4m3fn else []
+        return cls([LayerCache(*tensors) for tensors in zip(*numbers, *scales, strict=True)], page_size)

@@ -78,10 +78,10 @@ class Decoder:
         x = self.weights.embedding.rows(token_ids).to(self.dtype)
         residual = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         layers = self.weights.layers if layers is None else layers
-        for layer, keys, values in zip(layers, cache.keys, cache.values, strict=True):
+        for layer, pages in zip(layers, cache.layers, strict=True):
             x = ops.add_rms_norm(x, residual, layer.attention_norm, eps)
-            query = ops.rope_and_write(layer.qkv(x), self._rope_table, keys, values, batch)
-            x = layer.attention_output(ops.attention(query, keys, values, batch, window))
+            query = ops.rope_and_write(layer.qkv(x), self._rope_table, pages, batch)
+            x = layer.attention_output(ops.attention(query, pages, batch, window))
 
             x = ops.add_rms_norm(x, residual, layer.mlp_norm, eps)
             x = layer.down(ops.silu_mul(layer.gate_up(x)))

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.ops.interface import AttentionBatch
+from engine.ops.interface import AttentionBatch, LayerCache
 from engine.ops.native import Kernels
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
 class CpuOps:
-    """`Ops` over the compiled kernels, for contiguous float32 and bfloat16 CPU tensors.
+    """`Ops` over the compiled kernels, for contiguous float32 and bfloat16 CPU tensors; keys and values may be e4m3.
 
     The arguments are what the decoder made itself; shapes are its contract and are not checked on each call.
     """
@@ -35,18 +35,15 @@ class CpuOps:
         )
         return out
 
-    def rope_and_write(
-        self, qkv: Tensor, rope_table: Tensor, keys: Tensor, values: Tensor, batch: AttentionBatch
-    ) -> Tensor:
-        _, kv_heads, page_size, head_dim = keys.shape
+    def rope_and_write(self, qkv: Tensor, rope_table: Tensor, cache: LayerCache, batch: AttentionBatch) -> Tensor:
+        _, kv_heads, page_size, head_dim = cache.keys.shape
         tokens, width = qkv.shape
         heads = width // head_dim - 2 * kv_heads
         self._library.nemo_rope_and_write(
             DTYPES[qkv.dtype],
             qkv.data_ptr(),
             rope_table.data_ptr(),
-            keys.data_ptr(),
-            values.data_ptr(),
+            *_pointers(cache),
             batch.positions.data_ptr(),
             batch.slots.data_ptr(),
             tokens,
@@ -58,17 +55,14 @@ class CpuOps:
         )
         return qkv.view(tokens, -1, head_dim)[:, :heads]
 
-    def attention(
-        self, query: Tensor, keys: Tensor, values: Tensor, batch: AttentionBatch, window: int | None
-    ) -> Tensor:
-        _, kv_heads, page_size, head_dim = keys.shape
+    def attention(self, query: Tensor, cache: LayerCache, batch: AttentionBatch, window: int | None) -> Tensor:
+        _, kv_heads, page_size, head_dim = cache.keys.shape
         tokens, heads, _ = query.shape
         out = query.new_empty(tokens, heads * head_dim)
         self._library.nemo_attention(
             DTYPES[query.dtype],
             query.data_ptr(),
-            keys.data_ptr(),
-            values.data_ptr(),
+            *_pointers(cache),
             out.data_ptr(),
             batch.query_starts.data_ptr(),
             batch.context_lens.data_ptr(),
@@ -92,3 +86,8 @@ class CpuOps:
             DTYPES[gate_up.dtype], gate_up.data_ptr(), out.data_ptr(), tokens, width // 2, self._threads
         )
         return out
+
+
+def _pointers(cache: LayerCache) -> tuple[int | None, ...]:
+    tensors = (cache.keys, cache.values, cache.key_scales, cache.value_scales)
+    return tuple(None if tensor is None else tensor.data_ptr() for tensor in tensors)

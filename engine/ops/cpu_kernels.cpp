@@ -1,8 +1,9 @@
 // CPU kernels of engine/ops: what lies between the matrix products of a decoder, one call each.
 //
 // A step of a 30-layer model costs some 360 small torch operators; their dispatch, not their arithmetic, is what a
-// CPU step waits for. Each function here replaces several of them. Storage is float or bfloat16 (dtype 0 or 1),
-// arithmetic is float. The meaning of every function is engine/ops/interface.py; the specification is reference.py.
+// CPU step waits for. Each function here replaces several of them. Storage is float or bfloat16 (dtype 0 or 1), of keys
+// and values also e4m3 with scales; arithmetic is float. The meaning of every function is engine/ops/interface.py; the
+// specification is reference.py.
 
 #include "vec.h"
 
@@ -45,9 +46,18 @@ void silu_mul(const T* gate_up, T* out, int64_t rows, int64_t width, int threads
     });
 }
 
+// Keys and values of one layer. Codes are E4m3, a vector's numbers are its codes times its scale; floats have no scales.
+template <typename C>
+struct Pages {
+    C *keys, *values;
+    float *key_scales, *value_scales;
+};
+template <typename C>
+constexpr bool kCoded = sizeof(C) == 1;
+
 // Rotate (first, second) halves of a head by the angles in cos, sin.
-template <typename T>
-inline void rotate(const T* from, const float* cos, const float* sin, T* to, int64_t half) {
+template <typename T, typename To>
+inline void rotate(const T* from, const float* cos, const float* sin, To* to, int64_t half) {
 #pragma omp simd
     for (int64_t i = 0; i < half; i++) {
         const float a = load(from[i]), b = load(from[i + half]);
@@ -56,8 +66,22 @@ inline void rotate(const T* from, const float* cos, const float* sin, T* to, int
     }
 }
 
-template <typename T>
-void rope_and_write(T* qkv, const float* table, T* keys, T* values, const int64_t* positions, const int64_t* slots,
+// Codes of x and the scale that brings its largest number to 448; NaN where x is not all finite.
+inline void quantise(const float* x, E4m3* codes, float& scale, int64_t dim) {
+    float most = 0.0f, zero = 0.0f;  // infinity and NaN times 0 are NaN
+#pragma omp simd reduction(max : most) reduction(+ : zero)
+    for (int64_t i = 0; i < dim; i++) {
+        most = std::max(most, std::fabs(x[i]));
+        zero += x[i] * 0.0f;
+    }
+    const float step = std::max(most / 448.0f, 0x1p-126f);
+#pragma omp simd
+    for (int64_t i = 0; i < dim; i++) store(codes[i], x[i] / step);
+    scale = step + zero;
+}
+
+template <typename T, typename C>
+void rope_and_write(T* qkv, const float* table, const Pages<C>& cache, const int64_t* positions, const int64_t* slots,
                     int64_t tokens, int64_t heads, int64_t kv_heads, int64_t dim, int64_t page_size, int threads) {
     const int64_t width = (heads + 2 * kv_heads) * dim;
     parallel_for(tokens, width, threads, [&](int64_t t) {
@@ -67,10 +91,18 @@ void rope_and_write(T* qkv, const float* table, T* keys, T* values, const int64_
         const T* key = query + heads * dim;
         const T* value = key + kv_heads * dim;
         for (int64_t h = 0; h < heads; h++) rotate(query + h * dim, cos, sin, query + h * dim, dim / 2);
-        for (int64_t h = 0; h < kv_heads; h++) {
-            const int64_t at = ((slots[t] / page_size * kv_heads + h) * page_size + slots[t] % page_size) * dim;
-            rotate(key + h * dim, cos, sin, keys + at, dim / 2);
-            std::memcpy(values + at, value + h * dim, dim * sizeof(T));
+        std::vector<float> wide(kCoded<C> ? dim : 0);
+        for (int64_t h = 0; h < kv_heads; h++, key += dim, value += dim) {
+            const int64_t at = (slots[t] / page_size * kv_heads + h) * page_size + slots[t] % page_size;
+            if constexpr (kCoded<C>) {
+                rotate(key, cos, sin, wide.data(), dim / 2);
+                quantise(wide.data(), cache.keys + at * dim, cache.key_scales[at], dim);
+                widen(value, wide.data(), dim);
+                quantise(wide.data(), cache.values + at * dim, cache.value_scales[at], dim);
+            } else {
+                rotate(key, cos, sin, cache.keys + at * dim, dim / 2);
+                std::memcpy(cache.values + at * dim, value, dim * sizeof(T));
+            }
         }
     });
 }
@@ -78,14 +110,18 @@ void rope_and_write(T* qkv, const float* table, T* keys, T* values, const int64_
 // ---- attention ------------------------------------------------------------------------------------------------
 // One task is up to kRows rows (consecutive queries of a sequence x the query heads that share a kv head) against
 // all keys they may see, in tiles of kTile keys read from their pages, with the online softmax of arXiv 1805.02867.
+//
+// Every sum has one order, whatever the task: tiles begin at multiples of kTile, and what a row does not see adds exact
+// zeros to it. So the bits of a token do not depend on its batch or chunk. FP8 needs that: where a rounded code falls on
+// the other side, the last bit of a float becomes the fourth bit of a key.
 
 constexpr int kTile = 64;  // keys at a time
 constexpr int kRows = 64;  // query rows of a task
-constexpr int kManyRows = 8;  // from here on transposing a tile of keys costs less than summing every dot product
 
-template <typename T>
+template <typename T, typename C>
 struct Attention {
-    const T *query, *keys, *values;
+    const T* query;
+    Pages<C> cache;
     T* out;
     const int32_t *query_starts, *context_lens, *tables;
     int64_t query_stride, table_stride, heads, kv_heads, dim, page_size, window;  // window 0: none
@@ -101,12 +137,11 @@ struct Scratch {
           total(rows) {}
 };
 
-// out[r][0..16*NV) += sum_k a[r][k] * b[k][0..16*NV) for ROWS rows, the sums held in registers.
+// out[r][0..16*NV) += sum_k a[r][k] * b[k][0..16*NV) for ROWS rows, the sums held in registers. They start at zero: what
+// 131,072 keys have summed up would swallow the last bits of each one, but not of a tile.
 template <int ROWS, int NV>
 inline void multiply_block(const float* a, int64_t lda, const float* b, int64_t ldb, float* out, int64_t ldo, int depth) {
-    Vec sum[ROWS][NV];
-    for (int r = 0; r < ROWS; r++)
-        for (int v = 0; v < NV; v++) sum[r][v] = *(const Vec*)(out + r * ldo + v * kLanes);
+    Vec sum[ROWS][NV] = {};
     for (int k = 0; k < depth; k++) {
         Vec row[NV];
         for (int v = 0; v < NV; v++) row[v] = *(const Vec*)(b + k * ldb + v * kLanes);
@@ -114,7 +149,7 @@ inline void multiply_block(const float* a, int64_t lda, const float* b, int64_t 
             for (int v = 0; v < NV; v++) sum[r][v] += a[r * lda + k] * row[v];
     }
     for (int r = 0; r < ROWS; r++)
-        for (int v = 0; v < NV; v++) *(Vec*)(out + r * ldo + v * kLanes) = sum[r][v];
+        for (int v = 0; v < NV; v++) *(Vec*)(out + r * ldo + v * kLanes) += sum[r][v];
 }
 template <int ROWS>
 inline void multiply_rows(const float* a, int64_t lda, const float* b, int64_t ldb, float* out, int64_t ldo, int depth,
@@ -153,32 +188,40 @@ inline void fetch(const T* from, int64_t n) {
     for (int64_t i = 0; i < n; i += int64_t(64 / sizeof(T))) __builtin_prefetch(from + i);
 }
 
-// scores[rows][n] = query · keys, the keys at element offsets at[0..n). Scores beyond n are undefined.
-template <typename T>
-void score_tile(const T* keys, const int64_t* at, const int64_t* next, int n, int rows, int64_t dim, Scratch& s) {
-    if (rows >= kManyRows) {
-        for (int j = 0; j < n; j++)
-            for (int64_t d = 0; d < dim; d++) s.tile[d * kTile + j] = load(keys[at[j] + d]);
-        for (int j = 0; j < n; j++) fetch(keys + next[j], dim);
-        std::fill_n(s.scores.begin(), rows * kTile, 0.0f);
-        multiply(s.query.data(), s.dim, s.tile.data(), kTile, s.scores.data(), kTile, rows, int(dim), kTile);
-        return;
-    }
+// scores[r][0..4) = query[r] · keys[0..4) for ROWS rows: lane by lane, then over the lanes.
+template <int ROWS>
+inline void score_block(const float* query, const float* keys, int64_t dim, float* scores) {
+    Vec sum[ROWS][4] = {};
+    for (int64_t d = 0; d < dim; d += kLanes)
+        for (int r = 0; r < ROWS; r++)
+            for (int i = 0; i < 4; i++) sum[r][i] += *(const Vec*)(query + r * dim + d) * *(const Vec*)(keys + i * dim + d);
+    for (int r = 0; r < ROWS; r++) *(Vec4*)(scores + r * kTile) = sum_four(sum[r]);
+}
+
+// The numbers of the vector at a place.
+template <typename C>
+inline void read(const C* from, const float* scales, int64_t place, float* to, int64_t dim) {
+    widen(from + place * dim, to, dim, kCoded<C> ? scales[place] : 1.0f);
+}
+
+// scores[rows][n] = query · keys at the places at[0..n). Scores beyond n are undefined.
+template <typename C>
+void score_tile(const C* keys, const float* scales, const int64_t* at, const int64_t* next, int n, int rows, int64_t dim,
+                Scratch& s) {
     for (int j = 0; j < n; j += 4) {
         for (int i = 0; i < 4; i++) {
             float* key = s.tile.data() + i * s.dim;
-            fetch(keys + next[j + i], dim);
-            widen(keys + at[std::min(j + i, n - 1)], key, dim);
+            fetch(keys + next[j + i] * dim, dim);
+            read(keys, scales, at[std::min(j + i, n - 1)], key, dim);
             std::fill(key + dim, key + s.dim, 0.0f);  // not what another sequence left there
         }
-        for (int r = 0; r < rows; r++) {
-            Vec sum[4] = {};
-            for (int64_t d = 0; d < s.dim; d += kLanes) {
-                const Vec query = *(const Vec*)(s.query.data() + r * s.dim + d);
-                for (int i = 0; i < 4; i++) sum[i] += query * *(const Vec*)(s.tile.data() + i * s.dim + d);
-            }
-            *(Vec4*)(s.scores.data() + r * kTile + j) = sum_four(sum);
-        }
+        int r = 0;
+        const auto score = [&]<int ROWS>() {
+            score_block<ROWS>(s.query.data() + r * s.dim, s.tile.data(), s.dim, s.scores.data() + r * kTile + j);
+            r += ROWS;
+        };
+        while (r + 4 <= rows) score.template operator()<4>();
+        while (r < rows) score.template operator()<1>();
     }
 }
 
@@ -211,21 +254,21 @@ void soften(Scratch& s, int row, int64_t low, int64_t high) {
         for (int64_t d = 0; d < s.dim; d++) s.acc[row * s.dim + d] *= keep;
 }
 
-// Element offsets of the keys (and values) at positions first .. min(first + kTile - 1, last); returns how many.
-template <typename T>
-int locate(const Attention<T>& a, const int32_t* table, int kv_head, int64_t first, int64_t last, int64_t* at) {
+// Places in the cache, in vectors, of positions first .. min(first + kTile - 1, last); returns how many.
+template <typename T, typename C>
+int locate(const Attention<T, C>& a, const int32_t* table, int kv_head, int64_t first, int64_t last, int64_t* at) {
     const int n = int(std::clamp<int64_t>(last + 1 - first, 0, kTile));
     int64_t page = first / a.page_size, offset = first % a.page_size;
     for (int j = 0; j < n; j++) {
-        at[j] = ((table[page] * a.kv_heads + kv_head) * a.page_size + offset) * a.dim;
+        at[j] = (table[page] * a.kv_heads + kv_head) * a.page_size + offset;
         if (++offset == a.page_size) offset = 0, page++;
     }
     std::fill(at + n, at + kTile, 0);
     return n;
 }
 
-template <typename T>
-void attend(const Attention<T>& a, const Task& task, Scratch& s) {
+template <typename T, typename C>
+void attend(const Attention<T, C>& a, const Task& task, Scratch& s) {
     const int64_t group = a.heads / a.kv_heads, start = a.query_starts[task.sequence], dim = a.dim;
     const int64_t length = a.query_starts[task.sequence + 1] - start;
     const int64_t position = a.context_lens[task.sequence] - length + task.first;  // of the first query
@@ -241,19 +284,19 @@ void attend(const Attention<T>& a, const Task& task, Scratch& s) {
     std::fill_n(s.peak.begin(), rows, -INFINITY);
     std::fill_n(s.total.begin(), rows, 0.0f);
 
-    int64_t tile = a.window ? std::max<int64_t>(0, position - a.window + 1) : 0, places[2][kTile];
+    int64_t tile = a.window ? std::max<int64_t>(0, position - a.window + 1) / kTile * kTile : 0, places[2][kTile];
     int n = locate(a, table, task.kv_head, tile, last, places[0]);
     for (int turn = 0; n > 0; turn ^= 1) {
         const int64_t* at = places[turn];
         const int next = locate(a, table, task.kv_head, tile + kTile, last, places[turn ^ 1]);
-        score_tile(a.keys, at, places[turn ^ 1], n, rows, dim, s);
+        score_tile(a.cache.keys, a.cache.key_scales, at, places[turn ^ 1], n, rows, dim, s);
         for (int r = 0; r < rows; r++) {
             const int64_t mine = position + r / group - tile;
             soften(s, r, a.window ? mine - a.window + 1 : 0, std::min<int64_t>(mine, n - 1));
         }
         for (int j = 0; j < n; j++) {
-            fetch(a.values + places[turn ^ 1][j], dim);
-            widen(a.values + at[j], s.tile.data() + j * s.dim, dim);
+            fetch(a.cache.values + places[turn ^ 1][j] * dim, dim);
+            read(a.cache.values, a.cache.value_scales, at[j], s.tile.data() + j * s.dim, dim);
         }
         multiply(s.scores.data(), kTile, s.tile.data(), s.dim, s.acc.data(), s.dim, rows, n, s.dim);
         tile += kTile;
@@ -268,8 +311,8 @@ void attend(const Attention<T>& a, const Task& task, Scratch& s) {
     }
 }
 
-template <typename T>
-void attention(const Attention<T>& a, int64_t sequences, int threads) {
+template <typename T, typename C>
+void attention(const Attention<T, C>& a, int64_t sequences, int threads) {
     const int32_t queries = int32_t(std::max<int64_t>(1, kRows / (a.heads / a.kv_heads)));
     std::vector<Task> tasks;
     for (int32_t s = 0; s < sequences; s++)
@@ -283,6 +326,15 @@ void attention(const Attention<T>& a, int64_t sequences, int threads) {
 #pragma omp for schedule(dynamic)
         for (size_t i = 0; i < tasks.size(); i++) attend(a, tasks[i], scratch);
     }
+}
+
+// Run body for a compute dtype and what keys and values are stored as.
+template <typename Body>
+void with_types(int dtype, bool coded, const Body& body) {
+    if (dtype == 0)
+        coded ? body.template operator()<float, E4m3>() : body.template operator()<float, float>();
+    else
+        coded ? body.template operator()<Bf16, E4m3>() : body.template operator()<Bf16, Bf16>();
 }
 
 }  // namespace
@@ -304,30 +356,25 @@ void nemo_silu_mul(int dtype, const void* gate_up, void* out, int64_t rows, int6
         silu_mul((const Bf16*)gate_up, (Bf16*)out, rows, width, threads);
 }
 
-void nemo_rope_and_write(int dtype, void* qkv, const float* table, void* keys, void* values, const int64_t* positions,
-                         const int64_t* slots, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t dim,
-                         int64_t page_size, int threads) {
-    if (dtype == 0)
-        rope_and_write((float*)qkv, table, (float*)keys, (float*)values, positions, slots, tokens, heads, kv_heads, dim,
-                       page_size, threads);
-    else
-        rope_and_write((Bf16*)qkv, table, (Bf16*)keys, (Bf16*)values, positions, slots, tokens, heads, kv_heads, dim,
-                       page_size, threads);
+// Keys and values are of dtype and their scales null, or they are e4m3 codes.
+void nemo_rope_and_write(int dtype, void* qkv, const float* table, void* keys, void* values, float* key_scales,
+                         float* value_scales, const int64_t* positions, const int64_t* slots, int64_t tokens,
+                         int64_t heads, int64_t kv_heads, int64_t dim, int64_t page_size, int threads) {
+    with_types(dtype, key_scales != nullptr, [&]<typename T, typename C>() {
+        rope_and_write((T*)qkv, table, Pages<C>{(C*)keys, (C*)values, key_scales, value_scales}, positions, slots,
+                       tokens, heads, kv_heads, dim, page_size, threads);
+    });
 }
 
-void nemo_attention(int dtype, const void* query, const void* keys, const void* values, void* out,
-                    const int32_t* query_starts, const int32_t* context_lens, const int32_t* tables,
+void nemo_attention(int dtype, const void* query, void* keys, void* values, float* key_scales, float* value_scales,
+                    void* out, const int32_t* query_starts, const int32_t* context_lens, const int32_t* tables,
                     int64_t query_stride, int64_t table_stride, int64_t sequences, int64_t heads, int64_t kv_heads,
                     int64_t dim, int64_t page_size, int64_t window, int threads) {
-    if (dtype == 0)
-        attention(Attention<float>{(const float*)query, (const float*)keys, (const float*)values, (float*)out,
-                                   query_starts, context_lens, tables, query_stride, table_stride, heads, kv_heads, dim,
-                                   page_size, window},
+    with_types(dtype, key_scales != nullptr, [&]<typename T, typename C>() {
+        const Pages<C> cache = {(C*)keys, (C*)values, key_scales, value_scales};
+        attention(Attention<T, C>{(const T*)query, cache, (T*)out, query_starts, context_lens, tables, query_stride,
+                                  table_stride, heads, kv_heads, dim, page_size, window},
                   sequences, threads);
-    else
-        attention(Attention<Bf16>{(const Bf16*)query, (const Bf16*)keys, (const Bf16*)values, (Bf16*)out, query_starts,
-                                  context_lens, tables, query_stride, table_stride, heads, kv_heads, dim, page_size,
-                                  window},
-                  sequences, threads);
+    });
 }
 }

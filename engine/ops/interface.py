@@ -8,9 +8,14 @@ One page of one kv head is a contiguous tile [page_size, head_dim]; a sequence o
     keys, values   [num_pages, kv_heads, page_size, head_dim]          block_tables[s] = [7, 2, 9, …]
     position p of sequence s lives in page block_tables[s, p // page_size] at offset p % page_size
 
+In FP8 a vector of head_dim numbers is e4m3 codes and a scale of its own, taken as it is written: no calibration, and a
+head or token of large numbers costs no other its precision. Keys are quantised as they are read: after their rotation.
+
+    scales         [num_pages, kv_heads, page_size]                    vector ≈ codes * scale, largest code 448
+
 Invariants that every implementation keeps and the tests compare with `reference.py`:
 - a cache position at or beyond a sequence's context length is never read (it may hold anything, NaN included);
-- arithmetic is float32, storage is the dtype of the tensors;
+- arithmetic is float32, storage is the dtype of the tensors (rotated keys are not rounded to it before they are codes);
 - a row's result does not depend on which other rows are in the batch, beyond float32 rounding.
 """
 
@@ -47,6 +52,26 @@ class AttentionBatch:
     context_lens_list: list[int]
 
 
+@dataclass(frozen=True, slots=True)
+class LayerCache:
+    """Keys and values of one layer, as drawn above.
+
+    Attributes:
+        keys, values: in the compute dtype, or float8_e4m3fn.
+        key_scales, value_scales: float32, of codes; None of floats. Where a vector is not all finite, nor is its scale.
+    """
+
+    keys: Tensor
+    values: Tensor
+    key_scales: Tensor | None = None
+    value_scales: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        tensors = (self.keys, self.values, self.key_scales, self.value_scales)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
 class Ops(Protocol):
     """What a device must offer. Tensors of a call share one floating dtype unless said otherwise; x is [T, width]."""
 
@@ -58,9 +83,7 @@ class Ops(Protocol):
                 the divergence from a float32 model.
         """
 
-    def rope_and_write(
-        self, qkv: Tensor, rope_table: Tensor, keys: Tensor, values: Tensor, batch: AttentionBatch
-    ) -> Tensor:
+    def rope_and_write(self, qkv: Tensor, rope_table: Tensor, cache: LayerCache, batch: AttentionBatch) -> Tensor:
         """Rotates queries and keys (rotate-half, arXiv 2104.09864) and stores keys and values at `batch.slots`.
 
         Args:
@@ -71,9 +94,7 @@ class Ops(Protocol):
             rotated queries [T, heads, head_dim], possibly a view of qkv.
         """
 
-    def attention(
-        self, query: Tensor, keys: Tensor, values: Tensor, batch: AttentionBatch, window: int | None
-    ) -> Tensor:
+    def attention(self, query: Tensor, cache: LayerCache, batch: AttentionBatch, window: int | None) -> Tensor:
         """Causal grouped-query attention of every new token over its sequence's cache, scaled by head_dim ** -0.5.
 
         Args:

@@ -20,12 +20,6 @@ inline float half_to_float(uint16_t h) {  // IEEE 754 binary16, subnormals inclu
     const float magnitude = __builtin_bit_cast(float, rest) * __builtin_bit_cast(float, uint32_t(0x77800000));  // 2^112
     return __builtin_bit_cast(float, __builtin_bit_cast(uint32_t, magnitude) | sign);
 }
-inline float e4m3_to_float(uint8_t code) {  // the codes of NaN never get here
-    const uint32_t exponent = code >> 3 & 15, fraction = code & 7;
-    const float magnitude = exponent ? __builtin_bit_cast(float, (exponent + 120) << 23 | fraction << 20)
-                                     : float(fraction) * 0.001953125f;  // 2^-9
-    return code & 0x80 ? -magnitude : magnitude;
-}
 
 // The planes of one block of 64 outputs.
 struct Planes {
@@ -37,7 +31,7 @@ template <Codes KIND>
 inline float code_at(const Planes& from, int64_t pair, int lane) {
     if (KIND == kBF16) return load(((const Bf16*)from.codes)[pair * 2 * kBlock + lane]);
     if (KIND == kI8) return float(((const int8_t*)from.codes)[pair * 2 * kBlock + lane]);
-    if (KIND == kE4M3) return e4m3_to_float(((const uint8_t*)from.codes)[pair * 2 * kBlock + lane]);
+    if (KIND == kE4M3) return load(((const E4m3*)from.codes)[pair * 2 * kBlock + lane]);
     int code = ((const uint16_t*)from.codes)[pair / 4 * 2 * kBlock + lane] >> (pair % 4 * 4) & 15;
     if (KIND == kU5) code |= (((const uint16_t*)from.high)[pair / 16 * 2 * kBlock + lane] >> pair % 16 & 1) << 4;
     if (KIND == kU6) code |= (((const uint16_t*)from.high)[pair / 8 * 2 * kBlock + lane] >> pair % 8 * 2 & 3) << 4;
@@ -192,8 +186,15 @@ inline void add_tile(const X* x, int64_t stride, const X* tile, int n, int segme
         for (int r = 0; r < ROWS; r++)
             for (int v = 0; v < kBlockVecs; v++) {
                 Vec& total = *(Vec*)(totals + r * kBlock + v * kLanes);
-                total += SCALED ? sums[r][v] * *(const Vec*)(by.scale[s] + v * kLanes) : sums[r][v];
-                if (SCALED && has_mins) total -= group_sums[r * groups + s] * *(const Vec*)(by.min[s] + v * kLanes);
+                if (!SCALED) {
+                    total += sums[r][v];
+                    continue;
+                }
+                total = multiply_add(sums[r][v], *(const Vec*)(by.scale[s] + v * kLanes), total);
+                if (has_mins) {
+                    const Vec sum = Vec{} - group_sums[r * groups + s];
+                    total = multiply_add(sum, *(const Vec*)(by.min[s] + v * kLanes), total);
+                }
             }
     }
 }
@@ -279,15 +280,6 @@ void linear_bf16(const Weight& w, const Bf16* x, const float* row_scales, Out* o
 }
 
 // ---- activations of W8A8 ----------------------------------------------------------------------------------------
-
-// The nearest number that e4m3 has (ties to even, beyond 448: 448); NaN stays NaN.
-inline float round_to_e4m3(float x) {
-    const uint32_t bits = __builtin_bit_cast(uint32_t, x);
-    const float normal = __builtin_bit_cast(float, (bits + 0x7ffff + (bits >> 20 & 1)) & 0xfff00000);
-    const float subnormal = (x + 24576.0f) - 24576.0f;  // 1.5 * 2^23 * 2^-9: what is left is a multiple of 2^-9
-    const float y = std::fabs(x) < 0.015625f ? subnormal : normal;
-    return x != x ? x : std::min(448.0f, std::max(-448.0f, y));
-}
 
 // codes = x / scale rounded to e4m3, as numbers of x's type; the scale is given, or brings the row's largest to 448.
 template <typename T>

@@ -37,8 +37,8 @@ SIGNATURES: dict[str, list[type]] = {
     "nemo_quantise_rows": [_INT, *[_POINTER] * 3, *[_INT64] * 2, _FLOAT, _INT],
     "nemo_add_rms_norm": [_INT, *[_POINTER] * 4, *[_INT64] * 2, _FLOAT, _INT],
     "nemo_silu_mul": [_INT, *[_POINTER] * 2, *[_INT64] * 2, _INT],
-    "nemo_rope_and_write": [_INT, *[_POINTER] * 6, *[_INT64] * 5, _INT],
-    "nemo_attention": [_INT, *[_POINTER] * 7, *[_INT64] * 8, _INT],
+    "nemo_rope_and_write": [_INT, *[_POINTER] * 8, *[_INT64] * 5, _INT],
+    "nemo_attention": [_INT, *[_POINTER] * 9, *[_INT64] * 8, _INT],
 }
 
 

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from engine.ops.interface import AttentionBatch
+from engine.ops.interface import AttentionBatch, LayerCache
+
+E4M3_MAX = 448.0
 
 
 class ReferenceOps:
@@ -17,30 +19,33 @@ class ReferenceOps:
         inverse = torch.rsqrt(residual.square().mean(-1, keepdim=True) + eps)
         return (residual * inverse * weight.float()).to(x.dtype)
 
-    def rope_and_write(
-        self, qkv: Tensor, rope_table: Tensor, keys: Tensor, values: Tensor, batch: AttentionBatch
-    ) -> Tensor:
-        _, kv_heads, page_size, head_dim = keys.shape
+    def rope_and_write(self, qkv: Tensor, rope_table: Tensor, cache: LayerCache, batch: AttentionBatch) -> Tensor:
+        _, kv_heads, page_size, head_dim = cache.keys.shape
         heads = qkv.shape[1] // head_dim - 2 * kv_heads
         query, key, value = torch.split(qkv.view(len(qkv), -1, head_dim), [heads, kv_heads, kv_heads], dim=1)
         rotation = rope_table[batch.positions].unsqueeze(1)
         page, offset = batch.slots // page_size, batch.slots % page_size
-        keys[page, :, offset] = rotate(key, rotation)
-        values[page, :, offset] = value
-        return rotate(query, rotation)
+        written = ((rotate(key, rotation), cache.keys, cache.key_scales), (value, cache.values, cache.value_scales))
+        for numbers, pages, scales in written:
+            if scales is None:
+                pages[page, :, offset] = numbers.to(pages.dtype)
+            else:
+                pages[page, :, offset], scales[page, :, offset] = quantise(numbers)
+        return rotate(query, rotation).to(query.dtype)
 
-    def attention(
-        self, query: Tensor, keys: Tensor, values: Tensor, batch: AttentionBatch, window: int | None
-    ) -> Tensor:
-        _, kv_heads, page_size, head_dim = keys.shape
+    def attention(self, query: Tensor, cache: LayerCache, batch: AttentionBatch, window: int | None) -> Tensor:
+        _, kv_heads, page_size, head_dim = cache.keys.shape
         group = query.shape[1] // kv_heads
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         for s, context in enumerate(batch.context_lens_list):
             rows = slice(batch.query_starts_list[s], batch.query_starts_list[s + 1])
             pages = batch.block_tables[s, : -(-context // page_size)].long()
             key, value = (
-                cache[pages].transpose(0, 1).reshape(kv_heads, -1, head_dim)[:, :context].float()
-                for cache in (keys, values)
+                numbers.transpose(0, 1).reshape(kv_heads, -1, head_dim)[:, :context]
+                for numbers in (
+                    dequantise(cache.keys[pages], cache.key_scales, pages),
+                    dequantise(cache.values[pages], cache.value_scales, pages),
+                )
             )
             q = query[rows].float().view(-1, kv_heads, group, head_dim)
             scores = torch.einsum("qhgd,hkd->hgqk", q, key) * head_dim**-0.5
@@ -57,7 +62,20 @@ class ReferenceOps:
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + head_dim/2) of x [T, n, head_dim] by the angles of rotation [T, 1, head_dim]."""
+    """x [T, n, head_dim], its pairs (i, i + head_dim/2) rotated by the angles of rotation [T, 1, head_dim]; float32."""
     cos, sin = rotation.chunk(2, dim=-1)
     first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., head_dim] ≈ codes * scale: float8_e4m3fn, and float32 [...]. The least scale is the least normal number,
+    so that vectors of zeros are safe."""
+    x = x.float()
+    scale = (x.abs().amax(-1) / E4M3_MAX).clamp(min=torch.finfo(torch.float32).tiny)
+    return (x / scale.unsqueeze(-1)).to(torch.float8_e4m3fn), scale
+
+
+def dequantise(x: Tensor, scales: Tensor | None, pages: Tensor) -> Tensor:
+    """x, which is keys or values of some pages, in float32."""
+    return x.float() if scales is None else x.float() * scales[pages].unsqueeze(-1)

@@ -1,4 +1,4 @@
-// What every CPU kernel is made of: vectors of 16 floats, bfloat16 storage, exp, and the handing out of work to threads.
+// What every CPU kernel is made of: vectors of 16 floats, bfloat16 and e4m3 storage, exp, and the handing out of work to threads.
 //
 // Vectors are GCC vector extensions of 16 floats, which the compiler lowers to AVX-512, AVX2, NEON or scalars.
 // No -ffast-math: NaN must stay NaN, so that a broken sequence is found where it is sampled.
@@ -32,10 +32,58 @@ inline void store(Bf16& to, float x) {  // round to nearest even; NaN would roun
     to.bits = x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+// FP8 with 4 bits of exponent and 3 of fraction, no infinity. The codes of NaN are never stored: where a number is not
+// one, its scale is NaN.
+struct E4m3 {
+    uint8_t bits;
+};
+inline float load(E4m3 x) {  // sign, exponent and fraction in their places mean 2^-120 of it, subnormals included
+    const uint32_t bits = uint32_t(int32_t(int8_t(x.bits))) << 20 & 0x87f00000;
+    return __builtin_bit_cast(float, bits) * 0x1p120f;
+}
+// The nearest number that e4m3 has (ties to even, beyond 448: 448); NaN stays NaN.
+inline float round_to_e4m3(float x) {
+    const uint32_t bits = __builtin_bit_cast(uint32_t, x);
+    const float normal = __builtin_bit_cast(float, (bits + 0x7ffff + (bits >> 20 & 1)) & 0xfff00000);
+    const float subnormal = (x + 24576.0f) - 24576.0f;  // 1.5 * 2^23 * 2^-9: what is left is a multiple of 2^-9
+    const float y = std::fabs(x) < 0.015625f ? subnormal : normal;
+    return x != x ? x : std::min(448.0f, std::max(-448.0f, y));
+}
+inline void store(E4m3& to, float x) {
+    const uint32_t bits = __builtin_bit_cast(uint32_t, round_to_e4m3(x) * 0x1p-120f);
+    to.bits = uint8_t((bits >> 24 & 0x80) | (bits >> 20 & 0x7f));
+}
+
 template <typename T>
 inline void widen(const T* from, float* to, int64_t n, float scale = 1.0f) {
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) to[i] = load(from[i]) * scale;
+}
+
+#ifdef __AVX512BW__
+inline void widen(const E4m3* from, float* to, int64_t n, float scale = 1.0f) {
+    const float by = scale * 256.0f;  // in the places of a half a code means 2^-8 of it
+    int64_t i = 0;
+    for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+        const __m512i wide = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)(from + i)));
+        const __m512i half = _mm512_and_si512(_mm512_slli_epi16(wide, 7), _mm512_set1_epi16(int16_t(0xbfff)));
+        *(Vec*)(to + i) = (Vec)_mm512_cvtph_ps(_mm512_castsi512_si256(half)) * by;
+        *(Vec*)(to + i + kLanes) = (Vec)_mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1)) * by;
+    }
+    for (; i < n; i++) to[i] = load(from[i]) * scale;
+}
+#endif
+
+// a * b + c, rounded once if the CPU can, where the compiler must not choose: a row's bits would depend on its loop.
+inline Vec multiply_add(Vec a, Vec b, Vec c) {
+#ifdef __AVX512F__
+    return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FP_FAST_FMAF)
+    for (int i = 0; i < kLanes; i++) c[i] = std::fma(a[i], b[i], c[i]);
+    return c;
+#else
+    return a * b + c;
+#endif
 }
 
 // exp(x) to 2 ulp by 2^n * e^r, |r| <= ln2/2 (Cephes expf). Clamped to the normal range; NaN in, NaN out.

@@ -105,11 +105,19 @@ def decoder_of(
 
 @torch.inference_mode()
 def teacher_forced(
-    decoder: Decoder, sequences: Sequence[list[int]], chunk: int = 512, page_size: int = 16
+    decoder: Decoder,
+    sequences: Sequence[list[int]],
+    chunk: int = 512,
+    page_size: int = 16,
+    kv_dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
-    """Logits [len, vocab] after every token of each sequence, computed side by side, `chunk` tokens of each a step."""
+    """Logits [len, vocab] after every token of each sequence, computed side by side, `chunk` tokens of each a step.
+
+    Args:
+        kv_dtype: of keys and values; None = the decoder's.
+    """
     pages = [-(-len(tokens) // page_size) for tokens in sequences]
-    cache = KVCache.allocate(decoder.config, sum(pages), page_size, decoder.dtype, decoder.device)
+    cache = KVCache.allocate(decoder.config, sum(pages), page_size, kv_dtype or decoder.dtype, decoder.device)
     order = torch.randperm(sum(pages), generator=torch.Generator().manual_seed(0)).tolist()
     rows = Rows(len(sequences), max(pages), page_size, decoder.device)
     rows.append_pages([RowWork(row, 0, [], [order.pop() for _ in range(n)], False) for row, n in enumerate(pages)])

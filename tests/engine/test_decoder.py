@@ -13,7 +13,9 @@ from engine.face import Done
 from engine.model.decoder import Decoder
 from engine.model.load import load_decoder
 from engine.model.rope import inverse_frequencies, rope_table
+from engine.ops import load_kernels
 from engine.ops.reference import ReferenceOps
+from engine.schemes import SCHEMES
 from tests.engine.oracle import BASE, LLAMA3_SCALING, StateDict, decoder_of, teacher_forced, transformers_model
 
 VARIANTS = {
@@ -54,13 +56,36 @@ def test_logits_do_not_depend_on_chunks_or_pages() -> None:
             torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_compiled_kernels_and_plain_torch_agree_through_the_whole_model() -> None:
+@pytest.mark.parametrize("kv_dtype", [None, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_with_our_own_matrix_kernels_no_bit_depends_on_chunks_batch_or_pages(
+    precision: str, dtype: torch.dtype, kv_dtype: torch.dtype | None
+) -> None:
+    if load_kernels(1) is None:
+        pytest.skip("no C++ compiler")
+    config = msgspec.structs.replace(BASE, hidden_size=64, intermediate_size=96, num_heads=4, sliding_window=50)
+    source = StateDict(config, transformers_model(config).state_dict())
+    decoder = load_decoder(source, dtype, torch.device("cpu"), 128, 1, lambda *progress: None, SCHEMES[precision])
+    prompts = sequences(config.vocab_size, 90, 33, 1, 64)
+    whole = [teacher_forced(decoder, [prompt], kv_dtype=kv_dtype)[0] for prompt in prompts]
+    for chunk, page_size in [(1, 1), (7, 16), (64, 5), (90, 64)]:
+        for logits, expected in zip(teacher_forced(decoder, prompts, chunk, page_size, kv_dtype), whole, strict=True):
+            assert torch.equal(logits, expected)
+
+
+# In FP8 the last bit of a float may become the fourth bit of a key.
+@pytest.mark.parametrize(("kv_dtype", "tolerance"), [(None, 1e-5), (torch.float8_e4m3fn, 0.05)])
+def test_the_compiled_kernels_and_plain_torch_agree_through_the_whole_model(
+    kv_dtype: torch.dtype | None, tolerance: float
+) -> None:
     config = msgspec.structs.replace(BASE, sliding_window=20)
     native = decoder_of(config, transformers_model(config))
     plain = Decoder(config, native.weights, ReferenceOps(), rope_table(config, 128, torch.device("cpu")))
     prompts = sequences(config.vocab_size, 70, 3)
-    for actual, expected in zip(teacher_forced(native, prompts), teacher_forced(plain, prompts), strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    ours, plainly = (teacher_forced(decoder, prompts, kv_dtype=kv_dtype) for decoder in (native, plain))
+    for actual, expected in zip(ours, plainly, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 def test_bfloat16_stays_close_to_float32() -> None:

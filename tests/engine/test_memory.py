@@ -190,12 +190,14 @@ def test_a_step_takes_no_more_than_the_workspace_and_not_much_less(
     assert 0.8 * planned < peak <= planned
 
 
-def test_the_cache_is_the_pages_of_the_plan() -> None:
+@pytest.mark.parametrize(("kv", "dtype"), [("auto", torch.bfloat16), ("fp8", torch.float8_e4m3fn)])
+def test_the_cache_is_the_pages_of_the_plan(kv: str, dtype: torch.dtype) -> None:
     model = msgspec.structs.replace(NEMO, num_layers=2)
-    plan = plan_memory(model, OPTIONS, Device(kind="cpu", free=5 * 10**9))
-    size = size_cache(OPTIONS, model, plan, "cpu")
-    cache = KVCache.allocate(model, size.num_pages, plan.page_size, torch.bfloat16, CPU)
-    taken = sum(tensor.nbytes for tensor in (*cache.keys, *cache.values))
+    options = msgspec.structs.replace(OPTIONS, kv_precision=kv)
+    plan = plan_memory(model, options, Device(kind="cpu", free=5 * 10**9))
+    size = size_cache(options, model, plan, "cpu")
+    cache = KVCache.allocate(model, size.num_pages, plan.page_size, dtype, CPU)
+    taken = sum(layer.nbytes for layer in cache.layers)
     assert taken == size.num_pages * plan.page_size * plan.token_bytes
 
 
