@@ -8,7 +8,6 @@ only ever takes speed away; `--json` keeps all rounds (`bench.measure.Comparison
 from __future__ import annotations
 
 import os
-import platform
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -21,7 +20,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bench.measure import Bandwidth, Comparison, Job, Machine, PeerReport, agreement
+from bench.measure import Bandwidth, Comparison, Job, PeerReport, agreement, this_machine
 
 T = TypeVar("T")
 QUIET = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}  # progress bars and advice of transformers
@@ -66,7 +65,7 @@ def main(
         seed=0,
     )
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
-    machine = _machine()
+    machine = this_machine()
     bandwidth = _measure("bandwidth", job, timeout, Bandwidth)
     reports = []
     for seed in range(rounds):
@@ -119,18 +118,6 @@ def _measure(peer: str, job: Job, timeout: float, result: type[T]) -> T:
     except subprocess.TimeoutExpired:
         raise SystemExit(f"{peer} took longer than --timeout {timeout:g} seconds") from None
     return msgspec.json.decode(done.stdout, type=result)
-
-
-def _machine() -> Machine:
-    info = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in info if line.startswith("model name")]
-    return Machine(
-        cpu=names[0] if names else platform.processor(),
-        cores=len(os.sched_getaffinity(0)),
-        python=platform.python_version(),
-        system=platform.platform(),
-        load_average=os.getloadavg()[0],
-    )
 
 
 def show(result: Comparison, console: Console) -> None:

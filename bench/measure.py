@@ -9,6 +9,8 @@ meaning.
 from __future__ import annotations
 
 import math
+import os
+import platform
 import random
 from collections.abc import Sequence
 from itertools import pairwise
@@ -160,6 +162,19 @@ def percentile(values: Sequence[float], percent: float) -> float:
 def agreement(ours: Sequence[int], theirs: Sequence[int]) -> float:
     """Share of streams whose first tokens are equal."""
     return sum(a == b for a, b in zip(ours, theirs, strict=True)) / len(ours)
+
+
+def this_machine() -> Machine:
+    """The machine that runs this program."""
+    info = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in info if line.startswith("model name")]
+    return Machine(
+        cpu=names[0] if names else platform.processor(),
+        cores=len(os.sched_getaffinity(0)),
+        python=platform.python_version(),
+        system=platform.platform(),
+        load_average=os.getloadavg()[0],
+    )
 
 
 def peak_rss_bytes(pid: int | None = None) -> int:
