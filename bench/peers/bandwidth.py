@@ -15,10 +15,11 @@ SIZE = 2**29  # bytes; far beyond any cache
 REPEATS = 7
 
 
-def measure(job: Job) -> Bandwidth:
-    """Best of several copies and reads of half a gibibyte, with the job's threads on its device."""
-    torch.set_num_threads(job.threads)
-    device = job.device if job.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+def measure(threads: int, device: str = "auto") -> Bandwidth:
+    """Best of several copies and reads of half a gibibyte."""
+    torch.set_num_threads(threads)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     source = torch.ones(SIZE // 8, dtype=torch.int64, device=device)
     target = torch.empty_like(source)
     return Bandwidth(
@@ -42,7 +43,7 @@ def _seconds(work: Callable[[], object], device: str) -> float:
 def main() -> None:
     """Job as JSON on standard input, Bandwidth as JSON on standard output."""
     job = msgspec.json.decode(sys.stdin.buffer.read(), type=Job)
-    sys.stdout.buffer.write(msgspec.json.encode(measure(job)))
+    sys.stdout.buffer.write(msgspec.json.encode(measure(job.threads, job.device)))
 
 
 if __name__ == "__main__":
