@@ -31,7 +31,7 @@ from engine.wire import MAX_FRAME_BYTES, ToWorker, decode_to_worker, encode
 from engine.worker import Inbox
 from tests.tiny_models import write_hf
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+in_loop_of_remote = pytest.mark.asyncio(loop_scope="module")  # the one that the shared engine belongs to
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -79,6 +79,7 @@ async def test_loading_shows_life_and_then_facts(config: EngineConfig) -> None:
         os.kill(engine.pid, 0)
 
 
+@in_loop_of_remote
 async def test_requests_with_one_name_get_their_own_events(remote: RemoteEngine) -> None:
     requests = [request(n + 1, seed=n, logprobs=2) for n in range(8)]
     results = await asyncio.gather(*(collect(remote, each) for each in requests))
@@ -88,6 +89,7 @@ async def test_requests_with_one_name_get_their_own_events(remote: RemoteEngine)
     assert (remote.stats.running, remote.stats.kv_pages_used) == (0, 0)
 
 
+@in_loop_of_remote
 async def test_closing_the_iterator_stops_the_work_and_frees_the_pages(remote: RemoteEngine) -> None:
     before = remote.stats.generated_tokens
     streams = [remote.generate(request()) for _ in range(3)]
@@ -100,6 +102,7 @@ async def test_closing_the_iterator_stops_the_work_and_frees_the_pages(remote: R
     assert remote.stats.generated_tokens - before < 1000
 
 
+@in_loop_of_remote
 async def test_signals_for_the_service_do_not_end_the_engine(remote: RemoteEngine) -> None:
     assert os.getsid(remote.pid) == remote.pid  # Ctrl-C of a terminal does not reach it either
     for number in (signal.SIGINT, signal.SIGTERM):
