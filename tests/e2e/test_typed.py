@@ -31,8 +31,8 @@ def answer(service: rpc.GenerationServiceStub, request: pb.GenerateRequest) -> t
 
 
 def test_a_question_is_answered_by_the_real_model(typed: rpc.GenerationServiceStub) -> None:
-    text, finished = answer(typed, ask("What is the capital of France?", max_tokens=32))
-    assert "Paris" in text
+    text, finished = answer(typed, ask("What is 2+2?", max_tokens=32))
+    assert "4" in text
     assert finished.reason == pb.FINISH_REASON_STOP
     assert 0 < finished.usage.completion_tokens <= 32
 
@@ -44,9 +44,9 @@ def test_max_tokens_ends_with_length(typed: rpc.GenerationServiceStub) -> None:
 
 
 def test_a_stop_string_is_cut_off_and_named(typed: rpc.GenerationServiceStub) -> None:
-    text, finished = answer(typed, ask("What is the capital of France?", max_tokens=32, stop=["Paris"]))
-    assert "Paris" not in text
-    assert finished.stop == "Paris"
+    text, finished = answer(typed, ask("What is 2+2?", max_tokens=32, stop=["4"]))
+    assert "4" not in text
+    assert finished.stop == "4"
 
 
 def test_the_same_seed_gives_the_same_text_in_any_company(typed: rpc.GenerationServiceStub) -> None:
@@ -135,7 +135,7 @@ def test_chat_in_the_terminal_over_grpc(server: ServerProcess) -> None:
             "--temperature",
             "0",
             "--once",
-            "What is the capital of France?",
+            "What is 2+2?",
         ],
         capture_output=True,
         text=True,
@@ -143,4 +143,4 @@ def test_chat_in_the_terminal_over_grpc(server: ServerProcess) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "Paris" in done.stdout
+    assert "4" in done.stdout

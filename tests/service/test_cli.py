@@ -127,12 +127,12 @@ def test_defaults_are_those_of_the_engine(served: list[ServerConfig], tmp_path: 
 
 def test_chat_answers_a_question_from_a_pipe_with_an_engine_of_its_own(smollm2_path: Path) -> None:
     done = subprocess.run(
-        [NEMOSERVE, "chat", smollm2_path, "--temperature", "0", "--max-tokens", "12"],
-        input="What is the capital of France?",
+        [NEMOSERVE, "chat", smollm2_path, "--temperature", "0", "--max-tokens", "14"],
+        input="What is 2+2?",  # of its 14 tokens none is a near tie, which precisions would break differently
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert "Paris" in done.stdout
+    assert "4" in done.stdout
