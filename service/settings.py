@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from engine import EngineConfig
-from engine.schemes import SCHEMES
+from engine.schemes import KV_PRECISIONS, SCHEMES
 
 PREFIX, ALIAS_PREFIX = "NEMOSERVE_", "NIM_"
 OTHER_VARIABLES = ("NEMOSERVE_CACHE", "NIM_CACHE_PATH", "NEMOSERVE_TEST_DATA")  # read elsewhere
-
-KV_PRECISIONS = ("auto", "bf16", "fp8")
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
 

@@ -23,12 +23,19 @@ class Profile:
     """
 
     id: str
+    precision: str
     place: Place
     fit: Fit
     taken: bool
 
     def as_json(self) -> dict[str, Any]:
-        return {"profile": self.id, "device": self.place.name, "taken": self.taken, **self.fit.as_json()}
+        return {
+            "profile": self.id,
+            "device": self.place.name,
+            "taken": self.taken,
+            **self.fit.as_json(),
+            "precision": self.precision,
+        }
 
 
 def precisions(place: Place) -> tuple[str, ...]:
@@ -50,8 +57,9 @@ def profiles(subject: Subject, place: Place, options: EngineConfig) -> list[Prof
     return [
         Profile(
             id=f"{subject.name}/{place.slug}-{'stored' if name == 'auto' else name}{kv}-tp1",
+            precision=name,
             place=place,
-            fit=fit(subject, place, msgspec.structs.replace(options, precision=name)),
+            fit=fit(subject, place, msgspec.structs.replace(options, precision="auto" if name == stored else name)),
             taken=name == stored,
         )
         for name in names

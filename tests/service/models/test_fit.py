@@ -79,6 +79,8 @@ def tensor_bytes() -> int:
         *(("safetensors", precision, "auto") for precision in SCHEMES),
         *((name, "auto", "auto") for name in ("Q8_0", "Q4_0", "smollm2")),
         ("Q4_0", "int8", "auto"),
+        *((name, "auto", "fp8") for name in ("safetensors", "Q4_0", "smollm2")),
+        ("safetensors", "fp8", "fp8"),
     ],
 )
 def test_what_fits_is_what_an_engine_allocates(
