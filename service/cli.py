@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -41,7 +42,10 @@ def main() -> None:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what the C core would print, our own errors say better
 
 
-PLANNED = ("precision", "kv_precision", "dtype", "max_model_len", "max_batch_size", "max_batch_tokens", "kv_memory")
+PLANNED = (
+    *("precision", "kv_precision", "dtype", "max_model_len", "max_batch_size", "max_batch_tokens", "kv_memory"),
+    *("lora_dir", "max_loras", "max_lora_rank"),
+)
 """Settings that decide what fits."""
 
 
@@ -100,6 +104,8 @@ def _serve(values: dict[str, Any], sample_prompt: str | None) -> None:
         engine=engine_config(stored.path, values),
         model_name=values["served_model_name"] or stored.name,
         grpc_address=join_address(values["host"], values["grpc_port"]),
+        lora_dir=Path(values["lora_dir"]) if values["lora_dir"] else None,
+        lora_refresh=values["lora_refresh"],
         drain_timeout=values["drain_timeout"],
         progress_bar=sys.stderr.isatty() and not values["log_json"],
     )

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import enum
 
-from engine.errors import EngineConfigError, EngineDeadError, EngineError, InvalidRequestError
+from engine.errors import (
+    AdapterNotFoundError,
+    EngineConfigError,
+    EngineDeadError,
+    EngineError,
+    InvalidRequestError,
+)
 
 
 class Code(enum.StrEnum):
@@ -12,6 +18,7 @@ class Code(enum.StrEnum):
 
     INVALID_ARGUMENT = "invalid_argument"
     NOT_FOUND = "not_found"
+    FAILED_PRECONDITION = "failed_precondition"
     RESOURCE_EXHAUSTED = "resource_exhausted"
     DEADLINE_EXCEEDED = "deadline_exceeded"
     UNIMPLEMENTED = "unimplemented"
@@ -52,6 +59,8 @@ def from_engine(error: EngineError) -> ServiceError:
     """The service's view of an engine error."""
     if isinstance(error, InvalidRequestError):
         return ServiceError(Code.INVALID_ARGUMENT, str(error), field=error.field)
+    if isinstance(error, AdapterNotFoundError):
+        return ServiceError(Code.NOT_FOUND, str(error), field="adapter")
     if isinstance(error, EngineDeadError):
         return ServiceError(Code.UNAVAILABLE, "the engine is down; retry later")
     if isinstance(error, EngineConfigError):

@@ -35,6 +35,7 @@ class GenerationRequest:
         sampling: engine-level parameters, not yet validated.
         until_context: ignore sampling.max_tokens and generate until the model stops or the context is full.
         n: independent completions; they share nothing but the prompt.
+        adapter: name of a LoRA adapter; tokenizer and chat format are the model's own.
         stop: strings that end a completion; the match is cut off unless include_stop.
     """
 
@@ -46,6 +47,7 @@ class GenerationRequest:
     stop: tuple[str, ...] = ()
     include_stop: bool = False
     priority: int = 0
+    adapter: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,7 +165,13 @@ class Generator:
             room = min(info.max_model_len, info.kv_pages * info.page_size + 1) - len(prompt)
             sampling = replace(sampling, max_tokens=max(1, room))
         name = request.request_id if request.n == 1 else f"{request.request_id}#{index}"
-        return Request(request_id=name, prompt_token_ids=prompt, sampling=sampling, priority=request.priority)
+        return Request(
+            request_id=name,
+            prompt_token_ids=prompt,
+            sampling=sampling,
+            priority=request.priority,
+            adapter=request.adapter,
+        )
 
     async def _complete(
         self, index: int, request: GenerationRequest, prompt: list[int], stop: StopMatcher

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from engine import EngineInfo, EngineStats
+from engine import AdapterInfo, EngineInfo, EngineStats
 from service.generation import GenerationEvent, GenerationRequest
 from service.text.chat import Conversation
 
@@ -27,6 +27,33 @@ class Status:
     detail: str = ""
     progress: float = 0.0
     eta_seconds: float | None = None
+
+
+class Loras(Protocol):
+    """LoRA adapters of the served model, which come and go; each answers to a name of its own."""
+
+    @property
+    def loaded(self) -> Mapping[str, AdapterInfo]:
+        """By name; none before the model is ready."""
+
+    @property
+    def absent(self) -> Mapping[str, str]:
+        """Those that are known but not loaded, by name, and why."""
+
+    async def load(self, name: str) -> None:
+        """Load one that the server has, or load it again.
+
+        Raises:
+            ServiceError: INVALID_ARGUMENT, it is no name; NOT_FOUND, there is none; FAILED_PRECONDITION, it is broken
+                or does not fit the model and the limits; RESOURCE_EXHAUSTED, too many are loaded; UNAVAILABLE.
+        """
+
+    async def unload(self, name: str) -> None:
+        """New requests do not find it any more; those that were accepted end with it.
+
+        Raises:
+            ServiceError: NOT_FOUND, UNAVAILABLE.
+        """
 
 
 class Host(Protocol):
@@ -61,6 +88,10 @@ class Host(Protocol):
 
     @property
     def has_chat(self) -> bool: ...
+
+    @property
+    def loras(self) -> Loras | None:
+        """None if the server was started without."""
 
     def watch(self, interval: float) -> AsyncGenerator[Status]:
         """Yield the status now, whenever it changes, and at least every `interval` seconds; ends with the server."""

@@ -14,7 +14,7 @@ from contextlib import aclosing
 from engine import Done, Engine, EngineInfo, EngineStats
 from service.errors import Code, ServiceError, invalid
 from service.generation import GenerationEvent, GenerationRequest, Generator
-from service.host import Phase, Status
+from service.host import Loras, Phase, Status
 from service.text.chat import Conversation
 from service.text.tokenizer import TextModel
 
@@ -29,9 +29,10 @@ class ServedModel:
         in_flight: accepted requests that have not ended; `idle` is set while there are none.
     """
 
-    def __init__(self, name: str, aliases: tuple[str, ...] = ()) -> None:
+    def __init__(self, name: str, aliases: tuple[str, ...] = (), loras: Loras | None = None) -> None:
         self.model_name = name
         self.model_aliases = aliases
+        self.loras = loras
         self.started_at = time.time()
         self.in_flight = 0
         self.idle = asyncio.Event()

@@ -17,7 +17,9 @@ from typing import Any
 
 from engine import Done, Engine, EngineConfig, EngineError, LoadProgress
 from engine.remote import RemoteEngine
+from service.grpc.kserve import VIEW_NAMES
 from service.grpc.server import GrpcServer
+from service.lora import LoraFolder
 from service.progress import load_progress
 from service.served import ServedModel
 from service.text.load import load_text
@@ -36,6 +38,8 @@ class ServerConfig:
 
     Attributes:
         grpc_address: HOST:PORT, port 0 for any free one.
+        lora_dir: folder of LoRA adapters, None = none are served.
+        lora_refresh: seconds between looks into it, 0 = only at the start.
         drain_timeout: seconds that accepted requests have to end after SIGTERM.
         progress_bar: somebody watches stderr: show a bar while loading, instead of log lines.
     """
@@ -44,6 +48,8 @@ class ServerConfig:
     model_name: str
     model_aliases: tuple[str, ...] = ()
     grpc_address: str = "127.0.0.1:8001"
+    lora_dir: Path | None = None
+    lora_refresh: float = 0.0
     drain_timeout: float = 30.0
     progress_bar: bool = False
 
@@ -72,7 +78,9 @@ class Server:
         self._load_text = load_text
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
-        self.model = ServedModel(config.model_name, config.model_aliases)
+        taken = (config.model_name, *config.model_aliases, *VIEW_NAMES)
+        self._loras = None if config.lora_dir is None else LoraFolder(config.lora_dir, taken)
+        self.model = ServedModel(config.model_name, config.model_aliases, self._loras)
 
     def stop(self) -> None:
         """What SIGTERM and SIGINT do: the first call drains, the second ends the draining."""
@@ -129,6 +137,8 @@ class Server:
         reading = asyncio.create_task(asyncio.to_thread(self._load_text, path))
         try:
             engine, text = await asyncio.gather(starting, reading)
+            if self._loras is not None:
+                await self._loras.open(engine, self.model.loading)
             self.model.ready(engine, text)
         except BaseException:  # of the first to fail; minutes of loading weights are not waited for
             starting.cancel()
@@ -158,6 +168,9 @@ class Server:
     ) -> int:
         log.info("ready", extra={"address": address, "model": self.model.model_name})
         greeting = asyncio.ensure_future(_greet(on_ready, address)) if on_ready else None
+        watching = None
+        if self._loras is not None and self._config.lora_refresh:
+            watching = asyncio.create_task(self._loras.watch(self._config.lora_refresh), name="lora-refresh")
         try:
             while not self._stop.is_set():
                 if engine.failure is not None:
@@ -171,8 +184,9 @@ class Server:
                     await asyncio.wait_for(self._stop.wait(), ENGINE_CHECK_SECONDS)
             return await self._drain(engine, grpc_server)
         finally:
-            if greeting is not None and not greeting.done():
-                greeting.cancel()
+            for task in (greeting, watching):
+                if task is not None and not task.done():
+                    task.cancel()
 
     async def _drain(self, engine: Engine, grpc_server: GrpcServer) -> int:
         """Accepted requests end, or are cancelled at the limit; nothing is accepted any more."""

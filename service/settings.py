@@ -61,6 +61,13 @@ def _bytes(value: str) -> int:
     return int(match[1]) * _UNITS[match[2] or ""]
 
 
+def _folder(value: str) -> str:
+    path = Path(_text(value)).expanduser()
+    if not path.is_dir():
+        raise ValueError("must be a folder that is there")
+    return str(path.absolute())
+
+
 def _choice(*choices: str) -> Callable[[str], str]:
     def parse(value: str) -> str:
         if value not in choices:
@@ -200,6 +207,43 @@ SETTINGS = (
     ),
     Setting(name="threads", parse=_count(1, 1024), default=None, why="CPU threads of the engine; by default all cores"),
     Setting(
+        name="lora_dir",
+        parse=_folder,
+        default=None,
+        metavar="FOLDER",
+        why="LoRA adapters, a subfolder each, which is the name that clients ask for; by default there are none",
+        alias="NIM_PEFT_SOURCE",
+    ),
+    Setting(
+        name="lora_refresh",
+        parse=_seconds,
+        default=0.0,
+        metavar="SECONDS",
+        why="how often to look for adapters that were added, changed or removed; 0: only at the start",
+        alias="NIM_PEFT_REFRESH_INTERVAL",
+    ),
+    Setting(
+        name="max_loras",
+        parse=_count(1, 4096),
+        default=8,
+        why="adapters whose requests run at once; each takes memory of the device, 218 MiB beside Mistral NeMo in bf16",
+        alias="NIM_MAX_GPU_LORAS",
+    ),
+    Setting(
+        name="max_cpu_loras",
+        parse=_count(1, 65536),
+        default=64,
+        why="adapters that can be loaded; all of them stay in the host's memory",
+        alias="NIM_MAX_CPU_LORAS",
+    ),
+    Setting(
+        name="max_lora_rank",
+        parse=_count(1, 4096),
+        default=32,
+        why="highest rank of an adapter; few have more, and device memory is taken for it",
+        alias="NIM_MAX_LORA_RANK",
+    ),
+    Setting(
         name="drain_timeout",
         parse=_seconds,
         default=30.0,
@@ -289,6 +333,9 @@ def engine_config(model: Path, values: Mapping[str, Any]) -> EngineConfig:
         max_batch_tokens=values["max_batch_tokens"],
         kv_memory_bytes=values["kv_memory"],
         threads=values["threads"],
+        max_loras=values["max_loras"] if values["lora_dir"] else 0,
+        max_cpu_loras=values["max_cpu_loras"],
+        max_lora_rank=values["max_lora_rank"],
     )
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import aclosing
 
 from nemoserve.v1 import generation_pb2 as pb
 from nemoserve.v1 import generation_pb2_grpc as rpc
 
-from engine import FinishReason, SamplingParams, TokenLogprob
+from engine import AdapterInfo, FinishReason, SamplingParams, TokenLogprob
 from service.errors import Code, ServiceError, invalid
 from service.generation import Delta, Finished, GenerationEvent, GenerationRequest, Started
 from service.grpc.status import Context, abort, metadata_value
@@ -46,18 +46,17 @@ class GenerationServicer(rpc.GenerationServiceServicer):
         try:
             request_id = _request_id(request, context)
             context.set_trailing_metadata((("x-request-id", request_id),))
-            self._check_model(request.model)
-            generation = to_generation(request, request_id)
+            generation = to_generation(request, request_id, self._adapter(request.model, request.adapter))
             async with aclosing(self._host.generate(generation)) as events:
                 async for event in events:
-                    for response in self._responses(event):
+                    for response in self._responses(event, generation.adapter or self._host.model_name):
                         yield response
         except ServiceError as error:
             await abort(context, error)
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         try:
-            self._check_model(request.model)
+            self._adapter(request.model)
             if (given := request.WhichOneof("input")) is None:
                 raise invalid("input", "one of text and chat must be set")
             prompt = _conversation(request.chat) if given == "chat" else request.text
@@ -67,7 +66,7 @@ class GenerationServicer(rpc.GenerationServiceServicer):
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
         try:
-            self._check_model(request.model)
+            self._adapter(request.model)
             ids = list(request.token_ids)
             inline = len(ids) <= INLINE_TOKENS
             text = self._host.detokenize(ids) if inline else await asyncio.to_thread(self._host.detokenize, ids)
@@ -77,14 +76,13 @@ class GenerationServicer(rpc.GenerationServiceServicer):
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
         try:
-            return pb.ListModelsResponse(models=[self._model()])
+            return pb.ListModelsResponse(models=[self._model(), *(self._model(name) for name in self._loras)])
         except ServiceError as error:
             await abort(context, error)
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
         try:
-            self._check_model(request.model)
-            return pb.GetModelResponse(model=self._model())
+            return pb.GetModelResponse(model=self._model(self._adapter(request.model)))
         except ServiceError as error:
             await abort(context, error)
 
@@ -100,17 +98,32 @@ class GenerationServicer(rpc.GenerationServiceServicer):
             async for _ in changes:
                 yield pb.WatchLoadResponse(load=self._load())
 
-    def _check_model(self, name: str) -> None:
-        known = (self._host.model_name, *self._host.model_aliases)
-        if name and name not in known:
-            raise ServiceError(Code.NOT_FOUND, f"model: {name!r} is not served here; served are {', '.join(known)}")
+    @property
+    def _loras(self) -> Mapping[str, AdapterInfo]:
+        return {} if self._host.loras is None else self._host.loras.loaded
 
-    def _responses(self, event: GenerationEvent) -> Iterator[pb.GenerateResponse]:
+    def _adapter(self, model: str, adapter: str = "") -> str | None:
+        """The LoRA adapter that is meant, None for the model as it is.
+
+        Raises:
+            ServiceError: NOT_FOUND for an unknown model, INVALID_ARGUMENT for two adapters.
+        """
+        known, loras = (self._host.model_name, *self._host.model_aliases), self._loras
+        if not model or model in known:
+            return adapter or None
+        if model not in loras:
+            served = ", ".join((*known, *loras))
+            raise ServiceError(Code.NOT_FOUND, f"model: {model!r} is not served here; served are {served}")
+        if adapter not in ("", model):
+            raise invalid("adapter", f"{adapter!r} does not go with model {model!r}, which is another adapter")
+        return model
+
+    def _responses(self, event: GenerationEvent, model: str) -> Iterator[pb.GenerateResponse]:
         match event:
             case Started():
                 started = pb.Started(
                     request_id=event.request_id,
-                    model=self._host.model_name,
+                    model=model,
                     prompt_tokens=event.prompt_tokens,
                     cached_tokens=event.cached_tokens,
                     queue_seconds=event.queue_seconds,
@@ -143,11 +156,13 @@ class GenerationServicer(rpc.GenerationServiceServicer):
             ],
         )
 
-    def _model(self) -> pb.Model:
-        info = self._host.info
+    def _model(self, adapter: str | None = None) -> pb.Model:
+        info, lora = self._host.info, self._loras.get(adapter or "")
         return pb.Model(
-            name=self._host.model_name,
-            aliases=self._host.model_aliases,
+            name=lora.name if lora else self._host.model_name,
+            aliases=() if lora else self._host.model_aliases,
+            base_model=self._host.model_name if lora else "",
+            lora_rank=lora.rank if lora else 0,
             architecture=info.architecture,
             parameters=info.num_parameters,
             dtype=info.dtype,
@@ -176,15 +191,14 @@ class GenerationServicer(rpc.GenerationServiceServicer):
         )
 
 
-def to_generation(request: pb.GenerateRequest, request_id: str) -> GenerationRequest:
-    """The protocol-neutral form of a request.
+def to_generation(request: pb.GenerateRequest, request_id: str, adapter: str | None = None) -> GenerationRequest:
+    """The protocol-neutral form of a request, for the LoRA adapter that it means.
 
     Raises:
         ServiceError: UNIMPLEMENTED for a field that is not served yet, INVALID_ARGUMENT for a missing input.
     """
     unserved = {
         "response_format": request.HasField("response_format"),
-        "adapter": bool(request.adapter),
         "cache_salt": bool(request.cache_salt),
     }
     for field, wanted in unserved.items():
@@ -200,6 +214,7 @@ def to_generation(request: pb.GenerateRequest, request_id: str) -> GenerationReq
         stop=tuple(sampling.stop),
         include_stop=sampling.include_stop,
         priority=request.priority,
+        adapter=adapter,
     )
 
 

@@ -13,7 +13,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from service.grpc.generation import GenerationServicer
 from service.grpc.interceptors import Guard
-from service.grpc.kserve import KServeServicer, llm_models
+from service.grpc.kserve import KServeServicer, LoraModels, llm_models
 from service.host import Host, Phase
 
 MAX_RECEIVE_BYTES = 128 * 2**20  # far above any prompt; Triton allows 2 GiB, which one client could fill memory with
@@ -46,7 +46,8 @@ class GrpcServer:
         self._health = health.aio.HealthServicer()
         self._health_task: asyncio.Task[None] | None = None
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(host), self._server)  # type: ignore[no-untyped-call,unused-ignore]
-        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(KServeServicer(llm_models(host)), self._server)
+        kserve = KServeServicer(llm_models(host), LoraModels(host, host.loras) if host.loras else None)
+        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(kserve, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection([*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server)
 

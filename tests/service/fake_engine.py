@@ -14,7 +14,10 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 
 from engine import (
+    AdapterInfo,
+    AdapterNotFoundError,
     EngineDeadError,
+    EngineError,
     EngineInfo,
     EngineStats,
     FinishReason,
@@ -76,6 +79,8 @@ class FakeEngine:
         gate: each token waits for it, if there is one.
         fails_after: requests end with FinishReason.ERROR after so many tokens.
         requests, produced, cancelled, ended: what happened, for tests to look at.
+        lora_errors: raised when the adapter of a name is loaded.
+        lora_paths: where each loaded adapter was read from.
     """
 
     def __init__(self, output: Sequence[int] = b"abc", info: EngineInfo = INFO) -> None:
@@ -91,6 +96,8 @@ class FakeEngine:
         self.produced = 0
         self.cancelled: list[str] = []
         self.ended: list[str] = []
+        self.lora_errors: dict[str, EngineError] = {}
+        self.lora_paths: dict[str, str] = {}
         self._died = asyncio.Event()
         self._changed = asyncio.Condition()
 
@@ -111,6 +118,8 @@ class FakeEngine:
         if self.failure is not None:
             raise EngineDeadError(self.failure)
         validate_request(request, self.info)
+        if request.adapter is not None and request.adapter not in self.lora_paths:
+            raise AdapterNotFoundError(request.adapter, self.lora_paths)
         self.requests.append(request)
         await self._notify()
         ended = False
@@ -121,6 +130,22 @@ class FakeEngine:
         finally:
             (self.ended if ended else self.cancelled).append(request.request_id)
             await asyncio.shield(self._notify())
+
+    @property
+    def adapters(self) -> tuple[AdapterInfo, ...]:
+        return tuple(AdapterInfo(name=name, rank=4, nbytes=100) for name in sorted(self.lora_paths))
+
+    async def load_adapter(self, name: str, path: str) -> AdapterInfo:
+        await asyncio.sleep(0)
+        if name in self.lora_errors:
+            raise self.lora_errors[name]
+        self.lora_paths[name] = path
+        return AdapterInfo(name=name, rank=4, nbytes=100)
+
+    def unload_adapter(self, name: str) -> None:
+        if name not in self.lora_paths:
+            raise AdapterNotFoundError(name, self.lora_paths)
+        del self.lora_paths[name]
 
     async def _events(self, request: Request) -> AsyncGenerator[TokenEvent]:
         sampling, prompt = request.sampling, len(request.prompt_token_ids)

@@ -20,7 +20,7 @@ from engine import EngineError, EngineInfo, EngineStats, FinishReason, Request, 
 from engine.request import validate_request
 from service.errors import Code, ServiceError, from_engine, invalid
 from service.generation import Delta, Finished, GenerationEvent, GenerationRequest, Started, Usage
-from service.host import Phase, Status
+from service.host import Loras, Phase, Status
 from service.text.chat import Conversation
 
 PIECES = 1000
@@ -84,6 +84,7 @@ class FakeHost:
     started_at: float = 1_700_000_000.0
     stats: EngineStats = field(default_factory=EngineStats)
     has_chat: bool = True
+    loras: Loras | None = None
     answers: dict[str, Answer] = field(default_factory=dict)
     requests: list[GenerationRequest] = field(default_factory=list)
     produced: Counter[str] = field(default_factory=Counter)

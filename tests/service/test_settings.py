@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -47,6 +48,12 @@ def test_values_are_understood(name: str, text: str, value: object) -> None:
         ("dtype", "fp16", "one of auto, bf16, fp32"),
         ("log_json", "maybe", "true or false"),
         ("host", "", "not be empty"),
+        ("lora_dir", "/no/such/folder", "a folder that is there"),
+        ("lora_dir", "", "not be empty"),
+        ("lora_refresh", "-1", "between 0 and 86400"),
+        ("max_loras", "0", "between 1 and 4096"),
+        ("max_cpu_loras", "0", "between 1 and 65536"),
+        ("max_lora_rank", "0", "between 1 and 4096"),
     ],
 )
 def test_a_wrong_value_names_its_source_and_the_limit(name: str, text: str, rule: str) -> None:
@@ -82,6 +89,26 @@ def test_a_step_has_a_token_for_every_running_request(flags: dict[str, str], nam
     with pytest.raises(SettingError, match=f"{named} does not go together: max_batch_tokens .* must be at least"):
         resolve(flags, {})
     assert resolve({"max_batch_size": "8", "max_batch_tokens": "8"}, {})["max_batch_size"].value == 8
+
+
+def test_the_names_of_nim_for_adapters_are_understood(tmp_path: Path) -> None:
+    names = {
+        "NIM_PEFT_SOURCE": str(tmp_path),
+        "NIM_PEFT_REFRESH_INTERVAL": "30",
+        "NIM_MAX_GPU_LORAS": "3",
+        "NIM_MAX_CPU_LORAS": "9",
+        "NIM_MAX_LORA_RANK": "64",
+    }
+    settings = resolve({}, names)
+    understood = ("lora_dir", "lora_refresh", "max_loras", "max_cpu_loras", "max_lora_rank")
+    assert [settings[name].value for name in understood] == [str(tmp_path), 30.0, 3, 9, 64]
+    assert unknown_variables(names) == []
+
+
+def test_a_folder_is_taken_from_where_the_server_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert resolve({"lora_dir": "here"}, {})["lora_dir"].value == str(tmp_path / "here")
 
 
 def test_misspelt_variables_are_named() -> None:

@@ -96,7 +96,7 @@ class GenerateRequest(google.protobuf.message.Message):
     prompt: builtins.str
     """Raw text, no chat template. Control tokens in it are text."""
     adapter: builtins.str
-    """LoRA adapter by name."""
+    """LoRA adapter by name; the name of one in `model` means the same."""
     priority: builtins.int
     """Lower runs first; 0 is normal."""
     cache_salt: builtins.str
@@ -783,6 +783,8 @@ class Model(google.protobuf.message.Message):
     MAX_MODEL_LEN_FIELD_NUMBER: builtins.int
     VOCAB_SIZE_FIELD_NUMBER: builtins.int
     CHAT_FIELD_NUMBER: builtins.int
+    BASE_MODEL_FIELD_NUMBER: builtins.int
+    LORA_RANK_FIELD_NUMBER: builtins.int
     name: builtins.str
     architecture: builtins.str
     parameters: builtins.int
@@ -792,6 +794,10 @@ class Model(google.protobuf.message.Message):
     vocab_size: builtins.int
     chat: builtins.bool
     """True if the model brings a chat template."""
+    base_model: builtins.str
+    """Of a LoRA adapter: the model that it changes. Everything above but the name is that model's."""
+    lora_rank: builtins.int
+    """Of a LoRA adapter: the highest rank of its matrices."""
     @property
     def aliases(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]: ...
     def __init__(
@@ -805,8 +811,10 @@ class Model(google.protobuf.message.Message):
         max_model_len: builtins.int = ...,
         vocab_size: builtins.int = ...,
         chat: builtins.bool = ...,
+        base_model: builtins.str = ...,
+        lora_rank: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["aliases", b"aliases", "architecture", b"architecture", "chat", b"chat", "dtype", b"dtype", "max_model_len", b"max_model_len", "name", b"name", "parameters", b"parameters", "vocab_size", b"vocab_size"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["aliases", b"aliases", "architecture", b"architecture", "base_model", b"base_model", "chat", b"chat", "dtype", b"dtype", "lora_rank", b"lora_rank", "max_model_len", b"max_model_len", "name", b"name", "parameters", b"parameters", "vocab_size", b"vocab_size"]) -> None: ...
 
 Global___Model: typing_extensions.TypeAlias = Model
 

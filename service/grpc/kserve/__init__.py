@@ -1,19 +1,21 @@
 """KServe v2 with Triton's extensions, `inference.GRPCInferenceService`, over tritonclient's stubs.
 
 `KServeServicer` serves any `Model`; `llm_models` makes the models that show one language model under the tensor names
-of Triton's two LLM backends.
+of Triton's two LLM backends, `LoraModels` those of its LoRA adapters.
 """
 
 from service.grpc.kserve.llm import LlmModel
+from service.grpc.kserve.lora import LoraModels
 from service.grpc.kserve.servicer import KServeServicer
 from service.grpc.kserve.trtllm import TrtLlmModel
 from service.grpc.kserve.vllm import VllmModel
 from service.host import Host
 
-__all__ = ["KServeServicer", "llm_models"]
+__all__ = ["VIEW_NAMES", "KServeServicer", "LoraModels", "llm_models"]
 
 TRTLLM_NAMES = ("ensemble", "tensorrt_llm_bls")
 VLLM_NAMES = ("vllm_model",)
+VIEW_NAMES = (*TRTLLM_NAMES, *VLLM_NAMES)
 
 
 def llm_models(host: Host) -> list[LlmModel]:

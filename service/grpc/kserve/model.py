@@ -5,7 +5,7 @@ Nothing here knows protobuf or language models, so that toy models of tests run 
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -108,3 +108,20 @@ class Model(Protocol):
         Raises:
             ServiceError: ends this request and no other.
         """
+
+
+class Repository(Protocol):
+    """Models that come and go while the server runs, beside those that it always has."""
+
+    def find(self, name: str) -> Model | None: ...
+
+    def models(self) -> Sequence[Model]: ...
+
+    def absent(self) -> Mapping[str, str]:
+        """Models that are known but not loaded, by name, and why."""
+
+    async def load(self, name: str) -> None:
+        """Raises ServiceError."""
+
+    async def unload(self, name: str) -> None:
+        """Raises ServiceError."""

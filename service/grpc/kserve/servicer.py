@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
+from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from functools import wraps
@@ -28,7 +29,7 @@ from service.grpc.kserve.management import (
     model_metadata,
     trace_settings,
 )
-from service.grpc.kserve.model import READY, InferResult, Model
+from service.grpc.kserve.model import READY, UNAVAILABLE, InferResult, Model, ModelSpec, Repository
 from service.grpc.kserve.requests import parse, wants_empty_final
 from service.grpc.kserve.stream import Stream
 from service.grpc.kserve.tensors import add_output, refused
@@ -65,6 +66,7 @@ class KServeServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
     """Serves each model under its own name.
 
     Args:
+        repository: further models, which clients may load and unload. A model of the same name goes first.
         server_name: what ServerMetadata tells; some clients insist on "triton".
         logger: whose level LogSettings reads and sets; None = the logger of the whole service.
     """
@@ -72,12 +74,14 @@ class KServeServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
     def __init__(
         self,
         models: Sequence[Model],
+        repository: Repository | None = None,
         server_name: str = "nemoserve",
         server_version: str = VERSION,
         logger: logging.Logger | None = None,
     ) -> None:
-        self._models = {model.spec.name: model for model in models}
-        self._statistics = {name: Statistics() for name in self._models}
+        self._fixed = {model.spec.name: model for model in models}
+        self._repository = repository
+        self._statistics: defaultdict[str, Statistics] = defaultdict(Statistics)
         self._server = pb.ServerMetadataResponse(name=server_name, version=server_version, extensions=EXTENSIONS)
         self._logger = logger if logger is not None else logging.getLogger("service")
 
@@ -89,7 +93,7 @@ class KServeServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
 
     @unary
     def ServerReady(self, request: pb.ServerReadyRequest) -> pb.ServerReadyResponse:
-        return pb.ServerReadyResponse(ready=all(model.state[0] == READY for model in self._models.values()))
+        return pb.ServerReadyResponse(ready=all(model.state[0] == READY for model in self._fixed.values()))
 
     @unary
     def ServerMetadata(self, request: pb.ServerMetadataRequest) -> pb.ServerMetadataResponse:
@@ -97,7 +101,7 @@ class KServeServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
 
     @unary
     def TraceSetting(self, request: pb.TraceSettingRequest) -> pb.TraceSettingResponse:
-        if request.model_name and request.model_name not in self._models:
+        if request.model_name and self._named(request.model_name) is None:
             raise refused(f"Request for unknown model : {request.model_name}")
         return trace_settings(request)
 
@@ -127,14 +131,16 @@ class KServeServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
 
     @unary
     def ModelStatistics(self, request: pb.ModelStatisticsRequest) -> pb.ModelStatisticsResponse:
-        names = [request.name] if request.name else sorted(self._models)
-        if request.name not in self._models and request.name:
-            raise refused(f"requested model '{request.name}' is not available")
-        if request.name and request.version not in ("", self._models[request.name].spec.version):
-            _check_version(request.version)
-            raise refused(f"requested model version is not available for model '{request.name}'")
+        models = self._models()
+        if request.name:
+            if request.name not in models:
+                raise refused(f"requested model '{request.name}' is not available")
+            if request.version not in ("", models[request.name].spec.version):
+                _check_version(request.version)
+                raise refused(f"requested model version is not available for model '{request.name}'")
+            models = {request.name: models[request.name]}
         return pb.ModelStatisticsResponse(
-            model_stats=[self._statistics[name].message(self._models[name].spec) for name in names]
+            model_stats=[self._statistics[name].message(model.spec) for name, model in sorted(models.items())]
         )
 
     @unary
@@ -142,22 +148,51 @@ class KServeServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
         if request.repository_name:
             raise ServiceError(Code.UNIMPLEMENTED, NO_REPOSITORY)
         response = pb.RepositoryIndexResponse()
-        for name, model in sorted(self._models.items()):
-            state, reason = model.state
+        found = [(name, model.spec.version, *model.state) for name, model in self._models().items()]
+        if self._repository is not None:
+            found += [(name, "", UNAVAILABLE, reason) for name, reason in self._repository.absent().items()]
+        for name, version, state, reason in sorted(found):
             if state == READY or not request.ready:
-                response.models.add(name=name, version=model.spec.version, state=state, reason=reason)
+                response.models.add(name=name, version=version, state=state, reason=reason)
         return response
 
-    @unary
-    def RepositoryModelLoad(self, request: pb.RepositoryModelLoadRequest) -> pb.RepositoryModelLoadResponse:
-        unknown = next((key for key in request.parameters if key != "config" and not key.startswith("file:")), None)
-        if not request.repository_name and unknown is not None:
-            raise refused(f"unrecognized load parameter '{unknown}'.")
-        raise _no_repository(request.repository_name)
+    async def RepositoryModelLoad(
+        self, request: pb.RepositoryModelLoadRequest, context: Context
+    ) -> pb.RepositoryModelLoadResponse:
+        try:
+            unknown = next((key for key in request.parameters if key != "config" and not key.startswith("file:")), None)
+            if not request.repository_name and unknown is not None:
+                raise refused(f"unrecognized load parameter '{unknown}'.")
+            repository = self._changeable(request.repository_name, request.model_name)
+            if request.parameters:
+                raise refused(f"load parameter '{min(request.parameters)}' is not supported: models are loaded as is")
+            await repository.load(request.model_name)
+            return pb.RepositoryModelLoadResponse()
+        except ServiceError as error:
+            await abort(context, error)
 
-    @unary
-    def RepositoryModelUnload(self, request: pb.RepositoryModelUnloadRequest) -> pb.RepositoryModelUnloadResponse:
-        raise _no_repository(request.repository_name)
+    async def RepositoryModelUnload(
+        self, request: pb.RepositoryModelUnloadRequest, context: Context
+    ) -> pb.RepositoryModelUnloadResponse:
+        try:
+            await self._changeable(request.repository_name, request.model_name).unload(request.model_name)
+            return pb.RepositoryModelUnloadResponse()
+        except ServiceError as error:
+            await abort(context, error)
+
+    def _changeable(self, repository_name: str, model_name: str) -> Repository:
+        """The repository, if the model can be loaded and unloaded.
+
+        Raises:
+            ServiceError: in Triton's words where it would refuse too.
+        """
+        if repository_name:
+            raise ServiceError(Code.UNIMPLEMENTED, NO_REPOSITORY)
+        if self._repository is None:
+            raise ServiceError(Code.UNAVAILABLE, NO_LOADING)
+        if model_name in self._fixed:
+            raise refused(f"model '{model_name}' is there as long as the server; only LoRA adapters come and go")
+        return self._repository
 
     # -- shared memory: none -----------------------------------------------------------------------------------
 
@@ -202,16 +237,17 @@ class KServeServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
     async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> pb.ModelInferResponse:
         _echo_request_id(context)
         try:
-            async with aclosing(self._results(request, single=True)) as results:
+            model = self._find(request.model_name, request.model_version)
+            async with aclosing(self._results(model, request, single=True)) as results:
                 async for result in results:
-                    return self._response(request, result)
-            return self._response(request, InferResult(outputs={}))
+                    return _response(model.spec, request, result)
+            return _response(model.spec, request, InferResult(outputs={}))
         except ServiceError as error:
             await abort(context, error)
 
     async def ModelStreamInfer(self, request_iterator: AsyncIterator[pb.ModelInferRequest], context: Context) -> None:
         _echo_request_id(context)
-        states = [model.state for model in self._models.values()]
+        states = [model.state for model in self._fixed.values()]
         try:
             if states and all(state != READY for state, _ in states):
                 raise ServiceError(Code.UNAVAILABLE, states[0][1])
@@ -223,9 +259,10 @@ class KServeServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
     async def _responses(self, request: pb.ModelInferRequest) -> AsyncGenerator[pb.ModelInferResponse]:
         """All responses to one request of a stream, each with its final flag."""
         final = False
-        async with aclosing(self._results(request, single=False)) as results:
+        model = self._find(request.model_name, request.model_version)  # once: it may be unloaded on the way
+        async with aclosing(self._results(model, request, single=False)) as results:
             async for result in results:
-                response = self._response(request, result)
+                response = _response(model.spec, request, result)
                 final = result.final
                 response.parameters[FINAL].bool_param = final
                 yield response
@@ -234,7 +271,9 @@ class KServeServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
             response.parameters[FINAL].bool_param = True
             yield response
 
-    async def _results(self, request: pb.ModelInferRequest, *, single: bool) -> AsyncGenerator[InferResult]:
+    async def _results(
+        self, model: Model, request: pb.ModelInferRequest, *, single: bool
+    ) -> AsyncGenerator[InferResult]:
         """What the model says to one request; counts how it ended.
 
         Args:
@@ -243,7 +282,6 @@ class KServeServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
         Raises:
             ServiceError: also for faults of the model, which the client learns by an id only.
         """
-        model = self._find(request.model_name, request.model_version)
         spec = model.spec
         if single and spec.decoupled and spec.stream_input is None:
             raise ServiceError(Code.UNIMPLEMENTED, NO_STREAMING)
@@ -273,20 +311,20 @@ class KServeServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
             else:
                 statistics.failed(passed)
 
-    def _response(self, request: pb.ModelInferRequest, result: InferResult) -> pb.ModelInferResponse:
-        """The outputs that the request asks for, in the model's order."""
-        spec = self._models[request.model_name].spec
-        wanted = {output.name for output in request.outputs}
-        response = pb.ModelInferResponse(model_name=spec.name, model_version=spec.version, id=request.id)
-        for output in spec.outputs:
-            if output.name in result.outputs and (not wanted or output.name in wanted):
-                add_output(response, output, result.outputs[output.name])
-        return response
+    def _models(self) -> dict[str, Model]:
+        """All that are there now, by name."""
+        more = () if self._repository is None else self._repository.models()
+        return {model.spec.name: model for model in more} | self._fixed
+
+    def _named(self, name: str) -> Model | None:
+        if name in self._fixed or self._repository is None:
+            return self._fixed.get(name)
+        return self._repository.find(name)
 
     def _find(self, name: str, version: str) -> Model:
         """Raises ServiceError: NOT_FOUND, or INVALID_ARGUMENT for a version that is no number."""
         _check_version(version)
-        model = self._models.get(name)
+        model = self._named(name)
         if model is None:
             raise ServiceError(Code.NOT_FOUND, f"Request for unknown model: '{name}' is not found")
         if version not in ("", model.spec.version):
@@ -302,10 +340,14 @@ def _check_version(version: str) -> None:
         )
 
 
-def _no_repository(repository: str) -> ServiceError:
-    return ServiceError(
-        Code.UNIMPLEMENTED if repository else Code.UNAVAILABLE, NO_REPOSITORY if repository else NO_LOADING
-    )
+def _response(spec: ModelSpec, request: pb.ModelInferRequest, result: InferResult) -> pb.ModelInferResponse:
+    """The outputs that the request asks for, in the model's order."""
+    wanted = {output.name for output in request.outputs}
+    response = pb.ModelInferResponse(model_name=spec.name, model_version=spec.version, id=request.id)
+    for output in spec.outputs:
+        if output.name in result.outputs and (not wanted or output.name in wanted):
+            add_output(response, output, result.outputs[output.name])
+    return response
 
 
 def _check_region(kind: str, name: str) -> None:

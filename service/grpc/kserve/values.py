@@ -72,6 +72,12 @@ def boolean(field: str, value: object) -> bool:
     raise invalid(field, f"{shown(value)} must be true or false")
 
 
+def text(field: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise invalid(field, f"{shown(value)} must be a string")
+    return value
+
+
 def strings(field: str, value: object) -> tuple[str, ...]:
     """A string, or a list of strings."""
     values = [value] if isinstance(value, str) else value

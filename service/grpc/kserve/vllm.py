@@ -71,6 +71,7 @@ BESIDE: dict[str, Convert] = {
     "stop": values.strings,
     "include_stop_str_in_output": values.boolean,
     "bad_words": values.strings,
+    "lora_name": values.text,
 }
 # Accepted where they ask for nothing.
 NEUTRAL: dict[str, Any] = {
@@ -85,11 +86,17 @@ NO_PROMPT_IN_STREAM = "Error generating stream: When streaming, `exclude_input_i
 
 
 class VllmModel(LlmModel):
-    """Shapes without batch dimension; a leading 1 is accepted."""
+    """Shapes without batch dimension; a leading 1 is accepted.
 
-    def __init__(self, host: Host, name: str) -> None:
+    Args:
+        adapter: LoRA adapter that `name` stands for. Without one, a request may name it as `lora_name` among its
+            sampling parameters.
+    """
+
+    def __init__(self, host: Host, name: str, adapter: str | None = None) -> None:
         spec = ModelSpec(name=name, inputs=INPUTS, outputs=OUTPUTS, decoupled=True, stream_input="stream", lenient=True)
         super().__init__(host, spec)
+        self._adapter = adapter
 
     async def ask(self, request: InferRequest) -> Ask:
         """See `LlmModel.ask`."""
@@ -119,6 +126,7 @@ class VllmModel(LlmModel):
             stop=read.get("stop", ()),
             include_stop=read.get("include_stop_str_in_output", False),
             priority=priority(request.priority),
+            adapter=self._lora(read.get("lora_name")),
         )
         return Ask(
             generation=generation,
@@ -145,6 +153,11 @@ class VllmModel(LlmModel):
         if "return_num_output_tokens" in ask.wants:
             made["num_output_tokens"] = np.array([completion.tokens for completion in completions], np.uint32)
         return [made]
+
+    def _lora(self, name: str | None) -> str | None:
+        if self._adapter is not None and name not in (None, self._adapter):
+            raise invalid("lora_name", f"{shown(name)} does not go with {self._adapter!r}, which is another adapter")
+        return self._adapter or name or None
 
     def _logprobs(self, entries: list[TokenLogprob]) -> str:
         """JSON list with one object per token: the chosen token and the likeliest ones, by id."""

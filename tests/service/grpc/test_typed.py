@@ -219,7 +219,7 @@ def chat(**fields: Any) -> pb.Chat:
         (pb.GenerateRequest(prompt="x", model="g" * 100_000), "NOT_FOUND", ["ggg"]),
         (pb.GenerateRequest(prompt="x", request_id="a\nb"), "INVALID_ARGUMENT", ["request_id", "printable"]),
         (pb.GenerateRequest(prompt="x", request_id="x" * 257), "INVALID_ARGUMENT", ["request_id", "257", "256"]),
-        (pb.GenerateRequest(prompt="x", adapter="a"), "UNIMPLEMENTED", ["adapter"]),
+        (pb.GenerateRequest(prompt="x", adapter="a"), "NOT_FOUND", ["adapter: 'a' is not loaded; loaded are none"]),
         (pb.GenerateRequest(prompt="x", cache_salt="s"), "UNIMPLEMENTED", ["cache_salt"]),
         (
             pb.GenerateRequest(prompt="x", response_format=pb.ResponseFormat(json=True)),
