@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -157,10 +158,27 @@ def params_json(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def write_gguf(path: Path, *, kind: str = "F32", seed: int = 0, **changes: Any) -> Path:
+def quantise_gguf(values: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
+    """float32 rows -> rows of blocks; any blocks of K-quants, to which the gguf package cannot quantise."""
+    if not kind.name.endswith("_K"):
+        return np.asarray(gguf.quants.quantize(values, kind))
+    generator = np.random.default_rng(values.view(np.uint32).ravel()[:4].tolist())
+    return random_blocks(kind.name, values.size // 256, generator).reshape(len(values), -1)
+
+
+def write_gguf(
+    path: Path,
+    *,
+    kind: str = "F32",
+    seed: int = 0,
+    weights: dict[str, Tensor] | None = None,
+    quantise: Callable[[np.ndarray, gguf.GGMLQuantizationType], np.ndarray] = quantise_gguf,
+    **changes: Any,
+) -> Path:
     """A GGUF file whose matrices have the types of a file of this `kind`; norms and biases stay F32. Returns the file.
 
-    Of K-quants the scales are random too, not those of `random_weights`: the gguf package cannot quantise to them.
+    Args:
+        weights: by their Hugging Face names; None = random ones.
     """
     config = config_json(**changes)
     qwen = config["architectures"] == ["Qwen2ForCausalLM"]
@@ -178,15 +196,10 @@ def write_gguf(path: Path, *, kind: str = "F32", seed: int = 0, **changes: Any) 
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_bos_token_id(config["bos_token_id"])
     writer.add_eos_token_id(config["eos_token_id"])
-    for name, weight in random_weights(config, seed).items():
+    for name, weight in (weights or random_weights(config, seed)).items():
         values = (weight if qwen else _interleaved(name, weight, config)).numpy()
         wanted = gguf.GGMLQuantizationType[publishers_type(kind, name, weight, config) if weight.ndim == 2 else "F32"]
-        if wanted.name.endswith("_K"):
-            blocks = random_blocks(wanted.name, weight.numel() // 256, np.random.default_rng([seed, weight.numel()]))
-            data = blocks.reshape(len(weight), -1)
-        else:
-            data = gguf.quants.quantize(values, wanted)
-        writer.add_tensor(gguf_name(name), data, raw_dtype=wanted)
+        writer.add_tensor(gguf_name(name), quantise(values, wanted), raw_dtype=wanted)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
