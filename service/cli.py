@@ -27,6 +27,7 @@ from service.settings import (
     resolve,
     unknown_variables,
 )
+from service.tables import table
 from service.version import VERSION
 
 if TYPE_CHECKING:
@@ -201,7 +202,7 @@ def _line_reader() -> Callable[[], str]:
     return lambda: input("> ")
 
 
-@main.command()
+@main.command(short_help="Fetch MODEL into the model store.")
 @click.argument("model", default=DEFAULT_MODEL)
 @click.option("--json", "as_json", is_flag=True, help="print JSON")
 def pull(model: str, as_json: bool) -> None:
@@ -237,11 +238,11 @@ def models(as_json: bool) -> None:
         click.echo(f"{entry.name:28} {entry.parameters / 1e9:6.2f} B  {entry.licence:26} {here}")
 
 
-@main.command()
+@main.command(short_help="What of MODEL fits on this machine or another, and what else troubles it.")
 @click.argument("model", required=False)
 @click.option("--gpu", metavar="NAME", help="plan for this GPU (h100, a100-40gb, l40s, …) instead of this machine")
 @click.option("--memory", type=click.FloatRange(0.1), metavar="GIB", help="plan for a GPU with so much memory")
-@_options("host", "grpc_port", "device", *PLANNED)
+@_options("profile", "host", "grpc_port", "device", *PLANNED)
 @click.option("--json", "as_json", is_flag=True, help="print JSON")
 def doctor(gpu: str | None, memory: float | None, as_json: bool, **flags: str | None) -> None:
     """Look at this machine and tell what of MODEL fits, precision by precision.
@@ -258,7 +259,7 @@ def doctor(gpu: str | None, memory: float | None, as_json: bool, **flags: str | 
             _fail(found.failure, EXIT_FAILED)
 
 
-@main.command()
+@main.command(short_help="Profiles of MODEL: what fits where, and what serve takes.")
 @click.argument("model", required=False)
 @click.option("--gpu", metavar="NAME", help="only this GPU, or all that are known; does not look at this machine")
 @_options("device", *(name for name in PLANNED if name != "precision"))
@@ -266,7 +267,7 @@ def doctor(gpu: str | None, memory: float | None, as_json: bool, **flags: str | 
 def profiles(model: str | None, gpu: str | None, as_json: bool, **flags: str | None) -> None:
     """Profiles of MODEL, or of every model that has a name: what fits here, and which one `serve` takes.
 
-    An id reads MODEL/DEVICE-PRECISION-tp1; run one with `nemoserve serve MODEL --precision PRECISION`.
+    An id reads MODEL/DEVICE-PRECISION-tp1; run one with `nemoserve serve --profile ID`.
     """
     from service.doctor import list_profiles, places_of
     from service.report import profile_table
@@ -292,12 +293,12 @@ def _pull(model: str) -> StoredModel:
 
 def _print_settings(settings: dict[str, Resolved], as_json: bool) -> None:
     if as_json:
-        rows = {name: {"value": each.value, "source": each.source} for name, each in settings.items()}
-        click.echo(json.dumps(rows, indent=2))
+        found = {name: {"value": each.value, "source": each.source} for name, each in settings.items()}
+        click.echo(json.dumps(found, indent=2))
         return
-    for name, each in settings.items():
-        shown = "auto" if each.value is None else each.value
-        click.echo(f"{name:18} {shown!s:28} {each.source}")
+    rows = [["setting", "value", "from"]]
+    rows += [[name, "auto" if each.value is None else str(each.value), each.source] for name, each in settings.items()]
+    click.echo(table(rows, left=(0, 1, 2)))
 
 
 @contextmanager

@@ -75,8 +75,8 @@ class LoadLog:
 
     def __call__(self, phase: str, done: Done) -> None:
         now = self._clock()
-        if done.read == 0:
-            self._began = now  # before it libraries were loaded, which says nothing of the disk
+        if done.read == 0:  # libraries are loaded first, which says nothing of the disk
+            self._began = self._last = now
         complete = 0 < done.total == done.read
         if not self._complete and done.total and (complete or now - self._last >= self._every):
             self._last, self._complete = now, complete

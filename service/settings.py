@@ -1,6 +1,6 @@
 """Every setting of `nemoserve serve`, once: name, type, default and its reason; flags and help are made of it.
 
-Precedence: flag > NEMOSERVE_* > NIM_* alias > default. Each resolved value remembers where it came from.
+Precedence: flag > NEMOSERVE_* > NIM_* alias > profile > default. Each resolved value remembers where it came from.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 from engine import EngineConfig
 from engine.schemes import KV_PRECISIONS, SCHEMES
+from service.models.profiles import settings_of
 
 PREFIX, ALIAS_PREFIX = "NEMOSERVE_", "NIM_"
 OTHER_VARIABLES = ("NEMOSERVE_CACHE", "NIM_CACHE_PATH", "NEMOSERVE_TEST_DATA")  # read elsewhere
@@ -77,6 +78,11 @@ def _choice(*choices: str) -> Callable[[str], str]:
     return parse
 
 
+def _profile(value: str) -> str:
+    settings_of(value)
+    return value
+
+
 def _flag(value: str) -> bool:
     words = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
     if value.lower() not in words:
@@ -128,6 +134,14 @@ SETTINGS = (
         metavar="NAME",
         why="what clients call the model; by default the catalogue's or the file's name",
         alias="NIM_SERVED_MODEL_NAME",
+    ),
+    Setting(
+        name="profile",
+        parse=_profile,
+        default=None,
+        metavar="ID",
+        why="an id of `nemoserve profiles`; decides model, device and precisions where nothing else does",
+        alias="NIM_MODEL_PROFILE",
     ),
     Setting(
         name="host",
@@ -270,7 +284,7 @@ SETTINGS = (
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """A value and where it came from: a flag, a variable or "default"."""
+    """A value and where it came from: a flag, a variable, "profile ID" or "default"."""
 
     value: Any
     source: str
@@ -285,7 +299,10 @@ def resolve(flags: Mapping[str, str | None], environ: Mapping[str, str]) -> dict
     Raises:
         SettingError: a value is wrong, or two do not go together.
     """
-    settings = {setting.name: _resolve(setting, flags, environ) for setting in SETTINGS}
+    [profile] = (_resolve(setting, flags, environ, {}) for setting in SETTINGS if setting.name == "profile")
+    named = {} if profile.value is None else settings_of(profile.value)
+    by_profile = {name: (f"profile {profile.value}", text) for name, text in named.items()}
+    settings = {setting.name: _resolve(setting, flags, environ, by_profile) for setting in SETTINGS}
     _check_address(settings["host"], settings["allow_anonymous"])
     _check_precisions(settings["dtype"], settings["precision"], settings["kv_precision"])
     _check_batch(settings["max_batch_size"], settings["max_batch_tokens"])
@@ -351,11 +368,18 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"  # other names may come to mean anything
 
 
-def _resolve(setting: Setting, flags: Mapping[str, str | None], environ: Mapping[str, str]) -> Resolved:
+def _resolve(
+    setting: Setting,
+    flags: Mapping[str, str | None],
+    environ: Mapping[str, str],
+    by_profile: Mapping[str, tuple[str, str]],
+) -> Resolved:
+    """`by_profile`: name -> its source and text."""
     sources = (
         (setting.flag, flags.get(setting.name)),
         (setting.variable, environ.get(setting.variable)),
         (setting.alias or "", environ.get(setting.alias or "")),
+        by_profile.get(setting.name, ("", None)),
     )
     for source, text in sources:
         if text is not None:

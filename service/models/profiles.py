@@ -5,6 +5,7 @@ Only what the engine runs is listed: one device (tp1), and the precisions that m
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,12 @@ import msgspec
 
 from engine import EngineConfig
 from service.models.fit import Fit, Place, Subject, fit
+from service.models.gpus import KNOWN_GPUS
+
+_ID = re.compile(
+    r"(?P<model>[^/\s]+)/(?P<device>[a-z0-9][a-z0-9-]*?)-"
+    r"(?P<precision>stored|bf16|fp8|fp8-weight-only|int8|int4)(?P<kv>-kvfp8)?-tp1"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +43,23 @@ class Profile:
             **self.fit.as_json(),
             "precision": self.precision,
         }
+
+
+def settings_of(profile: str) -> dict[str, str]:
+    """What a profile's id says of the settings of `serve`, by their names.
+
+    Raises:
+        ValueError: it is no such id.
+    """
+    match = _ID.fullmatch(profile)
+    if match is None or match["device"] not in ("cpu", "gpu", *(gpu.slug for gpu in KNOWN_GPUS)):
+        raise ValueError("must be MODEL/DEVICE-PRECISION-tp1, as `nemoserve profiles MODEL --gpu all` lists them")
+    return {
+        "model": match["model"],
+        "device": "cpu" if match["device"] == "cpu" else "cuda",
+        "precision": "auto" if match["precision"] == "stored" else match["precision"],
+        "kv_precision": "fp8" if match["kv"] else "auto",
+    }
 
 
 def precisions(place: Place) -> tuple[str, ...]:

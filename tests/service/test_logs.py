@@ -89,7 +89,7 @@ def test_a_load_without_a_terminal_is_a_line_now_and_then_and_one_at_the_end(
     written = [(each.getMessage(), fields(each)) for each in caplog.records]
     assert [event for event, _ in written] == ["loading", "loading", "loading", "weights read"]
     first, last = written[0][1], written[-1][1]
-    assert first == {"gb": "1.00", "of_gb": "8.00", "mb_per_s": 500, "seconds": 2.0, "seconds_left": 14}
+    assert first == {"gb": "2.50", "of_gb": "8.00", "mb_per_s": 500, "seconds": 5.0, "seconds_left": 11}
     assert last == {"gb": "8.00", "of_gb": "8.00", "mb_per_s": 500, "seconds": 16.0}
 
 

@@ -68,6 +68,35 @@ def test_an_address_beyond_loopback_must_be_asked_for_twice() -> None:
     assert resolve({"host": "0.0.0.0", "allow_anonymous": "true"}, {})["host"].value == "0.0.0.0"
 
 
+def test_a_profile_decides_what_nothing_else_does() -> None:
+    profile = "mistral-nemo-12b-instruct/a100-80gb-fp8-weight-only-kvfp8-tp1"
+    source = f"profile {profile}"
+    found = resolve({"device": "cpu"}, {"NIM_MODEL_PROFILE": profile, "NEMOSERVE_KV_PRECISION": "auto"})
+    assert found["profile"] == Resolved(profile, "NIM_MODEL_PROFILE")
+    assert found["model"] == Resolved("mistral-nemo-12b-instruct", source)
+    assert found["precision"] == Resolved("fp8-weight-only", source)
+    assert found["device"] == Resolved("cpu", "--device")
+    assert found["kv_precision"] == Resolved("auto", "NEMOSERVE_KV_PRECISION")
+    assert found["dtype"] == Resolved("auto", "default")
+
+
+@pytest.mark.parametrize(
+    "profile",
+    [
+        "h100-fp8-tp1",
+        "m/h100-fp8-tp2",
+        "m/h100-fp4-tp1",
+        "m/mi300x-fp8-tp1",
+        "m/h100-tp1",
+        "a/b/h100-fp8-tp1",
+        "m/h100-fp8-tp1\n",
+    ],
+)
+def test_what_is_no_profile_is_refused(profile: str) -> None:
+    with pytest.raises(SettingError, match=r"--profile: .* must be MODEL/DEVICE-PRECISION-tp1"):
+        resolve({"profile": profile}, {})
+
+
 @pytest.mark.parametrize("name", ["precision", "kv_precision"])
 def test_what_is_kept_in_bf16_is_not_computed_in_fp32(name: str) -> None:
     variable = f"NEMOSERVE_{name.upper()}"

@@ -10,6 +10,7 @@ import torch
 from engine.checkpoint import open_checkpoint
 from engine.checkpoint.layout import expected_tensors
 from engine.gguf_header import read_header
+from tests.fp8_models import DIALECTS, write_fp8
 from tests.tiny_models import write_consolidated, write_gguf, write_hf
 
 
@@ -32,6 +33,12 @@ def test_of_safetensors_they_are_all_but_the_headers(tmp_path: Path, dtype: torc
 def test_of_a_consolidated_file_too(tmp_path: Path) -> None:
     folder = write_consolidated(tmp_path)
     assert stored(folder) == data_bytes(folder / "consolidated.safetensors")
+
+
+@pytest.mark.parametrize("kind", DIALECTS)
+def test_of_fp8_they_are_all_but_headers_and_scales(tmp_path: Path, kind: str) -> None:
+    folder = write_fp8(tmp_path, kind, hidden_size=256, intermediate_size=512).folder
+    assert 0.96 < stored(folder) / data_bytes(folder / "model.safetensors") < 1
 
 
 @pytest.mark.parametrize("kind", ["F32", "Q8_0", "Q4_0"])

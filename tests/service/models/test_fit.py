@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from service.models import catalog
 from service.models.fit import GIB, Fit, Place, Subject, fit
 from service.models.gpus import KNOWN_GPUS, find_gpu, recognise
 from service.models.machine import look
-from service.models.profiles import profiles
+from service.models.profiles import profiles, settings_of
 from tests.tiny_models import write_gguf, write_hf
 
 OPTIONS = EngineConfig(model_path="-")
@@ -233,6 +234,22 @@ def test_every_known_gpu_has_the_precisions_that_make_sense_on_it() -> None:
         fp8 = "fp8" if gpu.capability >= (8, 9) else "fp8-weight-only"
         names = [f"mistral-nemo-12b-instruct/{gpu.slug}-{name}-tp1" for name in ("bf16", fp8, "int8", "int4")]
         assert [each.id for each in found] == names
+
+
+def test_every_id_that_is_listed_can_be_served(seen: Mapping[str, Weights]) -> None:
+    subjects = [Subject.of_file("mine", seen["Q4_0"]), *map(Subject.of_entry, catalog.CATALOG.values())]
+    places = [
+        Place.of_size(80),
+        Place(slug="cpu", name="a CPU", kind="cpu", free=2**34),
+        *map(Place.of_gpu, KNOWN_GPUS),
+    ]
+    for options in (OPTIONS, msgspec.structs.replace(OPTIONS, kv_precision="fp8")):
+        for subject, place in itertools.product(subjects, places):
+            for each in profiles(subject, place, options):
+                told = settings_of(each.id)
+                assert (told["model"], told["precision"]) == (subject.name, each.precision)
+                assert told["device"] == place.kind
+                assert told["kv_precision"] == options.kv_precision
 
 
 @pytest.mark.parametrize(
