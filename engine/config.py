@@ -70,7 +70,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What the owner of an engine chooses. Every default has its reason beside it.
 
     Attributes:
-        model_path: a `.gguf` file, a `.safetensors` file, or a directory with config.json and safetensors.
+        model_path: a `.gguf` or `.safetensors` file, or a directory with config.json or params.json and safetensors.
         dtype: "auto", "bfloat16" or "float32"; compute and KV-cache dtype.
         device: "auto", "cpu" or "cuda".
         precision: how weight matrices are kept: "auto" (as the file stores them), "bf16" (the compute dtype), "fp8"

@@ -84,8 +84,12 @@ def _group(per: str, blocks: list[int] | None = None, **inputs: Any) -> dict[str
         "global_compression_ratio": 1.5,
         "ignore": ["lm_head"],
         "kv_cache_scheme": None,
+        "sparsity_config": {},
+        "transform_config": {},
+        "version": "0.20.0",
         "config_groups": {
             "group_0": {
+                "format": "float-quantized",
                 "targets": ["Linear"],
                 "weights": {**float8, "strategy": per, "block_structure": blocks, "dynamic": False},
                 "input_activations": {**float8, **inputs} if inputs else None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,19 +9,14 @@ from typing import Protocol
 
 from torch import Tensor
 
-from engine.checkpoint import hf, mistral
 from engine.checkpoint.gguf import GGUFCheckpoint
+from engine.checkpoint.hf import open_hf
+from engine.checkpoint.mistral import open_mistral
 from engine.config import ModelConfig
-from engine.errors import CheckpointError, UnsupportedModelError
+from engine.model_files import ModelForm, form_of
 from engine.quant.matrix import Matrix
 
 __all__ = ["Checkpoint", "open_checkpoint"]
-
-_USE_INSTEAD = (
-    "use the model's *.safetensors with config.json (Hugging Face), its consolidated.safetensors with params.json "
-    "(Mistral), or a .gguf file"
-)
-_PICKLED = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
 
 
 class Checkpoint(Protocol):
@@ -73,45 +67,10 @@ def open_checkpoint(path: str | Path) -> Iterator[Checkpoint]:
 
 
 def _open(path: Path) -> Checkpoint:
-    if path.is_dir():
-        return _open_folder(path)
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such file or folder")
-    if path.suffix == ".gguf":
-        return GGUFCheckpoint(path)
-    if path.suffix == ".safetensors":
-        return mistral.open_mistral(path.parent) if path.name == mistral.WEIGHTS else hf.open_hf(path.parent, path)
-    _refuse(path, {path.name})
-    raise CheckpointError(f"{path}: a model is a .gguf file, a .safetensors file or a folder")
-
-
-def _open_folder(folder: Path) -> Checkpoint:
-    try:
-        names = set(os.listdir(folder))
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be read: {error.strerror}") from None
-    if "config.json" in names and names & {hf.INDEX, hf.SINGLE}:
-        return hf.open_hf(folder)
-    if mistral.PARAMS in names and names & {mistral.INDEX, mistral.WEIGHTS}:
-        return mistral.open_mistral(folder)
-    _refuse(folder, names)
-    if "config.json" in names:
-        return hf.open_hf(folder)  # which says what is missing
-    if mistral.PARAMS in names:
-        return mistral.open_mistral(folder)
-    raise CheckpointError(f"{folder}: neither config.json nor {mistral.PARAMS} is in this folder")
-
-
-def _refuse(path: Path, names: set[str]) -> None:
-    """Forms that models are published in and that are not read here, with what to use.
-
-    Args:
-        path: a file, or a folder.
-        names: the file's, or of all in the folder.
-    """
-    if any(name.endswith(".nemo") for name in names) or {"context", "weights"} <= names or "model_weights" in names:
-        raise UnsupportedModelError(f"{path}: NVIDIA NeMo's form of a checkpoint is not read; {_USE_INSTEAD}")
-    if pickled := next((name for name in sorted(names) if name.endswith(_PICKLED)), None):
-        raise UnsupportedModelError(
-            f"{path}: {pickled} is pickled, and to read a pickle is to run what is in it; {_USE_INSTEAD}"
-        )
+    match form_of(path):
+        case ModelForm.GGUF:
+            return GGUFCheckpoint(path)
+        case ModelForm.MISTRAL:
+            return open_mistral(path if path.is_dir() else path.parent)
+        case ModelForm.HF:
+            return open_hf(path) if path.is_dir() else open_hf(path.parent, path)

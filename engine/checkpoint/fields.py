@@ -11,6 +11,7 @@ from typing import Any
 from engine.errors import CheckpointError
 
 _LARGEST_SIZE = 2**27  # of any width, count or length in a configuration; beyond it the file is wrong
+_LARGEST_FILE = 2**26  # bytes; an index of a hundred thousand tensors has 10 MB
 
 
 class Fields:
@@ -25,9 +26,11 @@ class Fields:
         """The object in a JSON file.
 
         Raises:
-            CheckpointError: the file is missing, or not a JSON object.
+            CheckpointError: the file is missing, too large, or not a JSON object.
         """
         try:
+            if (size := path.stat().st_size) > _LARGEST_FILE:
+                raise CheckpointError(f"{path}: {size} bytes, more than {_LARGEST_FILE}")
             values = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None

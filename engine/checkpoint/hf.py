@@ -13,12 +13,11 @@ from engine.checkpoint.fp8_config import hf_claims
 from engine.checkpoint.weights import Dialect, SafetensorsCheckpoint
 from engine.config import Llama3RopeScaling, ModelConfig
 from engine.errors import CheckpointError, UnsupportedModelError
+from engine.model_files import HF_CONFIG, HF_INDEX, HF_WEIGHTS
 
 VISION = ("Mistral3ForConditionalGeneration",)  # of these the text model is run, which text_config describes
 ARCHITECTURES = ("MistralForCausalLM", "LlamaForCausalLM", "Qwen2ForCausalLM", *VISION)
 _VISION_PARTS = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 
 
 def open_hf(folder: Path, weights: Path | None = None) -> SafetensorsCheckpoint:
@@ -30,10 +29,10 @@ def open_hf(folder: Path, weights: Path | None = None) -> SafetensorsCheckpoint:
     Raises:
         CheckpointError, UnsupportedModelError: name the file and what is wrong with it.
     """
-    fields = Fields.of_json(folder / "config.json")
+    fields = Fields.of_json(folder / HF_CONFIG)
     config = read_config(folder)
-    listed = None if weights else read_index(folder / INDEX)
-    files = [weights or folder / SINGLE] if listed is None else sorted(set(listed.values()))
+    listed = None if weights else read_index(folder / HF_INDEX)
+    files = [weights or folder / HF_WEIGHTS] if listed is None else sorted(set(listed.values()))
     dialect = Dialect(
         rename=_language_model if config.architecture in VISION else str,
         fp8=hf_claims(fields, folder),
@@ -44,7 +43,7 @@ def open_hf(folder: Path, weights: Path | None = None) -> SafetensorsCheckpoint:
 
 def read_config(folder: Path) -> ModelConfig:
     """What config.json and generation_config.json say, refused if this decoder does not implement it."""
-    whole = Fields.of_json(folder / "config.json")
+    whole = Fields.of_json(folder / HF_CONFIG)
     architecture = _architecture(whole)
     fields = _text_config(whole) if architecture in VISION else whole
     _refuse(fields)

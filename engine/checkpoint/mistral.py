@@ -14,10 +14,8 @@ from engine.checkpoint.hf import read_index
 from engine.checkpoint.weights import Dialect, SafetensorsCheckpoint
 from engine.config import ModelConfig
 from engine.errors import UnsupportedModelError
+from engine.model_files import MISTRAL_CONFIG, MISTRAL_INDEX, MISTRAL_WEIGHTS
 
-PARAMS = "params.json"
-WEIGHTS = "consolidated.safetensors"
-INDEX = "consolidated.safetensors.index.json"
 _CONTEXT = 128000  # of NeMo; params.json rarely says
 _EOS = 2  # `</s>` in every Mistral tokenizer; the file does not say
 _BOS = 1
@@ -45,20 +43,20 @@ def open_mistral(folder: Path) -> SafetensorsCheckpoint:
     Raises:
         CheckpointError, UnsupportedModelError: name the file and what is wrong with it.
     """
-    fields = Fields.of_json(folder / PARAMS)
+    fields = Fields.of_json(folder / MISTRAL_CONFIG)
     config = read_params(folder)
-    listed = read_index(folder / INDEX)
-    files = [folder / WEIGHTS] if listed is None else sorted(set(listed.values()))
+    listed = read_index(folder / MISTRAL_INDEX)
+    files = [folder / MISTRAL_WEIGHTS] if listed is None else sorted(set(listed.values()))
     images = any(fields.raw(key) for key in _VISION)
     dialect = Dialect(
         rename=lambda name: _canonical(name, images), interleaved=True, fp8=mistral_claims(fields), listed=listed
     )
-    return SafetensorsCheckpoint(folder / WEIGHTS, files, config, dialect)
+    return SafetensorsCheckpoint(folder / MISTRAL_WEIGHTS, files, config, dialect)
 
 
 def read_params(folder: Path) -> ModelConfig:
     """What params.json says, refused if this decoder does not implement it."""
-    fields = Fields.of_json(folder / PARAMS)
+    fields = Fields.of_json(folder / MISTRAL_CONFIG)
     for key in ("moe", "yarn", "lora", "llama_4_scaling", "qk_nope_head_dim"):
         if fields.raw(key):
             raise UnsupportedModelError(f"{fields.where}: {key} is not supported")

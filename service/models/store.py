@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.errors import CheckpointError, UnsupportedModelError
+from engine.model_files import form_of
 from service.models import catalog
 from service.models.catalog import HubRepository, WheelFile
 from service.models.download import Progress, disk_error
@@ -64,7 +66,7 @@ class ModelStore:
         """What a reference means: a catalogue name, `hf://org/name[@revision]`, or a path.
 
         Raises:
-            StoreError: it means nothing; the message has the names that are near.
+            StoreError: it means nothing, and the message has the names that are near; or it is a form that is not read.
         """
         if entry := catalog.find(reference):
             folder = self.root / "models" / entry.name
@@ -80,6 +82,7 @@ class ModelStore:
             return Wanted(source.repo.rpartition("/")[2].lower(), self.root / "models" / name, source)
         path = Path(reference).expanduser()
         if path.exists():
+            _refuse_unread_forms(path)
             return Wanted(path.resolve().stem if path.is_file() else path.resolve().name, path)
         near = difflib.get_close_matches(reference, catalog.names(), n=1)
         hint = f"did you mean {near[0]}? " if near else ""
@@ -137,3 +140,13 @@ class ModelStore:
         with file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+def _refuse_unread_forms(path: Path) -> None:
+    """Tell at once what can never be loaded, and what to use instead. What is missing, the engine finds."""
+    try:
+        form_of(path)
+    except UnsupportedModelError as error:
+        raise StoreError(str(error)) from None
+    except CheckpointError:
+        pass

@@ -186,6 +186,14 @@ def test_absurd_sizes_are_refused_and_nothing_is_allocated(tmp_path: Path, chang
     assert re.search(names, text), text
 
 
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors.index.json"])
+def test_a_vast_configuration_is_not_read(tmp_path: Path, name: str) -> None:
+    folder = write_hf(tmp_path)
+    (folder / name).touch()
+    os.truncate(folder / name, 10**12)  # a hole, that takes no disk
+    assert f"{name}: 1000000000000 bytes, more than" in refusal(folder)
+
+
 @pytest.mark.parametrize(
     "file", ["../model.safetensors", "/etc/passwd", "a/b.safetensors", "..", ".", "", "a\0b", "a\\b", 7, None]
 )

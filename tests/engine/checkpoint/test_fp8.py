@@ -84,6 +84,21 @@ def test_logits_are_those_of_transformers_over_the_same_weights(written: Written
     assert (found - expected[:-1]).abs().max() < 2e-4
 
 
+@pytest.mark.parametrize("kind", ["fp8-mistral", "fp8-blocks"])
+def test_logits_are_those_of_transformers_over_the_same_file(tmp_path: Path, kind: str) -> None:
+    """It reads these two dialects itself. Its blocks must be whole."""
+    whole = {"hidden_size": 256, "intermediate_size": 384, "num_attention_heads": 8, "num_key_value_heads": 8}
+    folder = write_fp8(tmp_path, kind, seed=14, **(whole if kind == "fp8-blocks" else {})).folder
+    config = transformers.AutoConfig.from_pretrained(folder)
+    config.quantization_config["dequantize"] = True
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, config=config, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    with torch.inference_mode():
+        expected = model(torch.tensor([PROMPT])).logits[0].log_softmax(-1)
+    assert (engine_logprobs(folder, PROMPT, "fp8-weight-only") - expected[:-1]).abs().max() < 2e-4
+
+
 class RoundedInputs(torch.nn.Module):
     """W8A8, slowly: inputs as e4m3 numbers times one scale of the file, or one per token."""
 

@@ -320,6 +320,15 @@ def test_a_path_is_taken_as_it_is(tmp_path: Path) -> None:
     assert (stored.name, stored.path) == ("Mine", model)
 
 
+@pytest.mark.parametrize("name", ["Mistral-NeMo-12B-Instruct.nemo", "consolidated.00.pth", "pytorch_model.bin"])
+def test_a_form_that_is_never_read_is_refused_before_anything_starts(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    for path in (tmp_path, tmp_path / name):
+        with pytest.raises(StoreError, match=r"use the model's \*.safetensors with config.json") as caught:
+            ModelStore(tmp_path / "store").resolve(str(path))
+        assert "\n" not in str(caught.value)
+
+
 def test_short_names_mean_the_same_model(tmp_path: Path) -> None:
     store = ModelStore(tmp_path)
     assert store.resolve("mistral-nemo-12b") == store.resolve("mistral-nemo-12b-instruct")
