@@ -30,6 +30,7 @@ from engine.schemes import SCHEMES
 from engine.sizing import CacheSize, check_config, size_cache
 from engine.step import RowInit, RowWork, StepPlan, StepResult
 
+CPU_WARM_UP_TOKENS = 32  # more than the row counts that kernels treat as few
 READ_SHARE = 0.8  # of the time to load; the rest is one step of each kind
 
 
@@ -126,12 +127,16 @@ class Runner:
         return StepResult(self._sampler.sample(logits, [row for row, _ in sampling], positions), targets)
 
     def warm_up(self) -> None:
-        """One step of the largest prefill and one of the largest decode, so that no request pays for first uses.
+        """A prefill and the largest decode, so that no request pays for first uses.
 
-        Before the first request only: it writes into pages and leaves all rows free.
+        On a GPU it is the largest prefill, whose memory must be there before a request needs it. On a CPU that would be
+        a minute of a 12 B model's arithmetic, with nothing to learn from it. Before the first request only: it writes
+        into pages and leaves all rows free.
         """
         info = self.info
         tokens = min(info.max_batch_tokens, info.max_model_len)
+        if info.device == "cpu":
+            tokens = min(tokens, CPU_WARM_UP_TOKENS)
         pages = -(-tokens // info.page_size)
         rows = min(info.max_batch_size, info.kv_pages)
         prefill = RowWork(row=0, start=0, token_ids=[0] * tokens, new_pages=list(range(pages)), sample=True)
