@@ -91,7 +91,8 @@ class Fields:
             return None
         if not isinstance(value, dict):
             raise self.wrong(key, value, "an object")
-        return Fields(f"{self.where}: {key}", value)
+        shown = key if key.isprintable() else _short(key)  # some keys are names from the file
+        return Fields(f"{self.where}: {shown}", value)
 
     def wrong(self, key: str, value: object, expected: str) -> CheckpointError:
         shown = "is missing; it must be" if value is None else f"{_short(value)} must be"

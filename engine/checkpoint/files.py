@@ -29,6 +29,7 @@ FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat1
 FP8 = "F8_E4M3"
 MATRIX_TYPES = {**FLOAT_TYPES, FP8: torch.float8_e4m3fn}
 _LARGEST_HEADER = 100_000_000  # bytes; the limit of the format's own library
+_LONGEST_NAME = 256
 _DIMENSIONS = 8  # at most, so that a product of them stays a small number
 _LARGEST_READ = 2**30  # bytes of one call; Linux moves at most 2 GiB
 _BITS = {
@@ -159,6 +160,8 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _entry(path: Path, descriptor: int, name: str, entry: object, data: int) -> StoredTensor:
     """One tensor of the header, if its type, shape and offsets agree."""
+    if not name.isprintable() or len(name) > _LONGEST_NAME:  # it stands in messages
+        raise CheckpointError(f"{path}: {name!r:.80} is no name of a tensor")
     match entry:
         case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [begin, end]} if len(
             shape
@@ -189,7 +192,7 @@ def _check_extents(path: Path, tensors: Mapping[str, StoredTensor], data: int, s
 
 
 def _read_into(name: str, tensor: StoredTensor, begin: int, data: Tensor) -> None:
-    """Fill `data` from byte `begin` of the file on, and have the kernel fetch as much again while we work on it."""
+    """Fill `data` from byte `begin` of the file on."""
     memory, done = data.numpy().data, 0
     while done < len(memory):
         try:
@@ -199,5 +202,3 @@ def _read_into(name: str, tensor: StoredTensor, begin: int, data: Tensor) -> Non
         if count == 0:
             raise CheckpointError(f"{tensor.path}: truncated while it was read, in tensor {name}")
         done += count
-    if hasattr(os, "posix_fadvise"):  # not on macOS
-        os.posix_fadvise(tensor.descriptor, begin + done, done, os.POSIX_FADV_WILLNEED)

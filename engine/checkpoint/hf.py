@@ -89,7 +89,7 @@ def _architecture(fields: Fields) -> str:
     name = names[0] if isinstance(names, list) and len(names) == 1 else names
     if name not in ARCHITECTURES:
         raise UnsupportedModelError(
-            f"{fields.where}: architectures {names!r}; supported are {', '.join(ARCHITECTURES)}"
+            f"{fields.where}: architectures {names!r:.80}; supported are {', '.join(ARCHITECTURES)}"
         )
     return str(name)
 
@@ -100,7 +100,7 @@ def _text_config(fields: Fields) -> Fields:
     if text is None:
         raise fields.wrong("text_config", None, "an object")
     if text.raw("model_type") not in (None, "mistral"):
-        raise UnsupportedModelError(f"{text.where}: model_type {text.raw('model_type')!r}; supported is 'mistral'")
+        raise UnsupportedModelError(f"{text.where}: model_type {text.raw('model_type')!r:.60}; supported is 'mistral'")
     return text
 
 
@@ -116,7 +116,7 @@ def _refuse(fields: Fields) -> None:
         value = fields.raw(key)
         if value not in allowed:
             shown = " or ".join("absent" if each is None else repr(each) for each in allowed)
-            raise UnsupportedModelError(f"{fields.where}: {key} {value!r} is not supported; it must be {shown}")
+            raise UnsupportedModelError(f"{fields.where}: {key} {value!r:.60} is not supported; it must be {shown}")
 
 
 def _rope(fields: Fields) -> tuple[float, Llama3RopeScaling | None]:
@@ -128,7 +128,7 @@ def _rope(fields: Fields) -> tuple[float, Llama3RopeScaling | None]:
         return theta, None
     if kind != "llama3":
         raise UnsupportedModelError(
-            f"{rope.where}: rope_type {kind!r} is not supported; it must be 'default' or 'llama3'"
+            f"{rope.where}: rope_type {kind!r:.60} is not supported; it must be 'default' or 'llama3'"
         )
     return theta, Llama3RopeScaling(
         factor=rope.number("factor"),
@@ -154,7 +154,9 @@ def read_index(index: Path) -> dict[str, Path] | None:
     weight_map = Fields.of_json(index).raw("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: weight_map is not an object of tensor names and files")
-    for name in weight_map.values():
+    for tensor, name in weight_map.items():
+        if not tensor.isprintable():
+            raise CheckpointError(f"{index}: weight_map has {tensor!r:.80}, which is no name of a tensor")
         if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
             raise CheckpointError(f"{index}: weight_map names {name!r:.80}, which is not a file of this folder")
     return {tensor: index.parent / name for tensor, name in weight_map.items()}

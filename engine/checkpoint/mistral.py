@@ -63,7 +63,7 @@ def read_params(folder: Path) -> ModelConfig:
     for key, only in {"model_type": "transformer", "activation": "silu"}.items():
         if fields.raw(key) not in (None, only):
             raise UnsupportedModelError(
-                f"{fields.where}: {key} {fields.raw(key)!r} is not supported; it must be {only!r}"
+                f"{fields.where}: {key} {fields.raw(key)!r:.60} is not supported; it must be {only!r}"
             )
     heads = fields.size("n_heads")
     kv_heads = fields.size("n_kv_heads", heads)
