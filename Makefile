@@ -4,7 +4,7 @@ PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 SAMPLE := Explain in two sentences what an inference server does.
 
-.PHONY: run setup test check format proto bench triton-diff clean help
+.PHONY: run setup test test-slow check format proto bench triton-diff clean help
 
 run: setup  ## pull the embedded model, serve it, stream one answer, keep serving until Ctrl-C
 	$(VENV)/bin/nemoserve serve --sample-prompt "$(SAMPLE)"
@@ -16,8 +16,11 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[server,dev]'
 	@touch $@
 
-test: setup  ## all tests, end to end ones included
+test: setup  ## all tests, end to end ones included, but those that need minutes each
 	$(PY) -m pytest
+
+test-slow: setup  ## the tests that need minutes each
+	$(PY) -m pytest -s -m slow
 
 check: setup  ## lint, format, types, protobuf contract
 	$(VENV)/bin/ruff check .

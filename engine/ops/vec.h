@@ -1,4 +1,5 @@
-// What every CPU kernel is made of: vectors of 16 floats, bfloat16 and e4m3 storage, exp, and the handing out of work to threads.
+// What every CPU kernel is made of: vectors of 16 floats, storage in bfloat16 and e4m3, exp, and the handing out of work
+// to threads.
 //
 // Vectors are GCC vector extensions of 16 floats, which the compiler lowers to AVX-512, AVX2, NEON or scalars.
 // No -ffast-math: NaN must stay NaN, so that a broken sequence is found where it is sampled.
@@ -32,8 +33,8 @@ inline void store(Bf16& to, float x) {  // round to nearest even; NaN would roun
     to.bits = x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-// FP8 with 4 bits of exponent and 3 of fraction, no infinity. The codes of NaN are never stored: where a number is not
-// one, its scale is NaN.
+// FP8 with 4 bits of exponent and 3 of fraction, no infinity. The codes of NaN are read as 480: where they may be stored,
+// a scale is NaN instead.
 struct E4m3 {
     uint8_t bits;
 };

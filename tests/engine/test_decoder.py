@@ -100,7 +100,7 @@ def test_bfloat16_stays_close_to_float32() -> None:
 def test_frequency_factors_divide_the_rotary_frequencies() -> None:
     factors = tuple(float(i) for i in range(1, 9))
     scaled = inverse_frequencies(msgspec.structs.replace(BASE, rope_freq_factors=factors))
-    torch.testing.assert_close(scaled * torch.tensor(factors), inverse_frequencies(BASE))
+    torch.testing.assert_close(scaled * torch.tensor(factors, dtype=torch.float64), inverse_frequencies(BASE))
 
 
 def test_parameters_and_bytes_are_counted_once_for_a_tied_head() -> None:
