@@ -102,14 +102,14 @@ def test_logits_are_those_of_transformers_over_the_same_file(tmp_path: Path, kin
 class RoundedInputs(torch.nn.Module):
     """W8A8, slowly: inputs as e4m3 numbers times one scale of the file, or one per token."""
 
-    def __init__(self, weight: Tensor, scale: float | None) -> None:
+    def __init__(self, linear: torch.nn.Linear, scale: float | None) -> None:
         super().__init__()
-        self._weight, self._scale = weight, scale
+        self._weight, self._bias, self._scale = linear.weight, linear.bias, scale
 
     def forward(self, x: Tensor) -> Tensor:
         scale = x.abs().amax(-1, keepdim=True) / E4M3_MAX if self._scale is None else torch.tensor(self._scale)
         codes = (x / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-        return functional.linear(codes.float() * scale, self._weight)
+        return functional.linear(codes.float() * scale, self._weight, self._bias)
 
 
 def with_rounded_inputs(written: Written) -> transformers.PreTrainedModel:
@@ -117,7 +117,7 @@ def with_rounded_inputs(written: Written) -> transformers.PreTrainedModel:
     for name, module in list(model.named_modules()):
         if name.endswith("_proj"):
             parent, _, last = name.rpartition(".")
-            setattr(model.get_submodule(parent), last, RoundedInputs(module.weight, written.inputs.get(name)))
+            setattr(model.get_submodule(parent), last, RoundedInputs(module, written.inputs.get(name)))
     return model
 
 
@@ -328,6 +328,27 @@ def test_layers_are_left_out_by_name_pattern_or_wildcard(ignored: str, left_out:
     assert claims is not None
     assert claims.scheme_of([left_out]) is None
     assert claims.scheme_of(["model.layers.0.self_attn.o_proj"]) is not None
+
+
+def test_biases_beside_fp8_weights_are_used(tmp_path: Path) -> None:
+    qwen = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+    written = write_fp8(tmp_path, "compressed-static", seed=15, **qwen)
+    compare_rounded(written)
+
+
+@pytest.mark.parametrize("precision", ["auto", "bf16"])
+def test_a_head_in_fp8_is_used(tmp_path: Path, precision: str) -> None:
+    """Of a publisher who left nothing out."""
+    written = write_fp8(tmp_path, "compressed-dynamic", seed=16)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["compression_config"]["ignore"] = []
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    codes, scale = per_channel(written.weights["lm_head.weight"])
+    written.weights["lm_head.weight"] = codes.float() * scale
+    change_tensors(tmp_path, lambda tensors: tensors.update({"lm_head.weight": codes, "lm_head.weight_scale": scale}))
+    with torch.inference_mode():
+        expected = transformers_of(written)(torch.tensor([PROMPT])).logits[0].log_softmax(-1)
+    assert (engine_logprobs(tmp_path, PROMPT, precision) - expected[:-1]).abs().max() < 2e-4
 
 
 def test_floats_that_are_left_out_stay_floats_and_are_used(tmp_path: Path) -> None:
