@@ -25,6 +25,7 @@ _STRING, _ARRAY = 8, 9
 _MAX_PAIRS = 100_000
 _MAX_TENSORS = 100_000
 _MAX_DIMS = 4  # of ggml
+_LONGEST_NAME = 64  # of ggml
 _DEFAULT_ALIGNMENT = 32
 
 
@@ -85,7 +86,7 @@ class _Cursor:
         directory = [self._tensor() for _ in range(tensors)]
         alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-            raise ValueError(f"general.alignment {alignment!r} is not a power of two")
+            raise ValueError(f"general.alignment {alignment!r:.60} is not a power of two")
         start = -(-self._at // alignment) * alignment
         named = {name: GGUFTensor(kind, shape, start + offset) for name, kind, shape, offset in directory}
         if len(named) != len(directory):
@@ -94,6 +95,8 @@ class _Cursor:
 
     def _tensor(self) -> tuple[str, int, tuple[int, ...], int]:
         name = self._string()
+        if not name.isprintable() or len(name) > _LONGEST_NAME:  # it stands in messages
+            raise ValueError(f"{name!r:.80} is no name of a tensor")
         dims = self._scalar("I")
         if not 1 <= dims <= _MAX_DIMS:
             raise ValueError(f"tensor {name} has {dims} dimensions")

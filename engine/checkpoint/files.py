@@ -99,7 +99,7 @@ class SafetensorsFiles:
         else:
             begin = tensor.begin
         data = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
-        _read_into(name, tensor, begin, data)
+        read_into(data, name, tensor.path, tensor.descriptor, begin)
         return data.view(dtype).view(shape)
 
     def close(self) -> None:
@@ -191,14 +191,22 @@ def _check_extents(path: Path, tensors: Mapping[str, StoredTensor], data: int, s
         raise CheckpointError(f"{path}: {size - at} bytes behind the last tensor belong to none")
 
 
-def _read_into(name: str, tensor: StoredTensor, begin: int, data: Tensor) -> None:
-    """Fill `data` from byte `begin` of the file on."""
+def read_into(data: Tensor, name: str, path: Path, descriptor: int, begin: int) -> None:
+    """Fill `data` from byte `begin` of the file on.
+
+    Args:
+        data: uint8 [bytes].
+        name, path: of the tensor and its file, for messages.
+
+    Raises:
+        CheckpointError: the file has shrunk or cannot be read.
+    """
     memory, done = data.numpy().data, 0
     while done < len(memory):
         try:
-            count = os.preadv(tensor.descriptor, [memory[done : done + _LARGEST_READ]], begin + done)
+            count = os.preadv(descriptor, [memory[done : done + _LARGEST_READ]], begin + done)
         except OSError as error:
-            raise CheckpointError(f"{tensor.path}: tensor {name} cannot be read: {error.strerror}") from None
+            raise CheckpointError(f"{path}: tensor {name} cannot be read: {error.strerror}") from None
         if count == 0:
-            raise CheckpointError(f"{tensor.path}: truncated while it was read, in tensor {name}")
+            raise CheckpointError(f"{path}: truncated while it was read, in tensor {name}")
         done += count

@@ -3,7 +3,7 @@
 llama.cpp stores query and key projections of its `llama` architecture in interleaved-RoPE order; they are put back into
 rotate-half order here, by moving rows of blocks. Its `qwen2` architecture keeps the order.
 
-Rows are read, not mapped: the pages of a mapping count as this process's memory, in the end the file beside the model.
+Rows are read and the file is not mapped, as in `files`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint.fields import Fields
+from engine.checkpoint.files import read_into
 from engine.checkpoint.gguf_blocks import OTHER_NAMES, TYPES
 from engine.checkpoint.layout import check_tensors, rotate_half_order
 from engine.config import ModelConfig
@@ -51,6 +52,8 @@ class GGUFCheckpoint:
         header = read_header(path, lambda key: not key.startswith("tokenizer.ggml.") or key.endswith("_token_id"))
         self._path = path
         self._directory = {_canonical(name): tensor for name, tensor in header.tensors.items()}
+        if len(self._directory) != len(header.tensors):
+            raise CheckpointError(f"{path}: two names of tensors mean the same one")
         for name, tensor in header.tensors.items():
             _check_extent(path, name, tensor, header.file_size)
         self._interleaved = header.metadata.get("general.architecture") == "llama"
@@ -97,9 +100,7 @@ class GGUFCheckpoint:
         """uint8 [rows, bytes of a row]. Of a vector, each number is a row."""
         size = TYPES[tensor.ggml_type].row_bytes(math.prod(tensor.shape[1:]))
         raw = torch.empty(len(rows), size, dtype=torch.uint8)
-        self._file.seek(tensor.offset + rows.start * size)
-        if self._file.readinto(raw.numpy().data) != raw.nbytes:
-            raise CheckpointError(f"{self._path}: truncated while it was read, in tensor {name}")
+        read_into(raw.view(-1), name, self._path, self._file.fileno(), tensor.offset + rows.start * size)
         return raw
 
     def _rope_factors(self) -> tuple[float, ...] | None:
@@ -158,7 +159,7 @@ def _read_config(path: Path, header: GGUFHeader, rope_factors: tuple[float, ...]
     arch = metadata.get("general.architecture")
     if arch not in ARCHITECTURES:
         raise UnsupportedModelError(
-            f"{path}: general.architecture {arch!r} is not supported; supported are {', '.join(ARCHITECTURES)}"
+            f"{path}: general.architecture {arch!r:.60} is not supported; supported are {', '.join(ARCHITECTURES)}"
         )
     fields = Fields(f"{path}: {arch}", {key.removeprefix(f"{arch}."): value for key, value in metadata.items()})
     _refuse(fields)
@@ -208,7 +209,7 @@ def _refuse(fields: Fields) -> None:
     }
     for key, allowed in refusals.items():
         if (value := fields.raw(key)) not in allowed:
-            raise UnsupportedModelError(f"{fields.where}.{key} {value!r} is not supported")
+            raise UnsupportedModelError(f"{fields.where}.{key} {value!r:.60} is not supported")
 
 
 def _token_id(metadata: dict[str, Any], kind: str) -> int | None:

@@ -8,7 +8,10 @@ import torch
 
 from engine.quant.matrix import FloatMatrix, Fp8Matrix, Matrix
 
-_HALF_SCALES_UP_TO = 64  # inputs per scale: there float32 would weigh too much, and GGUF's own scales are float16
+# Inputs per scale: there float32 would weigh too much, and most scales of GGUF are float16. Those of K-quants are the
+# product of a float16 and six or seven bits, and are rounded. Measured on SmolLM2-135M: with Q4_K this costs a KL
+# divergence of 3e-5, quantising itself 7e-2. Two levels of scales would be exact, in 4.6 instead of 5 bits per weight.
+_HALF_SCALES_UP_TO = 64
 
 
 @dataclass(frozen=True, slots=True)

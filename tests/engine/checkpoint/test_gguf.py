@@ -226,6 +226,21 @@ def test_scales_that_multiply_beyond_float16_are_refused(tmp_path: Path) -> None
         log_probabilities(change(path, "blk.0.ffn_down.weight", edit), TOKENS)
 
 
+def test_two_spellings_of_one_name_are_refused(tmp_path: Path) -> None:
+    """`blk.00` for `blk.10` would replace `blk.0`."""
+    path = write_gguf(tmp_path / "m.gguf", num_hidden_layers=11)
+    path.write_bytes(path.read_bytes().replace(b"blk.10.attn_q.weight", b"blk.00.attn_q.weight"))
+    with pytest.raises(CheckpointError, match="two names of tensors mean the same one"), open_checkpoint(path):
+        pass
+
+
+def test_a_name_that_is_no_printable_line_is_refused(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf")
+    path.write_bytes(path.read_bytes().replace(b"blk.1.attn_q.weight", b"blk.1\nfine:  weight"))
+    with pytest.raises(CheckpointError, match=r"'blk.1\\nfine:  weight' is no name of a tensor"), open_checkpoint(path):
+        pass
+
+
 @pytest.mark.parametrize("number", [*OTHER_NAMES, 4, 5, 99, 2**32 - 1])
 def test_types_that_are_not_read_are_named(tmp_path: Path, number: int) -> None:
     path = write_gguf(tmp_path / "m.gguf", kind="Q4_0")
