@@ -105,4 +105,4 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     seed: int | None = None
     max_loras: int = 0
     max_cpu_loras: int = 64  # of rank 32 on every matrix of NeMo they are 14 GiB; most change fewer
-    max_lora_rank: int = 32  # few adapters have more; a slot for NeMo takes 218 MiB in bf16
+    max_lora_rank: int = 32  # few adapters have more; a slot for NeMo takes 218 MiB on a GPU

@@ -10,6 +10,7 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 
 import msgspec
 
@@ -100,7 +101,8 @@ def _obey(core: EngineCore, reading: Reading, command: Command) -> TokenEvent | 
         case LoadAdapter():
             reading.start(command)
         case UnloadAdapter(name):
-            core.remove_adapter(name)
+            with suppress(AdapterNotFoundError):  # callers check first, and it is gone either way
+                core.remove_adapter(name)
     return None
 
 

@@ -107,7 +107,7 @@ def plan_memory(model: ModelConfig, engine: EngineConfig, device: Device, weight
     if device.kind == "cuda":
         reserve = CUDA_RESERVE + int(device.free * CUDA_RESERVE_SHARE)
     tables = table_bytes(model, engine)
-    adapters = engine.max_loras * slot_size(model, engine.max_lora_rank) * device.float_bytes
+    adapters = adapter_bytes(model, engine, device)
     workspace = step_bytes(model, engine, device)
     left = device.free - weights - tables - adapters - workspace - reserve
     return MemoryPlan(
@@ -182,6 +182,13 @@ def table_bytes(model: ModelConfig, engine: EngineConfig) -> int:
     """float32 [positions, head_dim] of angles and int32 [rows, pages of a sequence] of pages."""
     positions = engine.max_model_len or context_limit(model)
     return 4 * positions * model.head_dim + 4 * engine.max_batch_size * -(-positions // engine.page_size)
+
+
+def adapter_bytes(model: ModelConfig, engine: EngineConfig, device: Device) -> int:
+    """Slots of LoRA adapters; on a CPU they are float32, as `engine.model.lora` explains."""
+    return (
+        engine.max_loras * slot_size(model, engine.max_lora_rank) * (4 if device.kind == "cpu" else device.float_bytes)
+    )
 
 
 def context_limit(model: ModelConfig) -> int:

@@ -49,7 +49,8 @@ class Runner:
         kv_dtype = torch.float8_e4m3fn if config.kv_precision == "fp8" else dtype
         self._cache = KVCache.allocate(model, size.num_pages, config.page_size, kv_dtype, device)
         loras = config.max_loras, config.max_lora_rank
-        self.adapters = LoraPool(model, *loras, dtype, device) if config.max_loras else None
+        lora_dtype = torch.float32 if device.type == "cpu" else dtype
+        self.adapters = LoraPool(model, *loras, lora_dtype, device) if config.max_loras else None
         self._rows = Rows(config.max_batch_size, size.pages_per_sequence, config.page_size, device)
         self._sampler = Sampler(model.vocab_size, config.max_batch_size, device, model.eos_token_ids)
         self.eos_token_ids = model.eos_token_ids

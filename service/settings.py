@@ -240,7 +240,7 @@ SETTINGS = (
         name="max_loras",
         parse=_count(1, 4096),
         default=8,
-        why="adapters whose requests run at once; each takes memory of the device, 218 MiB beside Mistral NeMo in bf16",
+        why="adapters whose requests run at once; each takes memory of the device, 218 MiB of a GPU for Mistral NeMo",
         alias="NIM_MAX_GPU_LORAS",
     ),
     Setting(

@@ -8,7 +8,8 @@ matrix products for each adapter and matrix, whatever the mix, and nothing at al
 `reference_delta` is the same, slowly.
 
 A slot is a flat stretch of memory that was taken at the start, so that no adapter can be one too many later; the
-matrices of an adapter lie in it one after the other, at their own rank.
+matrices of an adapter lie in it one after the other, at their own rank. On a CPU they are float32 whatever the rest is
+computed in: oneDNN takes 12 µs for the smallest product in bfloat16, where float32 takes 1 to 3.
 """
 
 from __future__ import annotations
@@ -67,10 +68,14 @@ class Delta:
         return Delta(place(self.a), tuple(part._replace(b=place(part.b)) for part in self.parts))
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """x: [tokens, inputs]; y: [tokens, outputs of the whole matrix], changed in place."""
-        hidden = x @ self.a.t()
+        """x: [tokens, inputs]; y: [tokens, outputs of the whole matrix], changed in place. Compute dtype."""
+        hidden = x.to(self.a.dtype) @ self.a.t()
         for part in self.parts:
-            y[:, part.outputs].addmm_(hidden[:, part.ranks], part.b)
+            changed = y[:, part.outputs]
+            if changed.dtype == part.b.dtype:
+                changed.addmm_(hidden[:, part.ranks], part.b)
+            else:
+                changed += hidden[:, part.ranks] @ part.b
 
 
 Deltas = list[dict[str, Delta]]
@@ -107,6 +112,10 @@ class LoraPool:
     """
 
     def __init__(self, model: ModelConfig, slots: int, max_rank: int, dtype: torch.dtype, device: torch.device) -> None:
+        """
+        Args:
+            dtype: that the matrices are kept in and multiplied in.
+        """
         self._model, self._max_rank = model, max_rank
         self._memory = torch.empty(slots, slot_size(model, max_rank), dtype=dtype, device=device)
         self._slots: list[Deltas] = [[] for _ in range(slots)]

@@ -21,9 +21,11 @@ from engine.model.cache import KVCache
 from engine.model.decoder import Decoder
 from engine.model.lora import Delta, LoraPool, Segment, reference_delta
 from engine.rows import Rows
+from engine.runner import Runner
+from engine.sizing import CacheSize
 from engine.step import RowWork
 from tests.engine.oracle import BASE, decoder_of, transformers_model
-from tests.engine.test_memory import OPTIONS
+from tests.engine.test_memory import NEMO, OPTIONS
 from tests.tiny_adapters import MODULES, random_pairs, write_peft
 
 CPU = torch.device("cpu")
@@ -148,10 +150,11 @@ def test_a_mixed_batch_says_what_each_says_alone(
         torch.testing.assert_close(logits, alone, atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("slots", [torch.bfloat16, torch.float32])
 def test_in_bfloat16_it_is_as_near_as_weights_that_were_merged(
-    base: transformers.PreTrainedModel, added: dict[str, tuple[Path, dict[str, Tensor]]]
+    base: transformers.PreTrainedModel, added: dict[str, tuple[Path, dict[str, Tensor]]], slots: torch.dtype
 ) -> None:
-    tokens, pool, bf16 = prompt(3, 50), filled_pool(added, torch.bfloat16), torch.bfloat16
+    tokens, pool, bf16 = prompt(3, 50), filled_pool(added, slots), torch.bfloat16
     beside, inside = decoder_of(BASE, base, bf16), decoder_of(BASE, merged(base, added["all"][1]), bf16)
     exact = merged_logits(base, added["all"][1], tokens)
     [with_slot], [with_merged] = (
@@ -217,13 +220,21 @@ def test_an_adapter_that_the_host_has_no_memory_for_is_refused(tmp_path: Path, m
         LoraPool(BASE, 1, 8, torch.float32, CPU).read(str(tmp_path))
 
 
-def test_the_memory_plan_counts_the_slots() -> None:
-    device = Device(kind="cpu", free=10**9, float_bytes=2)
-    without = plan_memory(BASE, OPTIONS, device)
-    with_slots = plan_memory(BASE, replace(OPTIONS, max_loras=3, max_lora_rank=8), device)
-    pool = LoraPool(BASE, 3, 8, torch.bfloat16, CPU)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_memory_plan_counts_the_slots(base: transformers.PreTrainedModel, dtype: torch.dtype) -> None:
+    device, options = Device(kind="cpu", free=10**9, float_bytes=dtype.itemsize), replace(OPTIONS, max_lora_rank=8)
+    without = plan_memory(BASE, options, device)
+    planned = plan_memory(BASE, replace(options, max_loras=3), device)
+    runner = Runner(replace(options, max_loras=3), decoder_of(BASE, base, dtype), CacheSize(4, 64, 1))
+    assert runner.adapters is not None
+    assert planned.adapters == runner.adapters.nbytes == without.cache - planned.cache > 0
     assert without.adapters == 0
-    assert with_slots.adapters == pool.nbytes == without.cache - with_slots.cache > 0
+
+
+def test_a_slot_for_mistral_nemo_takes_218_mib_on_a_gpu() -> None:
+    options = replace(OPTIONS, max_loras=1, max_lora_rank=32)
+    planned = plan_memory(NEMO, options, Device(kind="cuda", free=80 * 2**30))
+    assert planned.adapters / 2**20 == pytest.approx(217.5)
 
 
 def test_rows_of_an_adapter_stand_side_by_side_and_nobody_moves_without_one() -> None:
