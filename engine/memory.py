@@ -144,7 +144,8 @@ def weight_bytes(model: ModelConfig, scheme: Scheme, float_bytes: int, matrix_by
 
     count = matrix_bytes or of_floats
     embedding, *layers, head = matrices(model)
-    total = vector_parameters(model) * float_bytes + sum(count(matrix, scheme.linear) for matrix in layers)
+    total = vector_parameters(model) * float_bytes
+    total += sum(count(matrix, scheme.projection(matrix.name.split(".")[-2])) for matrix in layers)
     if model.tie_word_embeddings:
         return total + count(embedding, scheme.head)
     return total + count(embedding, scheme.embedding) + count(head, scheme.head)

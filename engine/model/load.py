@@ -118,7 +118,8 @@ class _Reader:
         """One linear map of several matrices over the same input, their outputs one after the other."""
         parts = [self._part(f"{prefix}{name}.weight", count, inputs) for name, count in outputs.items()]
         biases = [self._vector(f"{prefix}{name}.bias", count) for name, count in outputs.items() if bias]
-        return self._linear(parts, inputs, self._scheme.linear, torch.cat(biases) if bias else None)
+        kept = self._scheme.projection(next(iter(outputs)))
+        return self._linear(parts, inputs, kept, torch.cat(biases) if bias else None)
 
     def _linear(
         self, parts: list[Part], inputs: int, kept: Kept, bias: Tensor | None = None, wide: bool = False

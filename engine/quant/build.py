@@ -157,7 +157,7 @@ def form_of(part: Part, kept: Kept, target: Target) -> Form:
 
 
 def _convert(matrix: Matrix, kept: Kept, target: Target) -> Matrix:
-    """The matrix as it shall be kept. What is coded already is not coded again if it is as narrow."""
+    """The matrix as it shall be kept. What is coded already is not coded again if it is as narrow or narrower."""
     if isinstance(matrix, Fp8Matrix) and not target.quantise_inputs:
         matrix = dataclasses.replace(matrix, input_scale=None)  # else fused neighbours would seem to differ
     match kept, matrix:
@@ -165,7 +165,7 @@ def _convert(matrix: Matrix, kept: Kept, target: Target) -> Matrix:
             return matrix
         case Kept.FP8, Fp8Matrix():
             return matrix
-        case Kept.INT8, GroupMatrix(bits=8):
+        case Kept.INT8, GroupMatrix():
             return matrix
         case Kept.INT4, GroupMatrix(bits=4 | 5 | 6):
             return matrix

@@ -32,7 +32,8 @@ def weight_table() -> str:
     rows = ["| `--precision` | projections | head | embedding | GB |", "|---|---|---|---|---|"]
     for name, scheme in SCHEMES.items():
         if name != "auto":
-            kept = (scheme.linear.value, scheme.head.value, scheme.embedding.value)
+            projections = scheme.linear.value + (f"; query, key, value: {scheme.qkv.value}" if scheme.qkv else "")
+            kept = (projections, scheme.head.value, scheme.embedding.value)
             rows.append(f"| `{name}` | {' | '.join(kept)} | {weight_bytes(NEMO_12B, scheme, 2) / 1e9:.2f} |")
     return "\n".join(rows) + "\n"
 

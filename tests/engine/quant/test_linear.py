@@ -11,7 +11,7 @@ from torch import Tensor
 from engine.ops import Kernels, load_kernels
 from engine.quant.activations import quantise_rows, to_e4m3
 from engine.quant.blocked import BlockedLinear
-from engine.quant.build import Part, Target, build_linear, build_table
+from engine.quant.build import Part, Target, build_linear, build_table, form_of
 from engine.quant.coded import CodedLinear
 from engine.quant.form import Form
 from engine.quant.linear import DenseLinear, JoinedLinear, Linear, PackedLinear
@@ -76,7 +76,8 @@ def portable(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
 
 def cases(kinds: list[str] | None = None) -> list[tuple[str, int, int]]:
     kinds = kinds or GROUPED + WHOLE_ROWS
-    return [(kind, *shape) for kind in kinds for shape in SHAPES + (ODD_SHAPES if kind in WHOLE_ROWS else [])]
+    every = [(kind, *shape) for kind in kinds for shape in SHAPES + (ODD_SHAPES if kind in WHOLE_ROWS else [])]
+    return [*every, ("8/64", 130, 576)]  # our int8, which needs wider rows
 
 
 def check(linear: Linear, matrix: Matrix, bias: Tensor | None, dtype: torch.dtype, wide: bool) -> None:
@@ -259,3 +260,25 @@ def rows(matrix: Matrix, start: int, stop: int) -> Matrix:
     return GroupMatrix(
         matrix.codes[start:stop], matrix.bits, matrix.group, matrix.scales[start:stop], matrix.mins[start:stop]
     )
+
+
+@pytest.mark.parametrize(
+    ("kept", "stored", "bits"),
+    [
+        (Kept.INT8, "4/32", 4),
+        (Kept.INT8, "6/16", 6),
+        (Kept.INT8, "8/32", 8),
+        (Kept.INT8, "fp8", 8),
+        (Kept.INT8, "bf16", 8),
+        (Kept.INT4, "5/32", 5),
+        (Kept.INT4, "8/32", 4),
+        (Kept.INT4, "bf16", 4),
+        (Kept.FP8, "fp8", 0),
+        (Kept.FP8, "4/32", 0),
+        (Kept.FLOAT, "4/32", 16),
+        (Kept.STORED, "4/32", 4),
+    ],
+)
+def test_codes_that_are_narrow_enough_stay_as_they_are(kept: Kept, stored: str, bits: int) -> None:
+    target = Target(torch.bfloat16, CPU, None)
+    assert form_of(part(random_matrix(stored, 64, 128)), kept, target).bits == bits
