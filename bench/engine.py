@@ -55,7 +55,7 @@ def main(
 ) -> None:
     """Measure tokens/s, TTFT, ITL, peak memory and weight streaming of the engine, beside transformers."""
     job = Job(
-        model=str(_model_path(model)),
+        model=str(model_path(model)),
         dtype=dtype,
         device=device,
         threads=threads,
@@ -93,7 +93,7 @@ def _numbers(text: str) -> list[int]:
     return numbers
 
 
-def _model_path(model: str) -> Path:
+def model_path(model: str) -> Path:
     if Path(model).exists():
         return Path(model).resolve()
     from service.models.store import ModelStore
