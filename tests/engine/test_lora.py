@@ -18,10 +18,14 @@ from engine.checkpoint.lora import LowRank
 from engine.errors import AdapterLimitError, CheckpointError
 from engine.memory import Device, plan_memory
 from engine.model.cache import KVCache
-from engine.model.decoder import Decoder
+from engine.model.decoder import Decoder, Layer
 from engine.model.lora import Delta, LoraPool, Segment, reference_delta
+from engine.ops import load_kernels
+from engine.quant import Linear, Part, Target, build_linear
+from engine.quant.matrix import FloatMatrix
 from engine.rows import Rows
 from engine.runner import Runner
+from engine.schemes import Kept
 from engine.sizing import CacheSize
 from engine.step import RowWork
 from tests.engine.oracle import BASE, decoder_of, transformers_model
@@ -186,6 +190,40 @@ def test_what_is_added_to_a_matrix_is_the_reference(projection: object) -> None:
         start += count
     owners = [None, None, *(each for each, count in zip(choices, tokens, strict=False) for _ in range(count))]
     torch.testing.assert_close(y.double(), reference_delta(x, owners, projection), atol=1e-5, rtol=0)
+
+
+WIDE = replace(BASE, hidden_size=64, num_heads=6, num_kv_heads=2, head_dim=16, intermediate_size=96, num_layers=1)
+
+
+@pytest.mark.parametrize("with_kernels", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kept", Kept)
+@torch.inference_mode()
+def test_the_same_is_added_to_a_matrix_of_any_precision(
+    tmp_path: Path, kept: Kept, dtype: torch.dtype, with_kernels: bool
+) -> None:
+    target = Target(dtype, CPU, load_kernels(1) if with_kernels else None)
+    generator = torch.Generator().manual_seed(11)
+
+    def linear(outputs: int, inputs: int) -> Linear:
+        weight = FloatMatrix(torch.randn(outputs, inputs, generator=generator) * inputs**-0.5)
+        return build_linear(
+            [Part(lambda start, stop: FloatMatrix(weight.values[start:stop]), outputs)], inputs, kept, target
+        )
+
+    maps = {each.name: linear(sum(each.modules.values()), each.inputs) for each in projections(WIDE)}
+    layer = Layer(attention_norm=torch.ones(64), mlp_norm=torch.ones(64), **maps)
+    added = write_peft(tmp_path, WIDE, rank=4, alpha=8)
+    pool = LoraPool(WIDE, 1, 4, torch.float32, CPU)
+    pool.keep(0, pool.read(str(tmp_path)))
+    pool.fill(0, 0)
+    [adapted] = pool.around([layer], [Segment(0, 2, 5)])
+    for each in projections(WIDE):
+        x = torch.randn(7, each.inputs, generator=generator).to(dtype)
+        delta = torch.cat([added[f"model.layers.0.{module}.weight"] for module in each.modules])
+        expected = maps[each.name](x).double()
+        expected[2:5] += x[2:5].double() @ delta.t()
+        torch.testing.assert_close(getattr(adapted, each.name)(x), expected.to(dtype), atol=1e-5, rtol=0.01)
 
 
 # -- the pool --------------------------------------------------------------------------------------------------

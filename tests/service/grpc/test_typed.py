@@ -11,7 +11,7 @@ import pytest
 from msgspec.structs import replace
 from nemoserve.v1 import generation_pb2 as pb
 
-from engine import EngineStats, SamplingParams
+from engine import Done, EngineStats, SamplingParams
 from service.served import ServedModel
 from service.text.chat import Conversation, Message, Tool, ToolCall
 from service.version import VERSION
@@ -354,7 +354,7 @@ async def test_watch_load_follows_a_server_through_its_life() -> None:
             return load.phase, load.progress
 
         assert await phase() == (pb.PHASE_LOADING, 0.0)
-        model.loading("read weights", 0.5)
+        model.loading("read weights", Done(0.5))
         assert await phase() == (pb.PHASE_LOADING, 0.5)
         model.ready(FakeEngine(), toy_text())
         assert await phase() == (pb.PHASE_READY, 1.0)
