@@ -22,6 +22,7 @@ from engine.checkpoint.gguf_blocks import OTHER_NAMES, TYPES, TensorType
 from engine.checkpoint.layout import expected_tensors
 from engine.config import EngineConfig
 from engine.errors import CheckpointError, UnsupportedModelError
+from engine.quant.form import Form
 from engine.quant.matrix import FloatMatrix, GroupMatrix
 from engine.request import SamplingParams
 from engine.runner import load_runner
@@ -72,6 +73,29 @@ def test_any_block_is_what_the_reference_makes_of_it(kind: TensorType, seed: int
     assert matrix.shape == (7, 40 * kind.weights)
     expected = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[kind.name])
     assert torch.equal(matrix.dequantise(), torch.from_numpy(expected))
+
+
+@pytest.mark.parametrize(
+    ("kind", "stored", "kept"),
+    [
+        ("Q4_0", 4.5, 5),
+        ("Q4_1", 5, 5),
+        ("Q5_0", 5.5, 6),
+        ("Q5_1", 6, 6),
+        ("Q8_0", 8.5, 8.5),
+        ("Q4_K", 4.5, 5),
+        ("Q5_K", 5.5, 6),
+        ("Q6_K", 6.5625, 7),
+    ],
+)
+def test_bits_per_weight_in_the_file_and_in_memory(kind: str, stored: float, kept: float) -> None:
+    """At most a ninth more: scales of K-quants are stored in two levels and kept in one, and Q4_0 gets minima."""
+    [found] = [each for each in BLOCK_TYPES if each.name == kind]
+    matrix = found.matrix(torch.from_numpy(random_blocks(kind, 64, np.random.default_rng(0)).reshape(4, -1)))
+    outputs, inputs = matrix.shape
+    assert 8 * found.row_bytes(inputs) / inputs == stored
+    assert 8 * Form.of(matrix).nbytes(outputs, inputs, float_bytes=2) / (outputs * inputs) == kept
+    assert kept <= stored * 10 / 9
 
 
 # -- matrices of a file -------------------------------------------------------------------------------------------
