@@ -43,8 +43,8 @@ class ReferenceOps:
             key, value = (
                 numbers.transpose(0, 1).reshape(kv_heads, -1, head_dim)[:, :context]
                 for numbers in (
-                    dequantise(cache.keys[pages], cache.key_scales, pages),
-                    dequantise(cache.values[pages], cache.value_scales, pages),
+                    numbers_of(cache.keys, cache.key_scales, pages),
+                    numbers_of(cache.values, cache.value_scales, pages),
                 )
             )
             q = query[rows].float().view(-1, kv_heads, group, head_dim)
@@ -76,6 +76,9 @@ def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x / scale.unsqueeze(-1)).to(torch.float8_e4m3fn), scale
 
 
-def dequantise(x: Tensor, scales: Tensor | None, pages: Tensor) -> Tensor:
-    """x, which is keys or values of some pages, in float32."""
-    return x.float() if scales is None else x.float() * scales[pages].unsqueeze(-1)
+def numbers_of(stored: Tensor, scales: Tensor | None, pages: Tensor) -> Tensor:
+    """Keys or values of some pages, in float32."""
+    if scales is None:
+        return stored[pages].float()
+    codes = stored.view(torch.uint8)[pages].view(stored.dtype)  # gathered as bytes: CUDA gathers no float8
+    return codes.float() * scales[pages].unsqueeze(-1)

@@ -201,16 +201,22 @@ def test_the_cache_is_the_pages_of_the_plan(kv: str, dtype: torch.dtype) -> None
     assert taken == size.num_pages * plan.page_size * plan.token_bytes
 
 
-def test_an_engine_holds_what_was_planned(forms: dict[str, Path]) -> None:
+@pytest.mark.parametrize("kv", ["auto", "fp8"])
+def test_an_engine_holds_what_was_planned(forms: dict[str, Path], kv: str) -> None:
     """Loaded by its front door, with room for exactly so many tokens."""
     options = EngineConfig(
-        model_path=str(forms["Q8_0"]), dtype="bfloat16", device="cpu", threads=1, kv_memory_bytes=5 * 2**20
+        model_path=str(forms["Q8_0"]),
+        dtype="bfloat16",
+        kv_precision=kv,
+        device="cpu",
+        threads=1,
+        kv_memory_bytes=5 * 2**20,
     )
     runner = Runner.load(options, lambda phase, done: None)
     with open_checkpoint(options.model_path) as checkpoint:
         weights, token = (
             checkpoint_bytes(checkpoint, SCHEMES["auto"], torch.bfloat16),
-            token_bytes(checkpoint.config, "auto", 2),
+            token_bytes(checkpoint.config, kv, 2),
         )
     assert runner.info.weight_bytes == pytest.approx(weights, rel=0.02)
     assert runner.info.kv_pages == 5 * 2**20 // (64 * token)

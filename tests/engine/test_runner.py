@@ -243,6 +243,12 @@ def test_an_impossible_setting_is_refused_by_name(change: dict[str, int]) -> Non
         check_config(msgspec.structs.replace(ENGINE, **change))
 
 
+@pytest.mark.parametrize("field", ["precision", "kv_precision"])
+def test_an_unknown_precision_is_refused_with_those_there_are(field: str) -> None:
+    with pytest.raises(EngineConfigError, match=f"^{field}: fp4 must be auto, bf16, fp8"):
+        check_config(msgspec.structs.replace(ENGINE, **{field: "fp4"}))
+
+
 def test_limits_of_a_container_bind(tmp_path: Path) -> None:
     (tmp_path / "cpu.max").write_text("100000 100000\n")
     (tmp_path / "memory.max").write_text("5000\n")

@@ -18,7 +18,7 @@ from engine.ops import native
 from engine.ops.cpu import CpuOps
 from engine.ops.interface import AttentionBatch, LayerCache
 from engine.ops.native import Kernels, load_kernels
-from engine.ops.reference import ReferenceOps, dequantise, quantise
+from engine.ops.reference import ReferenceOps, numbers_of, quantise
 
 REFERENCE = ReferenceOps()
 DTYPES = [torch.float32, torch.bfloat16]
@@ -36,8 +36,14 @@ def ops() -> CpuOps:
     return CpuOps(kernels())
 
 
-def kernels() -> Kernels:
-    found = load_kernels(threads=2)
+@pytest.fixture(scope="module", params=["native", "x86-64-v3"])
+def any_ops(request: pytest.FixtureRequest) -> CpuOps:
+    """As compiled for this CPU, and for one without 512-bit vectors, whose codes are read and written differently."""
+    return CpuOps(kernels(request.param))
+
+
+def kernels(architecture: str = "native") -> Kernels:
+    found = load_kernels(threads=2, architecture=architecture)
     if found is None:
         pytest.skip("no C++ compiler on this machine")
     return found
@@ -90,12 +96,9 @@ def in_fp8(cache: LayerCache) -> LayerCache:
     return LayerCache(keys, values, key_scales, value_scales)
 
 
-def numbers_of(cache: LayerCache) -> tuple[Tensor, Tensor]:
-    everything = torch.arange(len(cache.keys))
-    return (
-        dequantise(cache.keys, cache.key_scales, everything),
-        dequantise(cache.values, cache.value_scales, everything),
-    )
+def everything(cache: LayerCache) -> tuple[Tensor, Tensor]:
+    pages = torch.arange(len(cache.keys))
+    return numbers_of(cache.keys, cache.key_scales, pages), numbers_of(cache.values, cache.value_scales, pages)
 
 
 def assert_close(actual: Tensor, expected: Tensor) -> None:
@@ -126,7 +129,7 @@ def test_attention_is_the_references_for_any_page_size(
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), FP8_HEADS)
 def test_attention_over_fp8_is_the_references_for_any_page_size(
-    ops: CpuOps, heads: int, kv_heads: int, dim: int, mix: str, window: int | None, dtype: torch.dtype
+    any_ops: CpuOps, heads: int, kv_heads: int, dim: int, mix: str, window: int | None, dtype: torch.dtype
 ) -> None:
     torch.manual_seed(heads * dim + 1)
     for page_size in (1, 7, 64):
@@ -135,13 +138,13 @@ def test_attention_over_fp8_is_the_references_for_any_page_size(
             numbers *= torch.randn(*numbers.shape[:3], 1).mul(3).exp() if numbers is case.cache.values else 1
         cache = in_fp8(case.cache)
         query = torch.randn(len(case.batch.positions), heads + 2 * kv_heads, dim).to(dtype)[:, :heads]
-        actual = ops.attention(query, cache, case.batch, window)
+        actual = any_ops.attention(query, cache, case.batch, window)
         expected = REFERENCE.attention(query, cache, case.batch, window)
         size = cache.value_scales.nan_to_num().max().item() * 448  # type: ignore[union-attr]
         assert_close(actual / size, expected / size)
 
 
-def test_every_code_is_read_and_written_as_torch_reads_it(ops: CpuOps) -> None:
+def test_every_code_is_read_and_written_as_torch_reads_it(any_ops: CpuOps) -> None:
     """One query that picks out one value: all 254 codes of numbers come through attention unchanged."""
     codes = torch.tensor([code for code in range(256) if code & 0x7F != 0x7F], dtype=torch.uint8)
     numbers = codes.view(torch.float8_e4m3fn).float()
@@ -150,10 +153,10 @@ def test_every_code_is_read_and_written_as_torch_reads_it(ops: CpuOps) -> None:
     cache = in_fp8(case.cache)
     cache.values.view(torch.uint8)[page, 0, 0] = codes
     cache.value_scales[page] = 0.5  # type: ignore[index]
-    out = ops.attention(torch.zeros(1, 1, len(codes)), cache, case.batch, None)
+    out = any_ops.attention(torch.zeros(1, 1, len(codes)), cache, case.batch, None)
     assert torch.equal(out[0], numbers * 0.5)
     table = torch.cat((torch.ones(1, len(codes) // 2), torch.zeros(1, len(codes) // 2)), dim=1)
-    ops.rope_and_write(numbers.repeat(3).view(1, -1), table, cache, case.batch)
+    any_ops.rope_and_write(numbers.repeat(3).view(1, -1), table, cache, case.batch)
     for written, scales in ((cache.keys, cache.key_scales), (cache.values, cache.value_scales)):
         assert scales[page].item() == 1.0  # type: ignore[index]
         assert torch.equal(written[page, 0, 0].float(), numbers)
@@ -173,13 +176,13 @@ def test_attention_survives_scores_of_any_size(ops: CpuOps) -> None:
 @pytest.mark.parametrize("window", [None, 37])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), HEADS)
 def test_the_bits_of_a_token_do_not_depend_on_chunk_or_batch(
-    ops: CpuOps, heads: int, kv_heads: int, dim: int, window: int | None, fp8: bool
+    any_ops: CpuOps, heads: int, kv_heads: int, dim: int, window: int | None, fp8: bool
 ) -> None:
     torch.manual_seed(6)
     case = make_case([(0, 300)], kv_heads, dim, 7, torch.float32)
     cache = in_fp8(case.cache) if fp8 else case.cache
     query = torch.randn(300, heads, dim)
-    whole = ops.attention(query, cache, case.batch, window)
+    whole = any_ops.attention(query, cache, case.batch, window)
     for cuts in ([0, 1, 2, 70, 130, 299, 300], list(range(0, 301, 20))):
         spans = list(pairwise(cuts))  # each a sequence of its own in one batch, over the same pages
         batch = AttentionBatch(
@@ -193,7 +196,7 @@ def test_the_bits_of_a_token_do_not_depend_on_chunk_or_batch(
             query_starts_list=cuts,
             context_lens_list=cuts[1:],
         )
-        assert torch.equal(ops.attention(query, cache, batch, window), whole)
+        assert torch.equal(any_ops.attention(query, cache, batch, window), whole)
 
 
 @pytest.mark.parametrize("fp8", [False, True])
@@ -231,7 +234,7 @@ def test_rope_and_write_rotates_queries_and_fills_only_its_slots(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), FP8_HEADS)
 def test_rope_and_write_in_fp8_fills_only_its_slots(
-    ops: CpuOps, heads: int, kv_heads: int, dim: int, dtype: torch.dtype
+    any_ops: CpuOps, heads: int, kv_heads: int, dim: int, dtype: torch.dtype
 ) -> None:
     torch.manual_seed(4)
     case = make_case(MIXES["mixed"], kv_heads, dim, 5, dtype)
@@ -241,7 +244,7 @@ def test_rope_and_write_in_fp8_fills_only_its_slots(
     qkv = (qkv * torch.randn(len(qkv), 1, 1).exp()).flatten(1).to(dtype)
     mine, theirs = in_fp8(case.cache), in_fp8(case.cache)
     expected = REFERENCE.rope_and_write(qkv.clone(), table, theirs, case.batch)
-    assert_close(ops.rope_and_write(qkv, table, mine, case.batch), expected)
+    assert_close(any_ops.rope_and_write(qkv, table, mine, case.batch), expected)
     assert mine.values.view(torch.uint8).equal(theirs.values.view(torch.uint8))
     torch.testing.assert_close(mine.value_scales, theirs.value_scales, rtol=0, atol=0, equal_nan=True)
     # The last bit of a rotation may differ: then a code that stood between two numbers may be the other one, of few.
@@ -251,7 +254,7 @@ def test_rope_and_write_in_fp8_fills_only_its_slots(
 
 
 @pytest.mark.parametrize("through", ["kernel", "reference"])
-def test_what_is_read_back_from_fp8_is_near_what_was_written(ops: CpuOps, through: str) -> None:
+def test_what_is_read_back_from_fp8_is_near_what_was_written(any_ops: CpuOps, through: str) -> None:
     """Within half a step of e4m3: 2 ** -4 of a number, 2 ** -10 of the scale below the normal numbers."""
     torch.manual_seed(5)
     case = make_case([(0, 3000)], 1, 128, 16, torch.float32)
@@ -260,9 +263,9 @@ def test_what_is_read_back_from_fp8_is_near_what_was_written(ops: CpuOps, throug
     qkv = torch.randn(3000, 3 * 128) * torch.randn(3000, 1).mul(8).exp() * torch.randn(3000, 3 * 128).exp()
     qkv[7] = 0.0
     qkv[8] *= torch.finfo(torch.float32).tiny / qkv[8].abs().max()
-    (ops if through == "kernel" else REFERENCE).rope_and_write(qkv.clone(), table, cache, case.batch)
+    (any_ops if through == "kernel" else REFERENCE).rope_and_write(qkv.clone(), table, cache, case.batch)
     page, offset = case.batch.slots // 16, case.batch.slots % 16
-    read = zip(numbers_of(cache), (cache.key_scales, cache.value_scales), qkv[:, 128:].split(128, dim=1), strict=True)
+    read = zip(everything(cache), (cache.key_scales, cache.value_scales), qkv[:, 128:].split(128, dim=1), strict=True)
     for numbers, scales, written in read:
         step = scales[page, 0, offset].unsqueeze(1)  # type: ignore[index]
         error = (numbers[page, 0, offset] - written).abs()
@@ -272,14 +275,14 @@ def test_what_is_read_back_from_fp8_is_near_what_was_written(ops: CpuOps, throug
 
 @pytest.mark.parametrize("through", ["kernel", "reference"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_what_is_no_number_is_read_back_from_fp8_as_none(ops: CpuOps, through: str, bad: float) -> None:
+def test_what_is_no_number_is_read_back_from_fp8_as_none(any_ops: CpuOps, through: str, bad: float) -> None:
     case = make_case([(0, 2)], 1, 64, 16, torch.float32)
     cache = in_fp8(case.cache)
     qkv = torch.randn(2, 3 * 64)
     qkv[1, 2 * 64 + 5] = bad
     table = torch.cat((torch.ones(2, 32), torch.zeros(2, 32)), dim=1)
-    (ops if through == "kernel" else REFERENCE).rope_and_write(qkv, table, cache, case.batch)
-    _, values = numbers_of(cache)
+    (any_ops if through == "kernel" else REFERENCE).rope_and_write(qkv, table, cache, case.batch)
+    _, values = everything(cache)
     page = case.batch.block_tables[0, 0]
     assert values[page, 0, 0].isfinite().all()
     assert values[page, 0, 1].isnan().all()
