@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from engine.adapters import slot_size
 from engine.config import EngineConfig, ModelConfig
-from engine.schemes import DECODE_SLAB, SCHEMES, Kept, Scheme
+from engine.schemes import DECODE_SLAB, SCHEMES, SCORE_SLAB, Kept, Scheme
 
 LONGEST_CONTEXT = 131072  # what NeMo was trained for; its files claim up to 1,024,000
 
@@ -31,7 +31,12 @@ CPU_RESERVE = 256 * MIB  # interpreter, libraries and tokenizer of both processe
 
 # Measured with every tensor of a step counted (tests/engine/test_memory.py).
 _DRAW_BYTES = 17 * 4  # per logit, where the cut of top_p lies beyond the likeliest 4,096: all are sorted, in float64
-_DECODE_BYTES = 22  # per weight decoded in plain torch: codes, float32 numbers, scales, minima, products, the result
+_PLAIN_MLP_BYTES = 22  # per token and inner width in plain torch
+_SCORE_BYTES = 8  # per score of attention in plain torch: it and its weight
+_MASK_BYTES = 17  # per query and key of it: how far apart they are, twice, and whether that is seen
+_GATHERED_BYTES = 13  # per number of a context: the key in float32, the value as stored, in float32, and in order
+# Per weight decoded in plain torch: codes, numbers, products, the result; scales and minima too where groups are small.
+_DECODE_BYTES = {Kept.STORED: 22, Kept.INT4: 22, Kept.INT8: 22, Kept.FP8: 13}
 
 
 class Matrix(NamedTuple):
@@ -54,13 +59,14 @@ class Device:
         kind: "cpu" or "cuda".
         free: bytes that nobody has taken; on a GPU after the context was made.
         float_bytes: of the compute dtype.
-        decodes: coded weights become floats in plain torch, slab by slab, before they are multiplied: on GPUs.
+        plain: plain torch computes, on GPUs and where no compiler is: coded weights become floats slab by slab before
+            they are multiplied, and attention gathers the keys and values of a sequence as float32.
     """
 
     kind: str
     free: int
     float_bytes: int = 2
-    decodes: bool = False
+    plain: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,16 +206,30 @@ def context_limit(model: ModelConfig) -> int:
 def step_bytes(model: ModelConfig, engine: EngineConfig, device: Device) -> int:
     """What a step of max_batch_tokens tokens takes beside weights and cache, at its worst moment.
 
-    That is in the MLP (float32 residual, hidden states, the queries' storage, gate | up and their product) or at the
-    end (the draw from the logits of all rows). Attention is taken to keep its scores on the chip, as the compiled
-    kernels do: plain torch needs heads x tokens x context float32 numbers more, three times over.
+    That is in the MLP (float32 residual, hidden states, the queries' storage, gate | up and their product), in
+    attention where it is plain torch (compiled kernels keep their scores on the chip), or at the end (the draw from the
+    logits of all rows).
     """
     tokens, rows, floats = engine.max_batch_tokens, engine.max_batch_size, device.float_bytes
-    stream = tokens * (model.hidden_size * (4 + floats) + (model.q_size + 2 * model.kv_size) * floats)
-    indices = tokens * 6 * 8
-    inner = tokens * 3 * model.intermediate_size * floats
-    draw = rows * model.vocab_size * _DRAW_BYTES
-    if device.decodes and SCHEMES[engine.precision].linear is not Kept.FLOAT:
-        largest = model.hidden_size * max(2 * model.intermediate_size, model.vocab_size)
-        inner += tokens * 2 * model.intermediate_size * 4 + min(DECODE_SLAB, largest) * _DECODE_BYTES
-    return max(stream + inner + indices, draw)
+    width, inner, vocab = model.hidden_size, model.intermediate_size, model.vocab_size
+    stream = tokens * (width * (4 + floats) + (model.q_size + 2 * model.kv_size) * floats + 6 * 8)
+    draw = rows * vocab * _DRAW_BYTES
+    if not device.plain:
+        return max(stream + tokens * 3 * inner * floats, draw)
+    mlp, head, scheme = tokens * inner * _PLAIN_MLP_BYTES, 0, SCHEMES[engine.precision]
+    if scheme.linear is not Kept.FLOAT:
+        mlp = max(
+            mlp, tokens * 2 * inner * (4 + floats) + min(DECODE_SLAB, 2 * inner * width) * _DECODE_BYTES[scheme.linear]
+        )
+    if scheme.head is not Kept.FLOAT:
+        head = rows * vocab * 4 + min(DECODE_SLAB, vocab * width) * _DECODE_BYTES[scheme.head]
+    return max(stream + max(mlp, _attention_bytes(model, engine, floats), head), draw)
+
+
+def _attention_bytes(model: ModelConfig, engine: EngineConfig, floats: int) -> int:
+    """Of plain torch, one sequence with the longest context at a time, its queries slab by slab."""
+    context = engine.max_model_len or context_limit(model)
+    queries = min(engine.max_batch_tokens, max(1, SCORE_SLAB // (model.num_heads * context)))
+    scores = queries * context * (model.num_heads * _SCORE_BYTES + _MASK_BYTES)
+    outputs = engine.max_batch_tokens * model.q_size * floats
+    return model.kv_size * context * _GATHERED_BYTES + scores + outputs

@@ -22,6 +22,7 @@ from engine.model.decoder import Decoder
 from engine.model.footprint import checkpoint_bytes
 from engine.model.load import load_decoder
 from engine.model.lora import LoraPool
+from engine.ops import load_kernels
 from engine.request import EngineInfo, SamplingParams
 from engine.rows import Rows
 from engine.sampler import Sampler
@@ -89,9 +90,8 @@ class Runner:
             model: ModelConfig = checkpoint.config
             # Sized before the weights are read, so that what cannot fit fails in a second and not in minutes.
             weights = checkpoint_bytes(checkpoint, scheme, dtype)
-            on = Device(
-                kind=device.type, free=free_memory(device), float_bytes=dtype.itemsize, decodes=device.type != "cpu"
-            )
+            plain = device.type != "cpu" or load_kernels(threads) is None
+            on = Device(kind=device.type, free=free_memory(device), float_bytes=dtype.itemsize, plain=plain)
             size = size_cache(config, model, plan_memory(model, config, on, weights), device.type)
             decoder = load_decoder(checkpoint, dtype, device, size.max_model_len, threads, progress, scheme)
             return cls(config, decoder, size, time.monotonic() - began)

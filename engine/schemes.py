@@ -32,6 +32,7 @@ class Kept(enum.Enum):
 INT4_GROUP = 32  # inputs that share a scale and a minimum
 INT8_GROUP = 64  # inputs that share a scale: half the KL of a scale per row for 3 % more bytes (docs/quality.md)
 DECODE_SLAB = 2**25  # weights that plain torch decodes at a time: 64 MiB of bfloat16
+SCORE_SLAB = 2**26  # attention scores that plain torch has in hand at a time: 256 MiB of float32
 
 
 @dataclass(frozen=True, slots=True)

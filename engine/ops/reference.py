@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from engine.ops.interface import AttentionBatch, LayerCache
+from engine.schemes import SCORE_SLAB
 
 E4M3_MAX = 448.0
 
@@ -40,20 +41,19 @@ class ReferenceOps:
         for s, context in enumerate(batch.context_lens_list):
             rows = slice(batch.query_starts_list[s], batch.query_starts_list[s + 1])
             pages = batch.block_tables[s, : -(-context // page_size)].long()
-            key, value = (
-                numbers.transpose(0, 1).reshape(kv_heads, -1, head_dim)[:, :context]
-                for numbers in (
-                    numbers_of(cache.keys, cache.key_scales, pages),
-                    numbers_of(cache.values, cache.value_scales, pages),
-                )
-            )
-            q = query[rows].float().view(-1, kv_heads, group, head_dim)
-            scores = torch.einsum("qhgd,hkd->hgqk", q, key) * head_dim**-0.5
-            position = torch.arange(context - len(q), context, device=query.device).unsqueeze(1)
-            past = position - torch.arange(context, device=query.device)  # [queries, keys]: how far back a key lies
-            seen = past >= 0 if window is None else (past >= 0) & (past < window)
-            weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-            out[rows] = torch.einsum("hgqk,hkd->qhgd", weights, value).reshape(-1, *query.shape[1:]).to(out.dtype)
+            key = gather(cache.keys, cache.key_scales, pages)[:, :context]
+            value = gather(cache.values, cache.value_scales, pages)[:, :context]
+            step = max(1, SCORE_SLAB // (query.shape[1] * context))  # queries at a time: scores must not outgrow memory
+            for first in range(rows.start, rows.stop, step):
+                some = slice(first, min(first + step, rows.stop))
+                q = query[some].float().view(-1, kv_heads, group, head_dim)
+                scores = torch.einsum("qhgd,hkd->hgqk", q * head_dim**-0.5, key)
+                begin = context - (rows.stop - first)  # position of the first of these queries
+                position = torch.arange(begin, begin + len(q), device=query.device).unsqueeze(1)
+                past = position - torch.arange(context, device=query.device)  # [queries, keys]: how far back a key lies
+                seen = past >= 0 if window is None else (past >= 0) & (past < window)
+                weights = scores.masked_fill_(~seen, -torch.inf).softmax(-1)
+                out[some] = torch.einsum("hgqk,hkd->qhgd", weights, value).reshape(-1, *query.shape[1:]).to(out.dtype)
         return out.flatten(1)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
@@ -82,3 +82,8 @@ def numbers_of(stored: Tensor, scales: Tensor | None, pages: Tensor) -> Tensor:
         return stored[pages].float()
     codes = stored.view(torch.uint8)[pages].view(stored.dtype)  # gathered as bytes: CUDA gathers no float8
     return codes.float() * scales[pages].unsqueeze(-1)
+
+
+def gather(stored: Tensor, scales: Tensor | None, pages: Tensor) -> Tensor:
+    """Keys or values of one sequence in order: float32 [kv_heads, len(pages) * page_size, head_dim]."""
+    return numbers_of(stored, scales, pages).transpose(0, 1).flatten(1, 2)

@@ -31,6 +31,7 @@ class Place:
         free: bytes that nobody has taken; on a GPU after the context was made.
         float_bytes: of the compute dtype.
         multiplies_fp8: it has units for FP8; None where nobody knows.
+        kernels: the engine's own compute; else plain torch does, which takes more memory for a step.
     """
 
     slug: str
@@ -39,6 +40,7 @@ class Place:
     free: int
     float_bytes: int = 2
     multiplies_fp8: bool | None = None
+    kernels: bool = False
 
     @classmethod
     def of_gpu(cls, gpu: KnownGpu) -> Place:
@@ -56,7 +58,12 @@ class Place:
         float_bytes = 4 if machine.dtype == "float32" else 2
         if machine.device == "cpu":
             return cls(
-                slug="cpu", name="this machine's CPU", kind="cpu", free=machine.free_bytes, float_bytes=float_bytes
+                slug="cpu",
+                name="this machine's CPU",
+                kind="cpu",
+                free=machine.free_bytes,
+                float_bytes=float_bytes,
+                kernels=machine.kernels,
             )
         gpu = machine.gpus[0]
         known = recognise(gpu.name, gpu.memory_bytes)
@@ -168,7 +175,7 @@ def fit(subject: Subject, place: Place, options: EngineConfig) -> Fit:
         EngineConfigError: the options are wrong for any model.
     """
     check_config(options)
-    device = Device(kind=place.kind, free=place.free, float_bytes=place.float_bytes, decodes=place.kind != "cpu")
+    device = Device(kind=place.kind, free=place.free, float_bytes=place.float_bytes, plain=not place.kernels)
     weights = subject.weight_bytes(options.precision, place.float_bytes)
     plan = plan_memory(subject.shape, options, device, weights)
     taken, reason = 0, subject.refused.get(options.precision)

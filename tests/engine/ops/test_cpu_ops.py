@@ -124,6 +124,21 @@ def test_attention_is_the_references_for_any_page_size(
         assert_close(actual, REFERENCE.attention(query, case.cache, case.batch, window))
 
 
+@pytest.mark.parametrize("window", [None, 37])
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), HEADS)
+def test_the_reference_gives_the_same_however_few_scores_it_holds(
+    heads: int, kv_heads: int, dim: int, mix: str, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(heads + dim)
+    case = make_case(MIXES[mix], kv_heads, dim, 16, torch.float32)
+    query = torch.randn(len(case.batch.positions), heads, dim)
+    at_once = REFERENCE.attention(query, case.cache, case.batch, window)
+    for slab in (1, 3 * heads * case.batch.max_context_len):
+        monkeypatch.setattr("engine.ops.reference.SCORE_SLAB", slab)
+        assert_close(REFERENCE.attention(query, case.cache, case.batch, window), at_once)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [None, 37])
 @pytest.mark.parametrize("mix", MIXES)

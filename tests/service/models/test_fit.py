@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from engine import EngineConfig, EngineConfigError
+from engine.ops import load_kernels
 from engine.probe import Gpu, Machine, Weights
 from engine.runner import Runner
 from engine.schemes import SCHEMES
@@ -104,7 +105,8 @@ def test_what_fits_is_what_an_engine_allocates(
         max_batch_tokens=640,
         threads=1,
     )
-    place = Place(slug="cpu", name="a small CPU", kind="cpu", free=free)
+    kernels = load_kernels(1) is not None
+    place = Place(slug="cpu", name="a small CPU", kind="cpu", free=free, kernels=kernels)
     told = fit(Subject.of_file(name, seen[name]), place, options)
     monkeypatch.setattr("engine.runner.free_memory", lambda device: free)
     before = tensor_bytes()
