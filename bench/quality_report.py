@@ -177,7 +177,8 @@ def plot(report: Report) -> str:
     for row, kl in zip(rows, exponents, strict=True):
         across, up, fill = x(row.weight_bytes), y(kl), "none" if row.kv == "fp8" else "#1f5fa8"
         parts.append(f'<circle cx="{across:.1f}" cy="{up:.1f}" r="5" fill="{fill}" stroke="#1f5fa8"/>')
-        parts.append(_text(across + 9, up + 4, f"{row.weights}{' *' * row.shuffled} / {row.kv}"))
+        side, anchor = (-9, "end") if row.kv == "fp8" else (9, "start")  # the two caches of a scheme lie close together
+        parts.append(_text(across + side, up + 4, f"{row.weights}{' *' * row.shuffled} / {row.kv}", anchor))
     caption = "weights / cache; hollow: FP8 cache; * shuffled off the file's own 4-bit grid"
     return "\n".join([*parts, _text(_LEFT, _HEIGHT - 10, caption), "</svg>\n"])
 

@@ -64,7 +64,7 @@ SCHEMES = {
     "fp8": Scheme(Kept.FP8, Kept.FLOAT, Kept.FLOAT, quantise_inputs=True),
     "fp8-weight-only": Scheme(Kept.FP8, Kept.FLOAT, Kept.FLOAT),
     "int8": Scheme(Kept.INT8, Kept.INT8, Kept.INT8),
-    # In 4 bits qkv alone would bring 40 % of the projections' divergence, and it is a ninth of them (docs/quality.md).
+    # In 4 bits qkv would bring a third of the projections' divergence, and it is a ninth of them (docs/quality.md).
     "int4": Scheme(Kept.INT4, Kept.INT8, Kept.INT8, qkv=Kept.INT8),
 }
 
