@@ -27,6 +27,7 @@ from tests.engine.oracle import teacher_forced
 from tests.tiny_models import write_hf
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Letters:
@@ -182,6 +183,17 @@ def test_wrong_options_are_refused(arguments: list[str], message: str, smollm2_p
     done = CliRunner().invoke(main, ["--data", str(test_data / "text"), "--model", str(smollm2_path), *arguments])
     assert done.exit_code == 2
     assert re.search(message, done.output)
+
+
+def test_the_page_has_the_figures_of_the_result_that_it_names() -> None:
+    page = (ROOT / "docs" / "quality.md").read_text()
+    (name,) = re.findall(r"\[raw\]\(\.\./(.*?)\)", page)
+    report = msgspec.json.decode((ROOT / name).read_bytes(), type=Report)
+    lines = page.splitlines()
+    for row in report.rows:
+        figures = f"| {row.quality.kl_mean:.5f} | {row.quality.kl_p99:.4f} | {100 * row.quality.top1:.1f} % |"
+        assert any(f"`{row.weights}`" in line and figures in line for line in lines), (row.weights, figures)
+    assert (ROOT / name).with_suffix(".svg").read_text() == plot(report)
 
 
 @pytest.mark.slow
