@@ -184,7 +184,8 @@ class Bench:
             tokens: in all, of the beginnings of one passage of each kind.
         """
         scheme = SCHEMES[name]
-        alike = dataclasses.replace(scheme, head=scheme.linear, embedding=scheme.linear, qkv=None)
+        least = scheme.gate_up or scheme.linear
+        alike = dataclasses.replace(scheme, linear=least, head=least, embedding=least, gate_up=None)
         own, others = self._decoder.weights, self._load(alike, self.dtype).weights
         count = len(set(self._kinds))
         length = min(tokens // count, len(self._tokens[0]))

@@ -36,7 +36,7 @@ _SCORE_BYTES = 8  # per score of attention in plain torch: it and its weight
 _MASK_BYTES = 17  # per query and key of it: how far apart they are, twice, and whether that is seen
 _GATHERED_BYTES = 13  # per number of a context: the key in float32, the value as stored, in float32, and in order
 # Per weight decoded in plain torch: codes, numbers, products, the result; scales and minima too where groups are small.
-_DECODE_BYTES = {Kept.STORED: 22, Kept.INT4: 22, Kept.INT8: 22, Kept.FP8: 13}
+_DECODE_BYTES = {Kept.STORED: 22, Kept.INT4: 22, Kept.INT6: 22, Kept.INT8: 22, Kept.FP8: 13}
 
 
 class Matrix(NamedTuple):
@@ -151,7 +151,7 @@ def weight_bytes(model: ModelConfig, scheme: Scheme, float_bytes: int, matrix_by
     count = matrix_bytes or of_floats
     embedding, *layers, head = matrices(model)
     total = vector_parameters(model) * float_bytes
-    total += sum(count(matrix, scheme.projection(matrix.name.split(".")[-2])) for matrix in layers)
+    total += sum(count(matrix, scheme.projection(matrix.name, model.num_layers)) for matrix in layers)
     if model.tie_word_embeddings:
         return total + count(embedding, scheme.head)
     return total + count(embedding, scheme.embedding) + count(head, scheme.head)

@@ -16,6 +16,7 @@ class Kept(enum.Enum):
     FLOAT = "the compute dtype"
     FP8 = "e4m3, a float32 scale per output"
     INT8 = "8 bits, a float16 scale per 64 inputs"
+    INT6 = "6 bits, a float16 scale per 64 inputs"
     INT4 = "4 bits, a float16 scale and minimum per 32 inputs"
 
     def nbytes(self, outputs: int, inputs: int, float_bytes: int) -> int:
@@ -24,13 +25,17 @@ class Kept(enum.Enum):
             return outputs * (inputs + 4)
         if self is Kept.INT4 and inputs % INT4_GROUP == 0:
             return outputs * (inputs // 2 + inputs // INT4_GROUP * 4)
-        if self in (Kept.INT4, Kept.INT8):  # groups must be whole; else a row is one, with a float32 scale
+        if self is Kept.INT6 and inputs % INT8_GROUP == 0:
+            return outputs * (inputs * 6 // 8 + inputs // INT8_GROUP * 2)
+        if self in (Kept.INT4, Kept.INT6, Kept.INT8):  # groups must be whole; else 8 bits, a row is a group
             return outputs * (inputs + (4 if inputs % INT8_GROUP else inputs // INT8_GROUP * 2))
         return outputs * inputs * float_bytes
 
 
 INT4_GROUP = 32  # inputs that share a scale and a minimum
-INT8_GROUP = 64  # inputs that share a scale: half the KL of a scale per row for 3 % more bytes (docs/quality.md)
+INT8_GROUP = (
+    64  # inputs that share a scale, in 6 bits too: half the KL of a scale per row for 3 % more bytes (docs/quality.md)
+)
 DECODE_SLAB = 2**25  # weights that plain torch decodes at a time: 64 MiB of bfloat16
 SCORE_SLAB = 2**26  # attention scores that plain torch has in hand at a time: 256 MiB of float32
 
@@ -42,19 +47,26 @@ class Scheme:
     Attributes:
         linear: the projections of all layers.
         head, embedding: the two matrices of the vocabulary. Tied, they are one, kept as the head.
-        qkv: query, key and value projections; None = as the others.
+        gate_up: gate and up projections, but for the first and the last eighth of the layers; None = as the others.
         quantise_inputs: inputs of FP8 projections are rounded to e4m3 as well.
     """
 
     linear: Kept
     head: Kept
     embedding: Kept
-    qkv: Kept | None = None
+    gate_up: Kept | None = None
     quantise_inputs: bool = False
 
-    def projection(self, name: str) -> Kept:
-        """How a projection is kept, by its name in checkpoints: q_proj, k_proj … down_proj."""
-        return self.qkv if self.qkv and name in ("q_proj", "k_proj", "v_proj") else self.linear
+    def projection(self, name: str, layers: int) -> Kept:
+        """How a projection is kept.
+
+        Args:
+            name: as in checkpoints, model.layers.0.self_attn.q_proj.weight.
+            layers: of the model.
+        """
+        _, _, layer, _, kind, _ = name.split(".")
+        inner = layers // 8 <= int(layer) < layers - layers // 8
+        return self.gate_up if self.gate_up and inner and kind in ("gate_proj", "up_proj") else self.linear
 
 
 SCHEMES = {
@@ -64,8 +76,8 @@ SCHEMES = {
     "fp8": Scheme(Kept.FP8, Kept.FLOAT, Kept.FLOAT, quantise_inputs=True),
     "fp8-weight-only": Scheme(Kept.FP8, Kept.FLOAT, Kept.FLOAT),
     "int8": Scheme(Kept.INT8, Kept.INT8, Kept.INT8),
-    # In 4 bits qkv would bring a third of the projections' divergence, and it is a ninth of them (docs/quality.md).
-    "int4": Scheme(Kept.INT4, Kept.INT8, Kept.INT8, qkv=Kept.INT8),
+    # 4 bits only where they cost least for what they save: all else has 6, at a fifth of the loss (docs/quality.md).
+    "int4": Scheme(Kept.INT6, Kept.INT8, Kept.INT6, gate_up=Kept.INT4),
 }
 
 KV_PRECISIONS = ("auto", "bf16", "fp8")  # of keys and values: the compute dtype, the same, e4m3

@@ -118,7 +118,7 @@ class _Reader:
         """One linear map of several matrices over the same input, their outputs one after the other."""
         parts = [self._part(f"{prefix}{name}.weight", count, inputs) for name, count in outputs.items()]
         biases = [self._vector(f"{prefix}{name}.bias", count) for name, count in outputs.items() if bias]
-        kept = self._scheme.projection(next(iter(outputs)))
+        kept = self._scheme.projection(f"{prefix}{next(iter(outputs))}.weight", self._config.num_layers)
         return self._linear(parts, inputs, kept, torch.cat(biases) if bias else None)
 
     def _linear(

@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -22,10 +23,11 @@ from engine.quant.coded import CodedLinear
 from engine.quant.form import Form
 from engine.quant.linear import DenseLinear, JoinedLinear, Linear, PackedLinear, Table
 from engine.quant.matrix import FloatMatrix, Fp8Matrix, GroupMatrix, Matrix, concat
-from engine.quant.quantise import quantise_fp8, quantise_int4, quantise_int8
-from engine.schemes import INT4_GROUP, Kept
+from engine.quant.quantise import quantise_fp8, quantise_int4, quantise_int6, quantise_int8
+from engine.schemes import INT4_GROUP, INT8_GROUP, Kept
 
 _SLAB = 2**20  # weights that are in hand at a time: their float32 temporaries stay in the cache of a core
+_PACKED_BYTES = 2**29  # that oneDNN packs at a time, for which it holds them twice
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +95,15 @@ def _build(parts: list[Part], form: Form, inputs: int, target: Target, bias: Ten
     tiles = target.device.type == "cpu" and torch.cpu._is_amx_tile_supported()
     if _blocks(form, target) and (wide or not tiles):
         return _filled(parts, form, inputs, target, bias, wide)
-    weight = _dense(parts, inputs, target)
-    packs = target.device.type == "cpu" and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return PackedLinear(weight, bias, wide) if packs else DenseLinear(weight, bias, wide)
+    if target.device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return DenseLinear(_dense(parts, inputs, target), bias, wide)
+    outputs = sum(part.outputs for part in parts)
+    step = max(1, _PACKED_BYTES // (inputs * target.dtype.itemsize * BLOCK)) * BLOCK
+    packed: list[Linear] = []
+    for start in range(0, outputs, step):
+        weight = _dense(_between(parts, start, start + step), inputs, target)
+        packed.append(PackedLinear(weight, None if bias is None else bias[start : start + step], wide))
+    return packed[0] if len(packed) == 1 else JoinedLinear(packed)
 
 
 def _blocks(form: Form, target: Target) -> bool:
@@ -135,16 +143,24 @@ def _dense(parts: list[Part], inputs: int, target: Target) -> Tensor:
 
 def _slabs(parts: list[Part], inputs: int) -> Iterator[tuple[int, Matrix]]:
     """The rows of all parts in pieces of whole blocks, with where each begins."""
-    outputs = sum(part.outputs for part in parts)
     step = max(1, _SLAB // inputs // BLOCK) * BLOCK
-    for start in range(0, outputs, step):
-        pieces, offset = [], 0
-        for part in parts:
-            low, high = max(start - offset, 0), min(start + step - offset, part.outputs)
-            if low < high:
-                pieces.append(part.read(low, high))
-            offset += part.outputs
-        yield start, concat(pieces)
+    for start in range(0, sum(part.outputs for part in parts), step):
+        yield start, concat([part.read(0, part.outputs) for part in _between(parts, start, start + step)])
+
+
+def _between(parts: list[Part], start: int, stop: int) -> list[Part]:
+    """What lies in the rows start .. stop - 1 of all parts, one after the other."""
+    found, offset = [], 0
+    for part in parts:
+        low, high = max(start - offset, 0), min(stop - offset, part.outputs)
+        if low < high:
+            found.append(Part(partial(_read_from, part, low), high - low))
+        offset += part.outputs
+    return found
+
+
+def _read_from(part: Part, origin: int, start: int, stop: int) -> Matrix:
+    return part.read(origin + start, origin + stop)
 
 
 def _converted(part: Part, kept: Kept, target: Target) -> Part:
@@ -167,7 +183,7 @@ def _convert(matrix: Matrix, kept: Kept, target: Target) -> Matrix:
             return matrix
         case Kept.INT8, GroupMatrix():
             return matrix
-        case Kept.INT4, GroupMatrix(bits=4 | 5 | 6):
+        case Kept.INT4 | Kept.INT6, GroupMatrix(bits=4 | 5 | 6):
             return matrix
         case Kept.FLOAT, FloatMatrix():
             return matrix
@@ -178,4 +194,6 @@ def _convert(matrix: Matrix, kept: Kept, target: Target) -> Matrix:
         return quantise_fp8(weight)
     if kept is Kept.INT4 and weight.shape[1] % INT4_GROUP == 0:
         return quantise_int4(weight)
+    if kept is Kept.INT6 and weight.shape[1] % INT8_GROUP == 0:
+        return quantise_int6(weight)
     return quantise_int8(weight)

@@ -1,4 +1,4 @@
-"""Float matrices to codes and scales: FP8 scaled per output, int8 per 64 inputs, int4 per 32.
+"""Float matrices to codes and scales: FP8 scaled per output, int8 and 6 bits per 64 inputs, int4 per 32.
 
 No calibration data. Where a scale other than the largest number's own makes the sum of squared errors smaller, that is
 taken; `docs/quality.md` has what it brings and what it costs. Long rows leave less to choose: of Gaussian rows in e4m3
@@ -33,7 +33,12 @@ def quantise_fp8(weight: Tensor) -> Fp8Matrix:
 def quantise_int8(weight: Tensor) -> GroupMatrix:
     """float32 [outputs, inputs] -> codes 1 .. 255 about 128, the largest of a group at an end. A row is the group where
     inputs are no multiple of 64."""
-    return _joined([_int8(piece) for piece in _pieces(weight)])
+    return _joined([_symmetric(piece, 8) for piece in _pieces(weight)])
+
+
+def quantise_int6(weight: Tensor) -> GroupMatrix:
+    """float32 [outputs, inputs], inputs a multiple of 64 -> codes 1 .. 63 about 32, likewise."""
+    return _joined([_symmetric(piece, 6) for piece in _pieces(weight)])
 
 
 def quantise_int4(weight: Tensor) -> GroupMatrix:
@@ -73,15 +78,16 @@ def round_e4m3(numbers: Tensor) -> Tensor:
     return torch.add(numbers, shift).sub_(shift)
 
 
-def _int8(weight: Tensor) -> GroupMatrix:
+def _symmetric(weight: Tensor, bits: int) -> GroupMatrix:
     group = INT8_GROUP if weight.shape[1] % INT8_GROUP == 0 else weight.shape[1]
     groups = weight.view(len(weight), -1, group)
+    zero = 2 ** (bits - 1)
     most = groups.abs().amax(dim=2)
-    scales = torch.where(most > 0, most / 127, 1.0)
+    scales = torch.where(most > 0, most / (zero - 1), 1.0)
     if group == INT8_GROUP:
         scales = _half(scales.clamp_(min=_LEAST_SCALE))
-    codes = (groups / scales.unsqueeze(-1)).round_().clamp_(-127, 127).add_(128)
-    return GroupMatrix(codes.to(torch.uint8).flatten(1), 8, group, scales, 128 * scales)
+    codes = (groups / scales.unsqueeze(-1)).round_().clamp_(1 - zero, zero - 1).add_(zero)
+    return GroupMatrix(codes.to(torch.uint8).flatten(1), bits, group, scales, zero * scales)
 
 
 def _int4(weight: Tensor) -> GroupMatrix:

@@ -32,7 +32,9 @@ def weight_table() -> str:
     rows = ["| `--precision` | projections | head | embedding | GB |", "|---|---|---|---|---|"]
     for name, scheme in SCHEMES.items():
         if name != "auto":
-            projections = scheme.linear.value + (f"; query, key, value: {scheme.qkv.value}" if scheme.qkv else "")
+            projections = scheme.linear.value + (
+                f"; gate, up of the inner layers: {scheme.gate_up.value}" if scheme.gate_up else ""
+            )
             kept = (projections, scheme.head.value, scheme.embedding.value)
             rows.append(f"| `{name}` | {' | '.join(kept)} | {weight_bytes(NEMO_12B, scheme, 2) / 1e9:.2f} |")
     return "\n".join(rows) + "\n"

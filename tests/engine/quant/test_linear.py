@@ -77,7 +77,7 @@ def portable(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
 def cases(kinds: list[str] | None = None) -> list[tuple[str, int, int]]:
     kinds = kinds or GROUPED + WHOLE_ROWS
     every = [(kind, *shape) for kind in kinds for shape in SHAPES + (ODD_SHAPES if kind in WHOLE_ROWS else [])]
-    return [*every, ("8/64", 130, 576)]  # our int8, which needs wider rows
+    return [*every, ("8/64", 130, 576), ("6/64", 130, 576)]  # our own, which need wider rows
 
 
 def check(linear: Linear, matrix: Matrix, bias: Tensor | None, dtype: torch.dtype, wide: bool) -> None:
@@ -216,6 +216,18 @@ def test_differently_stored_neighbours_are_one_map(kernels: Kernels, with_kernel
     check(linear, FloatMatrix(whole), bias, torch.float32, wide=False)
 
 
+def test_what_onednn_packs_is_never_held_twice_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.quant.build._PACKED_BYTES", 96 * 4 * 70)  # one block at a time
+    monkeypatch.setattr("engine.quant.build._SLAB", 96 * 10)
+    torch.manual_seed(7)
+    first, second, bias = random_matrix("bf16", 100, 96), random_matrix("bf16", 90, 96), torch.randn(190)
+    target = Target(torch.float32, CPU, None)
+    linear = build_linear([part(first), part(second)], 96, Kept.FLOAT, target, bias=bias)
+    assert isinstance(linear, JoinedLinear)
+    assert linear.nbytes == 190 * 96 * 4 + 190 * 4
+    check(linear, FloatMatrix(torch.cat([first.dequantise(), second.dequantise()])), bias, torch.float32, wide=False)
+
+
 def test_large_matrices_arrive_in_slabs(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engine.quant.build._SLAB", 96 * 70)  # one block at a time
     torch.manual_seed(6)
@@ -273,6 +285,9 @@ def rows(matrix: Matrix, start: int, stop: int) -> Matrix:
         (Kept.INT4, "5/32", 5),
         (Kept.INT4, "8/32", 4),
         (Kept.INT4, "bf16", 4),
+        (Kept.INT6, "5/32", 5),
+        (Kept.INT6, "8/32", 6),
+        (Kept.INT6, "bf16", 6),
         (Kept.FP8, "fp8", 0),
         (Kept.FP8, "4/32", 0),
         (Kept.FLOAT, "4/32", 16),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
-from engine.quant.quantise import E4M3_MAX, quantise_fp8, quantise_int4, quantise_int8, round_e4m3
+from engine.quant.matrix import GroupMatrix
+from engine.quant.quantise import E4M3_MAX, quantise_fp8, quantise_int4, quantise_int6, quantise_int8, round_e4m3
 from engine.schemes import INT4_GROUP, INT8_GROUP, Kept
 
 SHAPES = [(3, 64), (130, 576), (70, 5120)]
@@ -81,17 +84,27 @@ def test_int4_keeps_what_is_on_a_grid_of_16_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("shape", "group"), [((130, 576), INT8_GROUP), ((7, 90), 90)])
-def test_int8_is_within_half_a_step_of_each_group(kind: str, shape: tuple[int, int], group: int) -> None:
+@pytest.mark.parametrize(
+    ("quantise", "most_code", "shape", "group"),
+    [
+        (quantise_int8, 127, (130, 576), INT8_GROUP),
+        (quantise_int8, 127, (7, 90), 90),
+        (quantise_int6, 31, (130, 576), INT8_GROUP),
+    ],
+)
+def test_8_and_6_bits_are_within_half_a_step_of_each_group(
+    kind: str, quantise: Callable[[Tensor], GroupMatrix], most_code: int, shape: tuple[int, int], group: int
+) -> None:
     weight = weights(kind, shape)
-    found = quantise_int8(weight)
+    found = quantise(weight)
     assert found.group == group
     most = weight.view(len(weight), -1, group).abs().amax(2)
-    step = torch.maximum(most / 127 * (1 + 2**-11), torch.tensor(2.0**-24))  # the scale is rounded to float16
+    step = torch.maximum(most / most_code * (1 + 2**-11), torch.tensor(2.0**-24))  # the scale is rounded to float16
     off = (found.dequantise() - weight).abs().view(len(weight), -1, group).amax(2)
-    # The largest of a group can be beyond 127 steps by as much as rounding made them smaller.
-    assert (off <= step * (0.5 + 127 * 2**-11 + 1e-3)).all()
+    # The largest of a group can be beyond the last step by as much as rounding made them smaller.
+    assert (off <= step * (0.5 + most_code * 2**-11 + 1e-3)).all()
     assert found.codes.min() >= 1
+    assert found.codes.max() <= 2 * most_code + 1
 
 
 def test_rounding_to_e4m3_is_that_of_the_conversion() -> None:
@@ -104,7 +117,7 @@ def test_rounding_to_e4m3_is_that_of_the_conversion() -> None:
         assert torch.equal(round_e4m3(numbers), numbers.to(torch.float8_e4m3fn).float())
 
 
-@pytest.mark.parametrize("quantise", [quantise_fp8, quantise_int8, quantise_int4])
+@pytest.mark.parametrize("quantise", [quantise_fp8, quantise_int8, quantise_int6, quantise_int4])
 def test_a_matrix_in_pieces_is_the_same_matrix(quantise, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = weights("outliers", (130, 576))
     whole = quantise(weight).dequantise()
@@ -113,7 +126,7 @@ def test_a_matrix_in_pieces_is_the_same_matrix(quantise, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("inputs", [576, 90, 96])
-@pytest.mark.parametrize("kept", [Kept.FP8, Kept.INT8, Kept.INT4])
+@pytest.mark.parametrize("kept", [Kept.FP8, Kept.INT8, Kept.INT6, Kept.INT4])
 def test_bytes_are_those_of_codes_scales_and_minima(kept: Kept, inputs: int) -> None:
     weight = weights("normal", (64, inputs))
     if kept is Kept.FP8:
@@ -122,6 +135,9 @@ def test_bytes_are_those_of_codes_scales_and_minima(kept: Kept, inputs: int) -> 
     if kept is Kept.INT4 and inputs % INT4_GROUP == 0:
         found, width = quantise_int4(weight), 2
         code_bytes = found.codes.numel() // 2 + found.mins.numel() * 2
+    elif kept is Kept.INT6 and inputs % INT8_GROUP == 0:
+        found, width = quantise_int6(weight), 2
+        code_bytes = found.codes.numel() * 6 // 8
     else:
         found = quantise_int8(weight)
         code_bytes, width = found.codes.numel(), 2 if found.group == INT8_GROUP else 4
