@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
 import msgspec
 
+from bench.texts import HANDBOOK, RIGHTS, languages, solutions
 from service.text.tokenizer import Tokenizer
 
 
@@ -20,21 +19,18 @@ class Passage(msgspec.Struct, frozen=True):
     token_ids: list[int]
 
 
-def read_texts(folder: Path) -> dict[str, list[str]]:
-    """Texts by kind: `prose` (The Debian Administrator's Handbook, English), `code` (HumanEval: task and solution) and
-    `languages` (the Universal Declaration of Human Rights, a text for each language).
+def texts_by_kind(folder: Path) -> dict[str, list[str]]:
+    """`prose` (The Debian Administrator's Handbook, English), `code` (HumanEval) and `languages` (the Universal
+    Declaration of Human Rights, a text for each language).
 
     Raises:
         OSError: a file is missing or cannot be read.
     """
-    with gzip.open(folder / "debian-handbook.json.gz") as file:
-        handbook = json.load(file)["en"]
-    with gzip.open(folder / "HumanEval.jsonl.gz") as file:
-        tasks = [json.loads(line) for line in file]
-    with gzip.open(folder / "udhr.json.gz") as file:
-        rights = json.load(file)
-    code = "\n\n".join(task["prompt"] + task["canonical_solution"] for task in tasks)
-    return {"prose": [handbook], "code": [code], "languages": list(rights.values())}
+    return {
+        "prose": [languages(folder / HANDBOOK)["en"]],
+        "code": ["\n\n".join(solutions(folder))],
+        "languages": list(languages(folder / RIGHTS).values()),
+    }
 
 
 def cut_passages(texts: Mapping[str, Sequence[str]], tokenizer: Tokenizer, count: int, length: int) -> list[Passage]:

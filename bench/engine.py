@@ -20,7 +20,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bench.measure import Bandwidth, Comparison, Job, PeerReport, agreement, this_machine
+from bench.measure import Bandwidth, Comparison, Job, PeerReport, agreement, this_machine, write_result
+from bench.options import model_path, numbers
 
 T = TypeVar("T")
 QUIET = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}  # progress bars and advice of transformers
@@ -28,7 +29,7 @@ QUIET = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}  # progress bar
 
 @click.command(context_settings={"show_default": True})
 @click.option("--model", default="smollm2-135m-instruct", help="a .gguf file, a folder, or a name of the catalogue")
-@click.option("--streams", default="1,4,16,32", help="numbers of concurrent requests")
+@click.option("--streams", callback=numbers, default="1,4,16,32", help="numbers of concurrent requests")
 @click.option("--new-tokens", type=click.IntRange(2), default=128, help="tokens to generate per request")
 @click.option("--prompt-tokens", type=click.IntRange(1), default=128, help="tokens of each prompt")
 @click.option("--rounds", type=click.IntRange(1), default=2, help="how often each peer has its turn")
@@ -41,7 +42,7 @@ QUIET = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}  # progress bar
 @click.option("--json", type=click.Path(path_type=Path), help="also write the result to this file")
 def main(
     model: str,
-    streams: str,
+    streams: list[int],
     new_tokens: int,
     prompt_tokens: int,
     rounds: int,
@@ -59,7 +60,7 @@ def main(
         dtype=dtype,
         device=device,
         threads=threads,
-        streams=_numbers(streams),
+        streams=streams,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         seed=0,
@@ -78,27 +79,8 @@ def main(
     shown = msgspec.structs.replace(job, model=Path(job.model).name)  # where it lies is nobody's business
     result = Comparison(started_at=started_at, machine=machine, bandwidth=bandwidth, job=shown, reports=reports)
     if json is not None:
-        json.parent.mkdir(parents=True, exist_ok=True)
-        json.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n")
+        write_result(json, result)
     show(result, Console())
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        numbers = []
-    if not numbers or min(numbers) < 1:
-        raise click.BadParameter(f"{text!r} is no list of positive numbers", param_hint="--streams")
-    return numbers
-
-
-def model_path(model: str) -> Path:
-    if Path(model).exists():
-        return Path(model).resolve()
-    from service.models.store import ModelStore
-
-    return ModelStore.default().pull(model).path
 
 
 def _measure(peer: str, job: Job, timeout: float, result: type[T]) -> T:

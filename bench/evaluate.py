@@ -19,6 +19,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from bench.measure import write_result
 from bench.scoring import Scorer
 
 
@@ -108,8 +109,7 @@ def main(
         model=served.name, dtype=served.dtype, parameters=served.parameters, limit=limit, results=results
     )
     if json is not None:
-        json.parent.mkdir(parents=True, exist_ok=True)
-        json.write_bytes(msgspec.json.format(msgspec.json.encode(evaluation), indent=2) + b"\n")
+        write_result(json, evaluation)
     show(evaluation, Console())
 
 

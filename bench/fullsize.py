@@ -31,7 +31,17 @@ from nemoserve.v1 import generation_pb2 as pb
 from nemoserve.v1 import generation_pb2_grpc as rpc
 
 from bench.checkpoints import FORMS, write_checkpoint
-from bench.measure import Bandwidth, Machine, Run, peak_rss_bytes, summarise, this_machine
+from bench.measure import (
+    Bandwidth,
+    Machine,
+    Run,
+    anonymous_bytes,
+    peak_rss_bytes,
+    summarise,
+    this_machine,
+    write_result,
+)
+from bench.options import numbers
 from bench.peers import bandwidth as memory_bandwidth
 from engine.checkpoint import open_checkpoint
 from engine.memory import matrices, token_bytes
@@ -112,7 +122,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
 @click.option("--precision", type=click.Choice(list(SCHEMES)), default="auto", help="as nemoserve serve takes it")
 @click.option("--kv-precision", type=click.Choice(["auto", "bf16", "fp8"]), default="auto", help="likewise")
 @click.option("--layers", type=click.IntRange(1, 40), default=40, help="fewer, to try the program")
-@click.option("--streams", default="1,4", help="numbers of concurrent requests")
+@click.option("--streams", callback=numbers, default="1,4", help="numbers of concurrent requests")
 @click.option("--prompt-tokens", type=click.IntRange(1), default=64, help="tokens of each prompt")
 @click.option("--new-tokens", type=click.IntRange(2), default=32, help="tokens to generate per request")
 @click.option("--threads", type=click.IntRange(1), default=len(os.sched_getaffinity(0)), help="of the engine")
@@ -129,7 +139,7 @@ def main(
     precision: str,
     kv_precision: str,
     layers: int,
-    streams: str,
+    streams: list[int],
     prompt_tokens: int,
     new_tokens: int,
     threads: int,
@@ -143,7 +153,7 @@ def main(
         precision=precision,
         kv_precision=kv_precision,
         layers=layers,
-        streams=[int(part) for part in streams.split(",")],
+        streams=streams,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         threads=threads,
@@ -151,8 +161,7 @@ def main(
     with tempfile.TemporaryDirectory(prefix="nemo-", dir=folder) as inside:
         result = measure(job, Path(inside) / "checkpoint", timeout)
     if json is not None:
-        json.parent.mkdir(parents=True, exist_ok=True)
-        json.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n")
+        write_result(json, result)
     show(result)
 
 
@@ -177,7 +186,7 @@ def measure(job: Job, folder: Path, timeout: float) -> Result:
     began = time.perf_counter()
     with _serving(path, job, timeout) as server:
         ready_seconds = time.perf_counter() - began
-        loaded = _anonymous_bytes(server.engine_pid)
+        loaded = anonymous_bytes(server.engine_pid)
         runs = []
         with grpc.insecure_channel(server.address) as channel:
             stub = rpc.GenerationServiceStub(channel)
@@ -277,7 +286,7 @@ class _Server:
         while not self._done.wait(0.05):
             with contextlib.suppress(OSError, StopIteration):
                 self.engine_pid = self.engine_pid or next(_children(self.process.pid))
-                self.peak_anonymous_bytes = max(self.peak_anonymous_bytes, _anonymous_bytes(self.engine_pid))
+                self.peak_anonymous_bytes = max(self.peak_anonymous_bytes, anonymous_bytes(self.engine_pid))
 
 
 @contextlib.contextmanager
@@ -311,14 +320,6 @@ def _children(pid: int) -> Iterator[int]:
         for child in map(int, (task / "children").read_text().split()):
             if b"engine.worker" in Path(f"/proc/{child}/cmdline").read_bytes():
                 yield child
-
-
-def _anonymous_bytes(pid: int) -> int:
-    """Source: RssAnon, proc_pid_status(5)."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"the kernel does not tell the anonymous memory of process {pid}")
 
 
 def _run(stub: rpc.GenerationServiceStub, job: Job, streams: int) -> Run:

@@ -178,8 +178,24 @@ def this_machine() -> Machine:
 
 
 def peak_rss_bytes(pid: int | None = None) -> int:
-    """Largest resident set that a living process (None = this one) has had. Source: VmHWM, proc_pid_status(5)."""
+    """Largest resident set that a living process (None = this one) has had."""
+    return _status_bytes(pid, "VmHWM")
+
+
+def anonymous_bytes(pid: int | None = None) -> int:
+    """Memory of a living process that is no page of a file."""
+    return _status_bytes(pid, "RssAnon")
+
+
+def _status_bytes(pid: int | None, field: str) -> int:
+    """Source: proc_pid_status(5)."""
     for line in Path(f"/proc/{pid or 'self'}/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
+        if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
-    raise OSError(f"the kernel does not tell the peak memory of process {pid or 'self'}")
+    raise OSError(f"the kernel does not tell {field} of process {pid or 'self'}")
+
+
+def write_result(path: Path, result: msgspec.Struct) -> None:
+    """A result file, its folder with it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n")

@@ -12,22 +12,20 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import os
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 import click
-import msgspec
 import torch
 from rich.console import Console
 
-from bench.corpus import Passage, cut_passages, read_texts
+from bench.corpus import Passage, cut_passages, texts_by_kind
 from bench.divergence import Observed, compare, observe, summarise
-from bench.engine import model_path
-from bench.measure import this_machine
+from bench.measure import this_machine, write_result
+from bench.options import TEXTS, model_path, names
 from bench.quality_report import KINDS, Cell, Report, Row, Sensitivity, plot, show
 from bench.shuffle import Shuffled
 from engine.checkpoint import open_checkpoint
@@ -40,32 +38,19 @@ from service.text.load import load_text
 
 KV = ("bf16", "fp8")
 REFERENCE = "bf16"
-DATA = Path(os.environ.get("NEMOSERVE_TEST_DATA", Path(__file__).resolve().parent.parent.parent / "shared" / "data"))
-
-
-def _names(allowed: Collection[str]) -> Callable[[click.Context, click.Parameter, str], list[str]]:
-    """Reads an option that is a list of names, separated by commas; "" is an empty one."""
-
-    def read(context: click.Context, parameter: click.Parameter, value: str) -> list[str]:
-        names = [name for name in value.split(",") if name]
-        if unknown := [name for name in names if name not in allowed]:
-            raise click.BadParameter(f"{unknown[0]!r} is none of {', '.join(allowed)}")
-        return names
-
-    return read
 
 
 @click.command(context_settings={"show_default": True})
 @click.option("--model", default="smollm2-135m-instruct", help="a .gguf file, a folder, or a name of the catalogue")
-@click.option("--data", type=click.Path(path_type=Path), default=DATA / "text", help="folder of the texts")
+@click.option("--data", type=click.Path(path_type=Path), default=TEXTS, help="folder of the texts")
 @click.option("--tokens", type=click.IntRange(1), default=8192, help="tokens that every scheme is judged by")
 @click.option("--passage-tokens", type=click.IntRange(2), default=1024, help="tokens of one sequence")
-@click.option("--schemes", callback=_names(SCHEMES), default="auto,bf16,fp8,fp8-weight-only", help="of the weights")
-@click.option("--kv", callback=_names(KV), default=",".join(KV), help="precisions of keys and values")
+@click.option("--schemes", callback=names(SCHEMES), default="auto,bf16,fp8,fp8-weight-only", help="of the weights")
+@click.option("--kv", callback=names(KV), default=",".join(KV), help="precisions of keys and values")
 @click.option("--float32/--no-float32", default=True, help="compare the reference with float32; needs its memory")
-@click.option("--shuffled", callback=_names(SCHEMES), default="int8,int4", help="schemes to try on shuffled weights")
-@click.option("--sensitivity", callback=_names(SCHEMES), default="int8,int4,fp8", help="schemes to take apart by kind")
-@click.option("--layers", callback=_names(SCHEMES), default="fp8", help="of these, schemes to take apart by layer too")
+@click.option("--shuffled", callback=names(SCHEMES), default="int8,int4", help="schemes to try on shuffled weights")
+@click.option("--sensitivity", callback=names(SCHEMES), default="int8,int4,fp8", help="schemes to take apart by kind")
+@click.option("--layers", callback=names(SCHEMES), default="fp8", help="of these, schemes to take apart by layer too")
 @click.option("--sensitivity-tokens", type=click.IntRange(6), default=768, help="for each figure of these tables")
 @click.option("--dtype", default="auto", help="to compute in: auto, bfloat16 or float32")
 @click.option("--device", default="auto", help="auto, cpu or cuda")
@@ -96,7 +81,7 @@ def main(
     path = model_path(model)
     tokenizer = load_text(path).tokenizer
     try:
-        passages = cut_passages(read_texts(data), tokenizer, -(-tokens // passage_tokens), passage_tokens)
+        passages = cut_passages(texts_by_kind(data), tokenizer, -(-tokens // passage_tokens), passage_tokens)
     except (OSError, ValueError) as error:
         raise click.UsageError(f"--data {data}: {error}") from None
     rows: list[Row] = []
@@ -120,9 +105,10 @@ def main(
                 sensitivities=tables,
             )
             if json is not None:
-                _write(json, msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
+                write_result(json, report)
             if svg is not None:
-                _write(svg, plot(report).encode())
+                svg.parent.mkdir(parents=True, exist_ok=True)
+                svg.write_text(plot(report))
             return report
 
         rows += bench.matrix(schemes, kv, float32)
@@ -135,11 +121,6 @@ def main(
                 tables.append(off_grid.sensitivity(scheme, sensitivity_tokens, by_layer=scheme in layers))
                 report = save()
     show(report, Console(width=None if sys.stdout.isatty() else 120))
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
 
 
 class Bench:

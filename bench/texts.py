@@ -1,4 +1,4 @@
-"""Real text to measure tokenizers on: prose in a dozen languages and source code, from files that lie here anyway."""
+"""Real text to measure on: prose in a dozen languages and source code, from files that lie here anyway."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+HANDBOOK, RIGHTS, PROBLEMS = "debian-handbook.json.gz", "udhr.json.gz", "HumanEval.jsonl.gz"
 CODE = "code"
 MOST_CHARACTERS = 1_000_000  # of a body of source code; more change no third digit
 
@@ -23,34 +24,45 @@ class Text:
     text: str
 
 
-def read_texts(data: Path) -> list[Text]:
-    """All texts.
+def languages(path: Path) -> dict[str, str]:
+    """One text in many languages: HANDBOOK, or RIGHTS. Raises OSError for a file that cannot be read."""
+    found: dict[str, str] = json.loads(_unpacked(path))
+    return found
+
+
+def solutions(folder: Path) -> list[str]:
+    """HumanEval's problems, each with its solution. Raises OSError for a file that cannot be read."""
+    problems = map(json.loads, _unpacked(folder / PROBLEMS).splitlines())
+    return [problem["prompt"] + problem["canonical_solution"] for problem in problems]
+
+
+def read_texts(folder: Path) -> list[Text]:
+    """All texts, to measure tokenizers on.
 
     Args:
-        data: folder with text/udhr.json.gz, text/debian-handbook.json.gz (both {language: text}) and
-            text/HumanEval.jsonl.gz. Code comes as well from Python's standard library and from torch's C++ headers.
+        folder: has HANDBOOK, RIGHTS and PROBLEMS. Code comes as well from Python's standard library and from torch's
+            C++ headers.
 
     Raises:
         FileNotFoundError: a file is not there.
     """
-    problems = [json.loads(line) for line in _unpacked(data / "text" / "HumanEval.jsonl.gz").splitlines()]
     library = Path(sysconfig.get_path("stdlib"))
     spec = find_spec("torch")
     assert spec is not None
     assert spec.origin is not None
     headers = Path(spec.origin).parent / "include" / "ATen"
     code = {
-        "HumanEval": "\n".join(each["prompt"] + each["canonical_solution"] for each in problems),
+        "HumanEval": "\n".join(solutions(folder)),
         "Python library": _joined(library.glob("*.py")),
         "ATen C++": _joined(headers.glob("*.h")),
     }
-    prose = {"UDHR": "udhr.json.gz", "handbook": "debian-handbook.json.gz"}
+    prose = {"UDHR": RIGHTS, "handbook": HANDBOOK}
     return [
         *(Text(CODE, source, text) for source, text in code.items()),
         *(
             Text(language, source, text)
             for source, name in prose.items()
-            for language, text in json.loads(_unpacked(data / "text" / name)).items()
+            for language, text in languages(folder / name).items()
         ),
     ]
 

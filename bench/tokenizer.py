@@ -26,7 +26,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bench.measure import Machine, this_machine
+from bench.measure import Machine, this_machine, write_result
+from bench.options import TEXTS
 from bench.texts import CODE, Text, read_texts
 from bench.vocabularies import Peer, mistral_peers, smollm2_peers
 
@@ -79,9 +80,8 @@ class Tokenizers(msgspec.Struct, frozen=True, kw_only=True):
 @click.option(
     "--data",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    envvar="NEMOSERVE_TEST_DATA",
-    default="../shared/data",
-    help="folder with text/*.gz",
+    default=TEXTS,
+    help="folder of the texts",
 )
 @click.option("--rounds", type=click.IntRange(1), default=3, help="how often each peer has its turn")
 @click.option("--json", type=click.Path(path_type=Path), help="also write the result to this file")
@@ -106,8 +106,7 @@ def main(data: Path, rounds: int, json: Path | None) -> None:
         speeds=[speed for name, text in timed_texts(texts).items() for speed in race(peers, name, text, rounds)],
     )
     if json is not None:
-        json.parent.mkdir(parents=True, exist_ok=True)
-        json.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n")
+        write_result(json, result)
     show_compression(result.compression, Console())
     show_speeds(result.speeds, Console())
 

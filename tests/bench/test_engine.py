@@ -6,11 +6,14 @@ import asyncio
 import io
 from pathlib import Path
 
+import click
 import msgspec
 import pytest
+from click.testing import CliRunner
 from rich.console import Console
 
 from bench import engine as program
+from bench import fullsize
 from bench.measure import Bandwidth, Comparison, Job, Machine, PeerReport, Run, agreement, percentile, summarise
 from tests.tiny_models import write_hf
 
@@ -55,6 +58,14 @@ def report(peer: str, *speeds: float) -> PeerReport:
         peak_rss_bytes=2**20,
         runs=runs,
     )
+
+
+@pytest.mark.parametrize("streams", ["", "0", "1,x", "4,-1"])
+@pytest.mark.parametrize("main", [program.main, fullsize.main])
+def test_numbers_of_streams_that_are_none_are_refused(main: click.Command, streams: str) -> None:
+    done = CliRunner().invoke(main, ["--streams", streams])
+    assert done.exit_code == 2
+    assert f"{streams!r} is no list of positive numbers" in done.output
 
 
 def test_the_best_round_of_each_peer_is_compared() -> None:

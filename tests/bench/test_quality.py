@@ -15,7 +15,7 @@ import torch
 from click.testing import CliRunner
 from rich.console import Console
 
-from bench.corpus import cut_passages, read_texts
+from bench.corpus import cut_passages, texts_by_kind
 from bench.divergence import compare, join, observe, score, summarise
 from bench.quality import Bench, main
 from bench.quality_report import KINDS, Report, plot, show
@@ -27,7 +27,6 @@ from tests.engine.oracle import teacher_forced
 from tests.tiny_models import write_hf
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).resolve().parents[2]
 
 
 class Letters:
@@ -142,7 +141,7 @@ def write_texts(folder: Path) -> Path:
 
 
 def test_the_matrix_and_the_sensitivity_of_a_small_model(tmp_path: Path, folder: Path) -> None:
-    texts = read_texts(write_texts(tmp_path / "text"))
+    texts = texts_by_kind(write_texts(tmp_path / "text"))
     passages = [
         msgspec.structs.replace(passage, token_ids=[token % 160 for token in passage.token_ids])
         for passage in cut_passages(texts, Letters(None), 3, 64)
@@ -185,31 +184,9 @@ def test_wrong_options_are_refused(arguments: list[str], message: str, smollm2_p
     assert re.search(message, done.output)
 
 
-def test_the_page_has_the_figures_of_the_result_that_it_names() -> None:
-    page = (ROOT / "docs" / "quality.md").read_text()
-    (name,) = re.findall(r"\[raw\]\(\.\./(.*?)\)", page)
-    report = msgspec.json.decode((ROOT / name).read_bytes(), type=Report)
-    lines = page.splitlines()
-    for row in report.rows:
-        figures = f"| {row.quality.kl_mean:.5f} | {row.quality.kl_p99:.4f} | {100 * row.quality.top1:.1f} % |"
-        assert any(f"`{row.weights}`" in line and figures in line for line in lines), (row.weights, figures)
-    assert (ROOT / name).with_suffix(".svg").read_text() == plot(report)
-
-
 @pytest.mark.slow
 def test_a_whole_run_prints_writes_and_draws(smollm2_path: Path, test_data: Path, tmp_path: Path) -> None:
-    options = [
-        "--tokens",
-        "192",
-        "--passage-tokens",
-        "64",
-        "--schemes",
-        "auto,fp8",
-        "--kv",
-        "bf16",
-        "--sensitivity",
-        "",
-    ]
+    options = ["--tokens", "192", "--passage-tokens", "64", "--schemes", "auto,fp8", "--kv", "bf16"]
     files = ["--json", str(tmp_path / "q.json"), "--svg", str(tmp_path / "q.svg")]
     data = ["--data", str(test_data / "text"), "--model", str(smollm2_path), "--threads", "1", "--sensitivity", ""]
     done = CliRunner().invoke(main, [*options, *files, *data], catch_exceptions=False)

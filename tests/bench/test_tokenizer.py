@@ -20,7 +20,7 @@ from bench.vocabularies import Peer, mistral_peers
 
 @pytest.fixture(scope="module")
 def texts(test_data: Path) -> list[Text]:
-    return read_texts(test_data)
+    return read_texts(test_data / "text")
 
 
 @pytest.fixture(scope="module")
