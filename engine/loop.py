@@ -10,7 +10,6 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 
 import msgspec
 
@@ -45,8 +44,10 @@ class LoadAdapter(msgspec.Struct, frozen=True, tag=True):
 
 
 class UnloadAdapter(msgspec.Struct, frozen=True, tag=True):
-    """Requests that come from now on do not find it. Not answered."""
+    """Requests that come from now on do not find the adapter that `call` loaded, unless another has its name already.
+    Not answered."""
 
+    call: int
     name: str
 
 
@@ -100,22 +101,22 @@ def _obey(core: EngineCore, reading: Reading, command: Command) -> TokenEvent | 
             return core.cancel(request_id)
         case LoadAdapter():
             reading.start(command)
-        case UnloadAdapter(name):
-            with suppress(AdapterNotFoundError):  # callers check first, and it is gone either way
-                core.remove_adapter(name)
+        case UnloadAdapter():
+            reading.unload(command)
     return None
 
 
 class Reading:
-    """Adapters on their way from their files into the core, in the order in which they were asked for.
+    """Adapters on their way from their files into the core, in the order in which they were asked for, and out of it.
 
-    True while there are any.
+    True while any are on their way in.
     """
 
     def __init__(self, core: EngineCore) -> None:
         self._core = core
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapters")
         self._begun: deque[tuple[LoadAdapter, Future[ReadAdapter]]] = deque()
+        self._calls: dict[str, int] = {}  # name -> which loaded the adapter that has it
 
     def __bool__(self) -> bool:
         return bool(self._begun)
@@ -130,12 +131,20 @@ class Reading:
             answers.append(self._finish(*self._begun.popleft()))
         return answers
 
+    def unload(self, command: UnloadAdapter) -> None:
+        """Nothing, where the adapter has lost its name to a later one, whose answer the caller did not know yet."""
+        if self._calls.get(command.name) == command.call:
+            del self._calls[command.name]
+            self._core.remove_adapter(command.name)
+
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _finish(self, command: LoadAdapter, read: Future[ReadAdapter]) -> AdapterAnswer:
         try:
-            return AdapterAnswer(command.call, self._core.add_adapter(command.name, read.result()))
+            info = self._core.add_adapter(command.name, read.result())
+            self._calls[command.name] = command.call
+            return AdapterAnswer(command.call, info)
         except EngineError as error:
             return AdapterAnswer(command.call, kind=type(error).__name__, message=str(error))
         except Exception as error:  # of the reader, for example MemoryError: the engine goes on without this adapter

@@ -75,7 +75,8 @@ class MailboxEngine(ABC):
         self._last_beat = time.monotonic()
         self._failure: str | None = None
         self._mailboxes: dict[str, Mailbox] = {}
-        self._adapters: dict[str, AdapterInfo] = {}  # what the core will have when it reads the next command
+        self._adapters: dict[str, AdapterInfo] = {}  # what the core has, as far as it has said
+        self._loaded_by: dict[str, int] = {}  # the call of each
         self._loads: dict[int, asyncio.Future[AdapterInfo]] = {}
         self._numbers = itertools.count(1)
 
@@ -138,7 +139,7 @@ class MailboxEngine(ABC):
             raise EngineDeadError(self._failure)
         self._check_adapter(name)
         del self._adapters[name]
-        self._send(UnloadAdapter(name))
+        self._send(UnloadAdapter(self._loaded_by.pop(name), name))
 
     def _check_adapter(self, name: str) -> None:
         if name not in self._adapters:
@@ -166,6 +167,7 @@ class MailboxEngine(ABC):
         """An adapter is there even if the caller has gone away meanwhile."""
         if answer.info is not None:
             self._adapters[answer.info.name] = answer.info
+            self._loaded_by[answer.info.name] = answer.call
         loaded = self._loads.pop(answer.call)
         if loaded.done():
             return

@@ -27,7 +27,7 @@ from engine.local import LocalEngine
 from engine.remote import RemoteEngine
 from engine.request import AdapterInfo, FinishReason, Request, SamplingParams, TokenEvent
 from engine.runner import Runner, load_runner
-from tests.engine.fake_runner import FakePool, FakeRunner, engine_info, expected
+from tests.engine.fake_runner import FakeAdapter, FakePool, FakeRunner, engine_info, expected
 from tests.engine.test_local import Gate
 from tests.tiny_adapters import write_peft
 from tests.tiny_models import config_json, model_config, write_hf
@@ -282,6 +282,28 @@ async def test_unloading_takes_the_name_at_once() -> None:
             await collect(engine, request("late", "a"))
         gate.opened.set()
         assert await running == expected(adapted, engine.info).token_ids
+
+
+async def test_unloading_does_not_take_what_has_been_loaded_under_the_name_meanwhile() -> None:
+    runner = FakeRunner(engine_info(max_loras=1))
+    assert runner.adapters is not None
+    async with engine_with(runner) as engine:
+        await engine.load_adapter("a", "a")
+        keep, kept = runner.adapters.keep, threading.Event()
+
+        def keep_and_tell(number: int, adapter: FakeAdapter) -> None:
+            keep(number, adapter)
+            kept.set()
+
+        runner.adapters.keep = keep_and_tell  # type: ignore[method-assign]
+        again = asyncio.create_task(engine.load_adapter("a", "a"))
+        await asyncio.sleep(0)
+        assert kept.wait(30)  # the core has it; this loop cannot know yet
+        engine.unload_adapter("a")
+        info = await again
+        assert engine.adapters == (info,)
+        each = request("1", "a")
+        assert (await collect(engine, each))[-1].finish_reason is FinishReason.LENGTH
 
 
 async def test_a_dead_engine_ends_loads_too() -> None:
