@@ -53,8 +53,9 @@ class Runner:
         lora_dtype = torch.float32 if device.type == "cpu" else dtype
         self.adapters = LoraPool(model, *loras, lora_dtype, device) if config.max_loras else None
         self._rows = Rows(config.max_batch_size, size.pages_per_sequence, config.page_size, device)
-        self._sampler = Sampler(model.vocab_size, config.max_batch_size, device, model.eos_token_ids)
-        self.eos_token_ids = model.eos_token_ids
+        # A file may name tokens that its embedding has not. They never come, and nothing may look for their logits.
+        self.eos_token_ids = tuple(token for token in model.eos_token_ids if 0 <= token < model.vocab_size)
+        self._sampler = Sampler(model.vocab_size, config.max_batch_size, device, self.eos_token_ids)
         self.info = EngineInfo(
             vocab_size=model.vocab_size,
             max_model_len=size.max_model_len,

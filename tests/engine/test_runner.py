@@ -159,6 +159,15 @@ def test_a_row_whose_logits_are_not_numbers_fails_alone() -> None:
     assert [token.failed is not None for token in sampled] == [False, True, False]
 
 
+def test_an_end_of_sequence_that_the_vocabulary_has_not_is_none() -> None:
+    config = msgspec.structs.replace(BASE, eos_token_ids=(3, BASE.vocab_size, 10**9))
+    runner = make_runner(decoder_of(config, transformers_model(BASE), max_len=MAX_LEN))
+    assert runner.eos_token_ids == (3,)
+    init = RowInit(0, SamplingParams(temperature=0.0, min_tokens=2), 0, [1, 2], [])
+    [token] = runner.run(StepPlan(work=[RowWork(0, 0, [1, 2], [0], sample=True)], admitted=[init])).sampled
+    assert token.failed is None
+
+
 SIZES = msgspec.structs.replace(BASE, max_position_embeddings=8192)
 TOKEN_BYTES = SIZES.kv_bytes_per_token(4)
 
