@@ -288,7 +288,7 @@ void quantise_rows(const T* x, T* codes, float* scales, int64_t rows, int64_t wi
         const T* from = x + row * width;
         float most = 0.0f;
         for (int64_t i = 0; i < width; i++) most = std::max(most, std::fabs(load(from[i])));
-        const float scale = given > 0.0f ? given : most > 0.0f ? most / 448.0f : 1.0f, inverse = 1.0f / scale;
+        const float scale = given > 0.0f ? given : std::max(most / 448.0f, 0x1p-126f), inverse = 1.0f / scale;
         for (int64_t i = 0; i < width; i++) store(codes[row * width + i], round_to_e4m3(load(from[i]) * inverse));
         scales[row] = scale;
     });

@@ -9,6 +9,7 @@ from engine.ops import Kernels
 from engine.ops.cpu import DTYPES
 
 E4M3_MAX = 448.0
+LEAST_SCALE = 2.0**-126  # the least normal number, so that a vector of zeros is safe and 1 / scale is finite
 
 
 def quantise_rows(x: Tensor, scale: float | None, kernels: Kernels | None = None) -> tuple[Tensor, Tensor]:
@@ -41,8 +42,7 @@ def to_e4m3(x: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
     """The same with codes in float8_e4m3fn, as matrix units take them: the plain form, on any device."""
     x = x.float()
     if scale is None:
-        most = x.abs().amax(dim=-1)
-        scales = torch.where(most > 0, most / E4M3_MAX, 1.0)
+        scales = (x.abs().amax(dim=-1) / E4M3_MAX).clamp(min=LEAST_SCALE)
     else:
         scales = torch.full((len(x),), scale, device=x.device)
     codes = (x * scales.reciprocal().unsqueeze(-1)).clamp(-E4M3_MAX, E4M3_MAX)

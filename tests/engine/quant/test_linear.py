@@ -194,6 +194,14 @@ def test_the_kernel_rounds_activations_as_torch_does(kernels: Kernels, dtype: to
     assert codes[4, 5].isnan()
 
 
+@pytest.mark.parametrize("with_kernels", [True, False])
+@pytest.mark.parametrize("most", [0.0, 1e-40, 1e-37])
+def test_tokens_as_good_as_zero_stay_numbers(kernels: Kernels, most: float, with_kernels: bool) -> None:
+    x = torch.tensor([[most, 0.0, -most, most / 2]])
+    codes, scales = quantise_rows(x, None, kernels if with_kernels else None)
+    torch.testing.assert_close(codes * scales, x, rtol=0.07, atol=2.0**-126)
+
+
 def test_all_e4m3_numbers_round_to_themselves(kernels: Kernels) -> None:
     every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     every = every[every.isfinite()].unsqueeze(0)
