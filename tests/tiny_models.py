@@ -194,6 +194,8 @@ def write_gguf(
     writer.add_rope_freq_base(config["rope_theta"])
     writer.add_rope_dimension_count(config["head_dim"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    if config["sliding_window"] is not None:
+        writer.add_sliding_window(config["sliding_window"])
     writer.add_bos_token_id(config["bos_token_id"])
     writer.add_eos_token_id(config["eos_token_id"])
     for name, weight in (weights or random_weights(config, seed)).items():

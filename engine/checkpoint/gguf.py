@@ -174,6 +174,8 @@ def _read_config(path: Path, header: GGUFHeader, rope_factors: tuple[float, ...]
         raise fields.wrong("rope.dimension_count", rotated, f"the head width ({head_dim}), and even")
     if rope_factors is not None and len(rope_factors) != head_dim // 2:
         raise CheckpointError(f"{path}: rope_freqs.weight has {len(rope_factors)} values, expected {head_dim // 2}")
+    if rope_factors is not None and min(rope_factors) <= 0:
+        raise CheckpointError(f"{path}: rope_freqs.weight has {min(rope_factors):g}; it must be positive")
     embedding = header.tensors.get("token_embd.weight")
     if embedding is None:
         raise CheckpointError(f"{path}: tensor token_embd.weight is missing")
@@ -190,7 +192,7 @@ def _read_config(path: Path, header: GGUFHeader, rope_factors: tuple[float, ...]
         rope_theta=fields.number("rope.freq_base", 10000.0),
         rope_freq_factors=rope_factors,
         max_position_embeddings=fields.size("context_length"),
-        sliding_window=fields.raw("attention.sliding_window") and fields.size("attention.sliding_window"),
+        sliding_window=fields.size("attention.sliding_window") if fields.raw("attention.sliding_window") else None,
         qkv_bias="blk.0.attn_q.bias" in header.tensors,
         tie_word_embeddings="output.weight" not in header.tensors,
         bos_token_id=_token_id(metadata, "bos"),

@@ -180,6 +180,7 @@ def test_one_value_that_is_not_finite_is_found_in_every_type(tmp_path: Path, dty
         ({"head_dim": 2**26}, "q_proj.weight has shape"),
         ({"max_position_embeddings": 10**12}, "max_position_embeddings 1000000000000 must be"),
         ({"sliding_window": -1}, "sliding_window -1 must be"),
+        ({"rope_theta": 10**400}, "rope_theta 1000"),
     ],
 )
 def test_absurd_sizes_are_refused_and_nothing_is_allocated(tmp_path: Path, changes: dict[str, Any], names: str) -> None:

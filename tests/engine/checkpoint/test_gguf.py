@@ -28,7 +28,7 @@ from engine.request import SamplingParams
 from engine.runner import load_runner
 from engine.step import RowInit, RowWork, StepPlan, Targets
 from tests.engine.oracle import transformers_model
-from tests.tiny_models import GGUF_HALVES, dequantised, random_blocks, write_gguf
+from tests.tiny_models import GGUF_HALVES, config_json, dequantised, random_blocks, random_weights, write_gguf
 
 BLOCK_TYPES = [kind for kind in TYPES.values() if kind.floats is None]
 FLOATS = ("F32", "F16", "BF16")
@@ -248,6 +248,24 @@ def test_scales_that_multiply_beyond_float16_are_refused(tmp_path: Path) -> None
 
     with pytest.raises(CheckpointError, match=r"down_proj.weight has a scale or minimum between \S+ and 3.78e\+06"):
         log_probabilities(change(path, "blk.0.ffn_down.weight", edit), TOKENS)
+
+
+@pytest.mark.parametrize(("written", "window"), [(None, None), (0, None), (64, 64)])
+def test_a_window_of_0_is_none(tmp_path: Path, written: int | None, window: int | None) -> None:
+    with open_checkpoint(write_gguf(tmp_path / "model.gguf", sliding_window=written)) as checkpoint:
+        assert checkpoint.config.sliding_window == window
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0])
+def test_factors_of_frequencies_that_are_not_positive_are_refused(tmp_path: Path, factor: float) -> None:
+    factors = torch.ones(16 // 2)
+    factors[3] = factor
+    weights = random_weights(config_json()) | {"rope_freqs.weight": factors}
+    with (
+        pytest.raises(CheckpointError, match=r"rope_freqs.weight has .* it must be positive"),
+        open_checkpoint(write_gguf(tmp_path / "model.gguf", weights=weights)),
+    ):
+        pass
 
 
 def test_two_spellings_of_one_name_are_refused(tmp_path: Path) -> None:
