@@ -39,7 +39,7 @@ EXIT_FAILED, EXIT_USAGE = 1, 2
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(VERSION, prog_name="nemoserve")
 def main() -> None:
-    """Serve Mistral NeMo 12B and its dense Llama and Mistral relatives over gRPC."""
+    """Serve Mistral NeMo 12B and its dense Llama, Mistral and Qwen2 relatives over gRPC."""
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what the C core would print, our own errors say better
 
 
@@ -78,9 +78,11 @@ def _with_options(command: Callable[..., Any], names: Collection[str]) -> Callab
 def serve(sample_prompt: str | None, dry_run: bool, as_json: bool, **flags: str | None) -> None:
     """Load MODEL, warm up, and serve it until SIGTERM or Ctrl-C.
 
-    MODEL is a name of `nemoserve models`, hf://org/name[@revision], a folder with config.json and safetensors, or a
-    .gguf file. Every option is also a variable: NEMOSERVE_GRPC_PORT=8001.
+    MODEL is a name of `nemoserve models`, hf://org/name[@revision], a folder of safetensors as Hugging Face or Mistral
+    publish them, or a .gguf file. Every option is also a variable: NEMOSERVE_GRPC_PORT=8001.
     """
+    if as_json and not dry_run:
+        raise click.UsageError("--json goes with --dry-run; --log-json makes the log JSON")
     with _errors():
         settings = resolve(flags, os.environ)
         if dry_run:
@@ -218,30 +220,34 @@ def models(as_json: bool) -> None:
     """The models that have a name, and whether they are in the store."""
     from service.models.store import ModelStore
 
-    store = ModelStore.default()
-    rows = [
-        {
-            "name": entry.name,
-            "short_names": list(entry.short_names),
-            "parameters": entry.parameters,
-            "bytes": entry.num_bytes,
-            "licence": entry.licence,
-            "stored": store.find(entry.name) is not None,
-        }
-        for entry in CATALOG.values()
-    ]
-    if as_json:
-        click.echo(json.dumps(rows, indent=2))
-        return
-    for row, entry in zip(rows, CATALOG.values(), strict=True):
-        here = "in store" if row["stored"] else f"{entry.num_bytes / 1e9:.1f} GB to fetch"
-        click.echo(f"{entry.name:28} {entry.parameters / 1e9:6.2f} B  {entry.licence:26} {here}")
+    with _errors():
+        store = ModelStore.default()
+        stored = {name: store.find(name) is not None for name in CATALOG}
+        if as_json:
+            found = [
+                {
+                    "name": entry.name,
+                    "short_names": list(entry.short_names),
+                    "parameters": entry.parameters,
+                    "bytes": entry.num_bytes,
+                    "licence": entry.licence,
+                    "stored": stored[entry.name],
+                }
+                for entry in CATALOG.values()
+            ]
+            click.echo(json.dumps(found, indent=2))
+            return
+        rows = [["model", "parameters", "licence", "files"]]
+        for entry in CATALOG.values():
+            here = "in store" if stored[entry.name] else f"{entry.num_bytes / 1e9:.1f} GB to fetch"
+            rows.append([entry.name, f"{entry.parameters / 1e9:.2f} B", entry.licence, here])
+        click.echo(table(rows, left=(0, 2, 3)))
 
 
 @main.command(short_help="What of MODEL fits on this machine or another, and what else troubles it.")
 @click.argument("model", required=False)
 @click.option("--gpu", metavar="NAME", help="plan for this GPU (h100, a100-40gb, l40s, …) instead of this machine")
-@click.option("--memory", type=click.FloatRange(0.1), metavar="GIB", help="plan for a GPU with so much memory")
+@click.option("--memory", type=float, metavar="GIB", help="plan for a GPU with so much memory")
 @_options("profile", "host", "grpc_port", "device", *PLANNED)
 @click.option("--json", "as_json", is_flag=True, help="print JSON")
 def doctor(gpu: str | None, memory: float | None, as_json: bool, **flags: str | None) -> None:
@@ -313,8 +319,11 @@ def _errors() -> Iterator[None]:
         _fail(str(error), EXIT_USAGE)
     except (StoreError, EngineError, ServiceError, TalkError) as error:
         _fail(str(error), EXIT_FAILED)
+    except BrokenPipeError:  # whoever read our output has enough: no failure to tell of
+        raise
     except OSError as error:
-        _fail(error.strerror or str(error), EXIT_FAILED)
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(where + (error.strerror or str(error)), EXIT_FAILED)
 
 
 def _fail(message: str, code: int) -> None:

@@ -21,6 +21,8 @@ from service.models.store import ModelStore
 from service.report import check_lines, memory_table
 from service.settings import SettingError, engine_config
 
+MEMORY_GIB = (0.1, 10_000.0)  # of a GPU that may be planned for
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Examination:
@@ -71,11 +73,14 @@ def place_of(gpu: str | None, memory: float | None) -> Place | None:
         memory: GiB.
 
     Raises:
-        SettingError: no GPU is called so, or both are given.
+        SettingError: no GPU is called so, no GPU has so much memory, or both are given.
     """
     if gpu is not None and memory is not None:
         raise SettingError("--memory: does not go with --gpu, which has a memory of its own")
     if memory is not None:
+        low, high = MEMORY_GIB
+        if not low <= memory <= high:
+            raise SettingError(f"--memory: {memory:g} must be between {low:g} and {high:g} GiB")
         return Place.of_size(memory)
     try:
         return Place.of_gpu(find_gpu(gpu)) if gpu is not None else None

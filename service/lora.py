@@ -75,8 +75,7 @@ class LoraFolder:
 
     async def load(self, name: str) -> None:
         """See `service.host.Loras.load`."""
-        if not _NAME.fullmatch(name):
-            raise invalid("model_name", f"{name!r} must be the name of a folder of adapters, as {_NAME.pattern}")
+        _check_name(name)
         async with self._one_at_a_time:
             version = await asyncio.to_thread(_version, self._folder / name)
             if version is None:
@@ -122,7 +121,7 @@ class LoraFolder:
                     log.warning("LoRA adapter not loaded", extra={"adapter": name, "reason": error.message})
 
     def _scan(self) -> dict[str, Version]:
-        names = sorted(entry.name for entry in self._folder.iterdir() if _NAME.fullmatch(entry.name))
+        names = sorted(entry.name for entry in self._folder.iterdir() if not entry.name.startswith("."))
         versions = {name: _version(self._folder / name) for name in names}
         return {name: version for name, version in versions.items() if version is not None}
 
@@ -131,6 +130,7 @@ class LoraFolder:
         engine = self._opened()
         self._seen[name] = version
         try:
+            _check_name(name)
             if name in self._taken:
                 raise invalid("model_name", f"{name!r} is a name of the model itself; an adapter needs one of its own")
             try:
@@ -138,7 +138,7 @@ class LoraFolder:
             except EngineError as error:
                 raise self._refusal(error) from error
         except ServiceError as error:
-            if name not in self.loaded:  # an older version may serve on
+            if _NAME.fullmatch(name) and name not in self.loaded:  # an older version may serve on
                 self._absent[name] = error.message
             raise
         self._absent.pop(name, None)
@@ -174,7 +174,15 @@ def _version(folder: Path) -> Version | None:
     for file in FILES:
         try:
             status = (folder / file).stat()
+            found.append((file, status.st_size, status.st_mtime_ns))
         except (FileNotFoundError, NotADirectoryError):
             continue
-        found.append((file, status.st_size, status.st_mtime_ns))
+        except OSError:  # links in a circle, no permission: who reads it tells
+            found.append((file, 0, 0))
     return tuple(found) or None
+
+
+def _check_name(name: str) -> None:
+    """Raises ServiceError: INVALID_ARGUMENT, no adapter can be called so."""
+    if not _NAME.fullmatch(name):
+        raise invalid("model_name", f"{name!r} must be the name of a folder of adapters, as {_NAME.pattern}")

@@ -107,7 +107,8 @@ class Setting:
 
     @property
     def flag(self) -> str:
-        return "--" + self.name.replace("_", "-")
+        """As it is given; the model is an argument."""
+        return "MODEL" if self.name == "model" else "--" + self.name.replace("_", "-")
 
     @property
     def variable(self) -> str:
@@ -124,7 +125,7 @@ SETTINGS = (
         parse=_text,
         default="smollm2-135m-instruct",
         metavar="MODEL",
-        why="a catalogue name, hf://org/name[@revision], a folder or a .gguf file; the default runs anywhere",
+        why="a name of `nemoserve models`, hf://org/name[@revision], a folder, a .gguf file; the default runs anywhere",
         alias="NIM_MODEL_PATH",
     ),
     Setting(
@@ -329,11 +330,10 @@ def _check_precisions(dtype: Resolved, precision: Resolved, kv_precision: Resolv
 
 def _check_batch(size: Resolved, tokens: Resolved) -> None:
     if tokens.value < size.value:
-        named = tokens if tokens.source != "default" else size
-        raise SettingError(
-            f"{named.source}: {named.value} does not go together: max_batch_tokens ({tokens.value}) must be at least "
-            f"max_batch_size ({size.value}), one token for each running request"
-        )
+        named, rule = tokens, f"at least the {size.value} of max_batch_size"
+        if tokens.source == "default":
+            named, rule = size, f"at most the {tokens.value} of max_batch_tokens"
+        raise SettingError(f"{named.source}: {named.value} must be {rule}: a token for each running request")
 
 
 def engine_config(model: Path, values: Mapping[str, Any]) -> EngineConfig:

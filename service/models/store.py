@@ -66,7 +66,7 @@ class ModelStore:
         """What a reference means: a catalogue name, `hf://org/name[@revision]`, or a path.
 
         Raises:
-            StoreError: it means nothing, and the message has the names that are near; or it is a form that is not read.
+            StoreError: it means nothing, and the message has the names that are near; or what it means is no model.
         """
         if entry := catalog.find(reference):
             folder = self.root / "models" / entry.name
@@ -82,7 +82,7 @@ class ModelStore:
             return Wanted(source.repo.rpartition("/")[2].lower(), self.root / "models" / name, source)
         path = Path(reference).expanduser()
         if path.exists():
-            _refuse_unread_forms(path)
+            _refuse_what_is_no_model(path)
             return Wanted(path.resolve().stem if path.is_file() else path.resolve().name, path)
         near = difflib.get_close_matches(reference, catalog.names(), n=1)
         hint = f"did you mean {near[0]}? " if near else ""
@@ -142,11 +142,9 @@ class ModelStore:
             yield
 
 
-def _refuse_unread_forms(path: Path) -> None:
-    """Tell at once what can never be loaded, and what to use instead. What is missing, the engine finds."""
+def _refuse_what_is_no_model(path: Path) -> None:
+    """Tell at once what can never be loaded, and what to use instead. What is in the files, the engine finds."""
     try:
         form_of(path)
-    except UnsupportedModelError as error:
+    except (CheckpointError, UnsupportedModelError) as error:
         raise StoreError(str(error)) from None
-    except CheckpointError:
-        pass

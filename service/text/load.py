@@ -229,7 +229,7 @@ def _json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON: {error}") from None
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: not a JSON object")
     return data

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
@@ -24,6 +25,7 @@ NEMOSERVE = Path(sys.executable).parent / "nemoserve"
         (("pull", "mistral-nmeo-12b"), 1, "did you mean mistral-nemo-12b"),
         (("serve", "--grpc-port", "70000", "--dry-run"), 2, "--grpc-port: '70000' must be between 0 and 65535"),
         (("serve", "--host", "0.0.0.0"), 2, "add --allow-anonymous"),
+        (("serve", "a" * 300), 1, f"{'a' * 300}: File name too long"),
         (("chat", "--address", "127.0.0.1:1", "--once", "hello"), 1, "127.0.0.1:1: UNAVAILABLE"),
     ],
 )
@@ -38,6 +40,27 @@ def test_an_empty_question_is_wrong_usage() -> None:
     result = CliRunner().invoke(main, ["chat"], input="\n")
     assert result.exit_code == 2
     assert "the question is empty" in result.stderr
+
+
+def test_a_switch_that_would_do_nothing_is_wrong_usage() -> None:
+    result = CliRunner().invoke(main, ["serve", "--json"])
+    assert result.exit_code == 2
+    assert "--json goes with --dry-run" in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [["models"], ["profiles", "mistral-nemo-12b", "--gpu", "h100"]])
+def test_a_disk_that_is_full_is_one_line(arguments: list[str], tmp_path: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [NEMOSERVE, *arguments],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+            env=os.environ | {"NEMOSERVE_CACHE": str(tmp_path)},
+        )
+    assert (done.returncode, done.stderr) == (1, "nemoserve: No space left on device\n")
 
 
 def test_help_waits_for_nothing_heavy() -> None:
@@ -59,6 +82,9 @@ def test_models_tell_what_is_in_the_store(tmp_path: Path) -> None:
     stored.touch()
     result = CliRunner().invoke(main, ["models", "--json"], env={"NEMOSERVE_CACHE": str(tmp_path)})
     assert [row["name"] for row in json.loads(result.stdout) if row["stored"]] == ["smollm2-135m-instruct"]
+    lines = CliRunner().invoke(main, ["models"], env={"NEMOSERVE_CACHE": str(tmp_path)}).stdout.splitlines()
+    assert len({line.index("Apache-2.0") for line in lines if "Apache-2.0" in line}) == 1  # columns, for all names
+    assert [line.endswith("in store") for line in lines] == [False, True] + [False] * (len(lines) - 2)
 
 
 def test_pull_prints_where_the_model_is(tmp_path: Path) -> None:
@@ -86,7 +112,14 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[ServerConfig]:
     return configs
 
 
-def test_every_setting_reaches_the_server(served: list[ServerConfig], tmp_path: Path) -> None:
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """What may be a model, by the names of its files."""
+    (tmp_path / "config.json").touch()
+    return tmp_path
+
+
+def test_every_setting_reaches_the_server(served: list[ServerConfig], folder: Path) -> None:
     flags = {
         "--host": "::1",
         "--grpc-port": "9000",
@@ -102,9 +135,9 @@ def test_every_setting_reaches_the_server(served: list[ServerConfig], tmp_path: 
         "--threads": "1",
         "--drain-timeout": "1.5",
     }
-    result = CliRunner().invoke(main, ["serve", str(tmp_path), *(word for pair in flags.items() for word in pair)])
+    result = CliRunner().invoke(main, ["serve", str(folder), *(word for pair in flags.items() for word in pair)])
     engine = EngineConfig(
-        model_path=str(tmp_path),
+        model_path=str(folder),
         dtype="float32",
         precision="fp8-weight-only",
         kv_precision="fp8",
@@ -120,9 +153,9 @@ def test_every_setting_reaches_the_server(served: list[ServerConfig], tmp_path: 
     assert result.exit_code == 70
 
 
-def test_defaults_are_those_of_the_engine(served: list[ServerConfig], tmp_path: Path) -> None:
-    CliRunner().invoke(main, ["serve", str(tmp_path)])
-    assert served == [ServerConfig(engine=EngineConfig(model_path=str(tmp_path)), model_name=tmp_path.name)]
+def test_defaults_are_those_of_the_engine(served: list[ServerConfig], folder: Path) -> None:
+    CliRunner().invoke(main, ["serve", str(folder)])
+    assert served == [ServerConfig(engine=EngineConfig(model_path=str(folder)), model_name=folder.name)]
 
 
 def test_chat_answers_a_question_from_a_pipe_with_an_engine_of_its_own(smollm2_path: Path) -> None:

@@ -111,6 +111,9 @@ def test_fp32_takes_twice_the_cache() -> None:
     [
         (("doctor", "--gpu", "a100"), 2, "--gpu: 'a100' may be a100-40gb or a100-80gb"),
         (("doctor", "--gpu", "l4", "--memory", "3"), 2, "--memory: does not go with --gpu"),
+        (("doctor", "--memory", "nan"), 2, "--memory: nan must be between 0.1 and 10000 GiB"),
+        (("doctor", "--memory", "inf"), 2, "--memory: inf must be between 0.1 and 10000 GiB"),
+        (("doctor", "--memory", "0"), 2, "--memory: 0 must be between 0.1 and 10000 GiB"),
         (("doctor", "hf://org/name", "--gpu", "h100"), 1, "hf://org/name: not in the store"),
         (("doctor", "mistral-nmeo-12b"), 1, "did you mean mistral-nemo-12b"),
         (("doctor", "mistral-nemo-12b", "--gpu", "h100", "--precision", "fp4"), 2, "must be one of auto, bf16"),

@@ -41,7 +41,7 @@ async def refusal(call: object) -> ServiceError:
 async def test_all_adapters_are_loaded_at_the_start_and_other_things_are_left_alone(
     tmp_path: Path, engine: FakeEngine
 ) -> None:
-    for name in ("billing", "law-v2", ".hidden", "not a name"):
+    for name in ("billing", "law-v2", ".hidden"):
         write(tmp_path, name)
     (tmp_path / "empty").mkdir()
     (tmp_path / "README.md").write_text("adapters")
@@ -71,6 +71,29 @@ async def test_one_that_cannot_be_loaded_is_told_of_and_does_not_stop_the_others
         "broken": "broken/adapter_config.json: not valid JSON",
         "ensemble": "model_name: 'ensemble' is a name of the model itself; an adapter needs one of its own",
     }
+
+
+async def test_an_adapter_whose_folder_has_no_proper_name_is_told_of_in_the_log(
+    tmp_path: Path, engine: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a", "not a name"):
+        write(tmp_path, name)
+    loras = await opened(tmp_path, engine)
+    await loras.refresh()
+    [record] = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert "'not a name' must be the name of a folder of adapters" in vars(record)["reason"]
+    assert (list(loras.loaded), loras.absent) == (["a"], {})  # no client could ask for it
+
+
+async def test_a_folder_of_links_in_a_circle_does_not_stop_the_others(tmp_path: Path, engine: FakeEngine) -> None:
+    for name in ("a", "z"):
+        write(tmp_path, name)
+    os.symlink("circle", tmp_path / "circle")
+    engine.lora_errors["circle"] = CheckpointError("circle: cannot be read")
+    loras = await opened(tmp_path, engine)
+    assert list(loras.loaded) == ["a", "z"]
+    assert loras.absent == {"circle": "circle: cannot be read"}
+    assert (await refusal(loras.load("circle"))).code is Code.FAILED_PRECONDITION
 
 
 @pytest.mark.parametrize(

@@ -107,15 +107,18 @@ def test_what_is_kept_in_bf16_is_not_computed_in_fp32(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "named"),
+    ("flags", "message"),
     [
-        ({"max_batch_tokens": "31"}, "--max-batch-tokens: 31"),
-        ({"max_batch_size": "513"}, "--max-batch-size: 513"),
-        ({"max_batch_size": "9", "max_batch_tokens": "8"}, "--max-batch-tokens: 8"),
+        ({"max_batch_tokens": "31"}, "--max-batch-tokens: 31 must be at least the 32 of max_batch_size"),
+        ({"max_batch_size": "513"}, "--max-batch-size: 513 must be at most the 512 of max_batch_tokens"),
+        (
+            {"max_batch_size": "9", "max_batch_tokens": "8"},
+            "--max-batch-tokens: 8 must be at least the 9 of max_batch_size",
+        ),
     ],
 )
-def test_a_step_has_a_token_for_every_running_request(flags: dict[str, str], named: str) -> None:
-    with pytest.raises(SettingError, match=f"{named} does not go together: max_batch_tokens .* must be at least"):
+def test_a_step_has_a_token_for_every_running_request(flags: dict[str, str], message: str) -> None:
+    with pytest.raises(SettingError, match=f"^{message}: a token for each running request$"):
         resolve(flags, {})
     assert resolve({"max_batch_size": "8", "max_batch_tokens": "8"}, {})["max_batch_size"].value == 8
 
@@ -189,3 +192,7 @@ def test_anything_else_does(host: str) -> None:
 )
 def test_an_ipv6_address_gets_its_brackets(host: str, address: str) -> None:
     assert join_address(host, 1) == address
+
+
+def test_the_model_is_an_argument_and_named_so() -> None:
+    assert resolve({"model": "x"}, {})["model"].source == "MODEL"

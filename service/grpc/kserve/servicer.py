@@ -148,9 +148,11 @@ class KServeServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
         if request.repository_name:
             raise ServiceError(Code.UNIMPLEMENTED, NO_REPOSITORY)
         response = pb.RepositoryIndexResponse()
-        found = [(name, model.spec.version, *model.state) for name, model in self._models().items()]
+        models = self._models()
+        found = [(name, model.spec.version, *model.state) for name, model in models.items()]
         if self._repository is not None:
-            found += [(name, "", UNAVAILABLE, reason) for name, reason in self._repository.absent().items()]
+            absent = self._repository.absent()
+            found += [(name, "", UNAVAILABLE, reason) for name, reason in absent.items() if name not in models]
         for name, version, state, reason in sorted(found):
             if state == READY or not request.ready:
                 response.models.add(name=name, version=version, state=state, reason=reason)

@@ -31,8 +31,9 @@ def engine() -> FakeEngine:
 
 @pytest.fixture
 async def port(tmp_path: Path, engine: FakeEngine) -> AsyncIterator[Port]:
-    """The model `toy`, alias `short`, with the adapters `law` and `poems`, and `broken`, which cannot be loaded."""
-    for name in ("law", "poems", "broken"):
+    """The model `toy`, alias `short`, with the adapters `law` and `poems`. `broken` cannot be loaded, nor `ensemble`,
+    which is a name of the model."""
+    for name in ("law", "poems", "broken", "ensemble"):
         write(tmp_path, name)
     engine.lora_errors["broken"] = CheckpointError(f"{tmp_path}/broken: rank 64")
     loras = LoraFolder(tmp_path, ("toy", "short", "ensemble"))
@@ -183,7 +184,7 @@ async def test_a_wrong_choice_is_refused(port: Port, request_: Any, code: grpc.S
 
 async def index(port: Port, *, ready: bool = False) -> dict[str, tuple[str, str]]:
     found = await triton(port).RepositoryIndex(kserve.RepositoryIndexRequest(ready=ready), timeout=10)
-    assert [each.name for each in found.models] == sorted(each.name for each in found.models)
+    assert [each.name for each in found.models] == sorted({each.name for each in found.models})  # each stands once
     return {each.name: (each.state, each.reason) for each in found.models if each.name in LORAS}
 
 
@@ -207,6 +208,8 @@ async def test_the_repository_shows_what_is_loaded_and_what_is_not_and_why(port:
     statistics = await triton(port).ModelStatistics(kserve.ModelStatisticsRequest(), timeout=10)
     counts = {each.name: each.inference_count for each in statistics.model_stats}
     assert (counts["law"], counts["poems"], counts["toy"]) == (1, 0, 0)
+    whole = await triton(port).RepositoryIndex(kserve.RepositoryIndexRequest(), timeout=10)
+    assert [(each.state, each.reason) for each in whole.models if each.name == "ensemble"] == [("READY", "")]
     assert (await triton(port).ServerReady(kserve.ServerReadyRequest(), timeout=10)).ready
 
 

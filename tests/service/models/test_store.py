@@ -329,6 +329,13 @@ def test_a_form_that_is_never_read_is_refused_before_anything_starts(tmp_path: P
         assert "\n" not in str(caught.value)
 
 
+def test_what_is_no_model_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    for path, message in ((tmp_path, "neither config.json nor params.json"), (tmp_path / "notes.txt", "a model is a")):
+        with pytest.raises(StoreError, match=message):
+            ModelStore(tmp_path / "store").resolve(str(path))
+
+
 def test_short_names_mean_the_same_model(tmp_path: Path) -> None:
     store = ModelStore(tmp_path)
     assert store.resolve("mistral-nemo-12b") == store.resolve("mistral-nemo-12b-instruct")

@@ -162,10 +162,10 @@ def test_a_truncated_or_scrambled_gguf_is_a_clear_error_wherever_it_breaks(tmp_p
 @pytest.mark.parametrize(
     ("name", "data", "reason"),
     [
-        ("tokenizer_config.json", b"{", "not JSON"),
+        ("tokenizer_config.json", b"{", "not valid JSON"),
         ("tokenizer_config.json", b"[]", "not a JSON object"),
         ("tokenizer_config.json", b'{"chat_template": 7}', "chat_template is not text"),
-        ("generation_config.json", b"\xff", "not JSON"),
+        ("generation_config.json", b"\xff", "not valid JSON"),
         ("chat_template.jinja", b"\xff", "cannot be read"),
         ("tokenizer.json", b"{}", "not a tokenizer"),
         ("README.md", b"", "neither tekken.json nor tokenizer.json nor tokenizer.model"),
