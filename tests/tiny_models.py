@@ -173,12 +173,14 @@ def write_gguf(
     seed: int = 0,
     weights: dict[str, Tensor] | None = None,
     quantise: Callable[[np.ndarray, gguf.GGMLQuantizationType], np.ndarray] = quantise_gguf,
+    split_files: int | None = None,
     **changes: Any,
 ) -> Path:
     """A GGUF file whose matrices have the types of a file of this `kind`; norms and biases stay F32. Returns the file.
 
     Args:
         weights: by their Hugging Face names; None = random ones.
+        split_files: how many files the model is said to lie in.
     """
     config = config_json(**changes)
     qwen = config["architectures"] == ["Qwen2ForCausalLM"]
@@ -198,6 +200,8 @@ def write_gguf(
         writer.add_sliding_window(config["sliding_window"])
     writer.add_bos_token_id(config["bos_token_id"])
     writer.add_eos_token_id(config["eos_token_id"])
+    if split_files is not None:
+        writer.add_uint16("split.count", split_files)
     for name, weight in (weights or random_weights(config, seed)).items():
         values = (weight if qwen else _interleaved(name, weight, config)).numpy()
         wanted = gguf.GGMLQuantizationType[publishers_type(kind, name, weight, config) if weight.ndim == 2 else "F32"]

@@ -50,6 +50,9 @@ class GGUFCheckpoint:
     def __init__(self, path: Path) -> None:
         """Raises CheckpointError or UnsupportedModelError, naming the file and what is wrong with it."""
         header = read_header(path, lambda key: not key.startswith("tokenizer.ggml.") or key.endswith("_token_id"))
+        files = header.metadata.get("split.count")
+        if isinstance(files, int) and files > 1:
+            raise UnsupportedModelError(f"{path}: one of {files} files; join them with llama-gguf-split --merge")
         self._path = path
         self._directory = {_canonical(name): tensor for name, tensor in header.tensors.items()}
         if len(self._directory) != len(header.tensors):

@@ -268,6 +268,16 @@ def test_factors_of_frequencies_that_are_not_positive_are_refused(tmp_path: Path
         pass
 
 
+@pytest.mark.parametrize("files", [1, 3])
+def test_one_of_several_files_is_refused_with_how_to_join_them(tmp_path: Path, files: int) -> None:
+    path = write_gguf(tmp_path / "m-00001-of-00003.gguf", split_files=files)
+    if files == 1:
+        with open_checkpoint(path):
+            return
+    with pytest.raises(UnsupportedModelError, match="one of 3 files; join them"), open_checkpoint(path):
+        pass
+
+
 def test_two_spellings_of_one_name_are_refused(tmp_path: Path) -> None:
     """`blk.00` for `blk.10` would replace `blk.0`."""
     path = write_gguf(tmp_path / "m.gguf", num_hidden_layers=11)
