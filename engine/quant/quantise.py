@@ -12,14 +12,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from engine.quant.activations import E4M3_MAX, LEAST_SCALE
 from engine.quant.matrix import Fp8Matrix, GroupMatrix
 from engine.schemes import INT4_GROUP, INT8_GROUP
 
-E4M3_MAX = 448.0
 _E4M3_LEAST = 2.0**-6  # normal number; below it steps stay as wide as there
 _PHASES = [2 ** (step / 4) for step in range(4)]  # e4m3 has the same error, relative to the scale, an octave further
 _FITS = 2  # rounds of least squares for int4; four make the error 3 % smaller again
-_LEAST_SCALE = 2.0**-24  # that float16 has
+_LEAST_HALF = 2.0**-24  # above 0 in float16
 _CACHED = 2**18  # weights that stay in a core's cache while they are gone through many times
 
 
@@ -58,7 +58,7 @@ def _joined(pieces: list[GroupMatrix]) -> GroupMatrix:
 
 def _fp8(weight: Tensor) -> Fp8Matrix:
     most = weight.abs().amax(dim=1, keepdim=True)
-    scales = torch.where(most > 0, most / E4M3_MAX, 1.0) * torch.tensor(_PHASES)
+    scales = (most / E4M3_MAX).clamp(min=LEAST_SCALE) * torch.tensor(_PHASES)
     errors = []
     for scale in torch.split(scales, 1, dim=1):
         numbers = weight * scale.reciprocal()
@@ -83,9 +83,8 @@ def _symmetric(weight: Tensor, bits: int) -> GroupMatrix:
     groups = weight.view(len(weight), -1, group)
     zero = 2 ** (bits - 1)
     most = groups.abs().amax(dim=2)
-    scales = torch.where(most > 0, most / (zero - 1), 1.0)
-    if group == INT8_GROUP:
-        scales = _half(scales.clamp_(min=_LEAST_SCALE))
+    scales = most / (zero - 1)
+    scales = _half(scales.clamp_(min=_LEAST_HALF)) if group == INT8_GROUP else scales.clamp_(min=LEAST_SCALE)
     codes = (groups / scales.unsqueeze(-1)).round_().clamp_(1 - zero, zero - 1).add_(zero)
     return GroupMatrix(codes.to(torch.uint8).flatten(1), bits, group, scales, zero * scales)
 
@@ -93,7 +92,7 @@ def _symmetric(weight: Tensor, bits: int) -> GroupMatrix:
 def _int4(weight: Tensor) -> GroupMatrix:
     groups = weight.view(len(weight), -1, INT4_GROUP)
     low, high = groups.amin(dim=2).clamp(max=0), groups.amax(dim=2).clamp(min=0)
-    scales, mins = _half(((high - low) / 15).clamp_(min=_LEAST_SCALE)), _half(-low)
+    scales, mins = _half(((high - low) / 15).clamp_(min=_LEAST_HALF)), _half(-low)
     codes = _codes(groups, scales, mins)
     error = _error(groups, codes, scales, mins)
     mean = groups.mean(dim=2)
@@ -102,7 +101,7 @@ def _int4(weight: Tensor) -> GroupMatrix:
         centre = fitted[2].mean(dim=2)
         spread = fitted[2].square().mean(dim=2) - centre.square()
         slope = ((fitted[2] * groups).mean(dim=2) - centre * mean) / spread
-        slope = _half(torch.where(spread > 0, slope, fitted[0]).clamp_(min=_LEAST_SCALE))
+        slope = _half(torch.where(spread > 0, slope, fitted[0]).clamp_(min=_LEAST_HALF))
         minimum = _half(slope * centre - mean)
         fitted = slope, minimum, _codes(groups, slope, minimum)
     better = _error(groups, fitted[2], *fitted[:2]) < error

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.quant.matrix import GroupMatrix
+from engine.quant.matrix import Fp8Matrix, GroupMatrix
 from engine.quant.quantise import E4M3_MAX, quantise_fp8, quantise_int4, quantise_int6, quantise_int8, round_e4m3
 from engine.schemes import INT4_GROUP, INT8_GROUP, Kept
 
+Quantise = Callable[[Tensor], Fp8Matrix | GroupMatrix]
 SHAPES = [(3, 64), (130, 576), (70, 5120)]
 
 
@@ -105,6 +106,16 @@ def test_8_and_6_bits_are_within_half_a_step_of_each_group(
     assert (off <= step * (0.5 + most_code * 2**-11 + 1e-3)).all()
     assert found.codes.min() >= 1
     assert found.codes.max() <= 2 * most_code + 1
+
+
+@pytest.mark.parametrize(
+    ("quantise", "inputs"),
+    [(quantise_fp8, 96), (quantise_int8, 64), (quantise_int8, 80), (quantise_int6, 64), (quantise_int4, 64)],
+)
+@pytest.mark.parametrize("most", [1e-44, 1e-40, 1e-37])
+def test_weights_as_good_as_zero_stay_numbers(quantise: Quantise, inputs: int, most: float) -> None:
+    weight = most * torch.linspace(-1, 1, 3 * inputs).view(3, inputs)
+    assert (quantise(weight).dequantise() - weight).abs().max() < 2.0**-23
 
 
 def test_rounding_to_e4m3_is_that_of_the_conversion() -> None:
