@@ -159,7 +159,7 @@ class Worker:
             return decode_from_worker(await self._reader.readexactly(body_length(header)))
         except (asyncio.IncompleteReadError, OSError):
             raise EngineDeadError(f"the engine process is gone ({await self._exit_status()})") from None
-        except (msgspec.DecodeError, ValueError) as error:
+        except msgspec.DecodeError as error:
             raise EngineDeadError(f"the engine process sent what is no message: {error}") from None
 
     async def close(self) -> None:

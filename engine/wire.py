@@ -66,10 +66,10 @@ def encode(message: ToWorker | FromWorker) -> bytes:
 
 
 def body_length(header: bytes) -> int:
-    """Bytes of the message that follows. Raises ValueError for more than MAX_FRAME_BYTES."""
+    """Bytes of the message that follows. Raises msgspec.DecodeError for more than MAX_FRAME_BYTES."""
     length = int.from_bytes(header, "big")
     if length > MAX_FRAME_BYTES:
-        raise ValueError(f"a frame of {length} bytes is longer than {MAX_FRAME_BYTES}")
+        raise msgspec.DecodeError(f"a frame of {length} bytes is longer than {MAX_FRAME_BYTES}")
     return length
 
 

@@ -51,7 +51,7 @@ class Inbox:
         """Messages that have arrived, waiting at most `timeout` seconds for the first bytes; None at the end of file.
 
         Raises:
-            ValueError: the other side sent what is no message.
+            msgspec.DecodeError: the other side sent what is no message.
         """
         messages: list[ToWorker] = []
         while self._poll.poll(0 if messages else timeout * 1000):
@@ -128,7 +128,7 @@ def serve(sock: socket.socket) -> None:
             return
         first = messages[0] if messages else None
     if not isinstance(first, Start):
-        raise ValueError(f"the first message is {type(first).__name__}, not Start")
+        raise msgspec.DecodeError(f"the first message is {type(first).__name__}, not Start")
     try:
         _run(first.config, inbox, outbox)
     except EngineError as error:
@@ -153,7 +153,7 @@ def _run(config: EngineConfig, inbox: Inbox, outbox: Outbox) -> None:
         commands: list[Command] = []
         for message in messages:
             if isinstance(message, Start):
-                raise ValueError("a second Start")
+                raise msgspec.DecodeError("a second Start")
             commands.append(message)
         return commands
 
@@ -172,7 +172,7 @@ def main() -> int:
     with socket.socket(fileno=parser.parse_args().fd) as sock:
         try:
             serve(sock)
-        except (msgspec.DecodeError, ValueError):
+        except msgspec.DecodeError:
             log.exception("the service sent what is no message")
             return 1
         except Exception as error:  # ours or torch's: the service learns of it before the process ends

@@ -26,7 +26,7 @@ from engine.face import Done
 from engine.loop import Cancel, Submit
 from engine.remote import RemoteEngine
 from engine.request import FinishReason, Request, SamplingParams, TokenEvent
-from engine.wire import MAX_FRAME_BYTES, ToWorker, decode_to_worker, encode
+from engine.wire import MAX_FRAME_BYTES, Failed, Start, ToWorker, decode_to_worker, encode
 from engine.worker import Inbox
 from tests.tiny_models import write_hf
 
@@ -281,6 +281,30 @@ def test_a_worker_ends_at_once_when_its_service_goes_or_talks_nonsense(sent: byt
         _, errors = process.communicate(timeout=30)
     assert process.returncode == code
     assert said in errors
+
+
+def test_a_failure_of_the_engine_is_not_blamed_on_the_service() -> None:
+    script = """
+import sys
+import engine.runner, engine.worker
+
+def load_runner(config, progress):
+    raise ValueError("ours")
+
+engine.runner.load_runner = load_runner
+sys.exit(engine.worker.main())
+"""
+    ours, theirs = socket.socketpair()
+    with ours:
+        with theirs:
+            command = [sys.executable, "-c", script, f"--fd={theirs.fileno()}"]
+            process = subprocess.Popen(command, cwd=ROOT, pass_fds=[theirs.fileno()], stderr=subprocess.PIPE)
+        ours.sendall(encode(Start(EngineConfig(model_path="-"))))
+        _, errors = process.communicate(timeout=60)
+        said = ours.recv(2**16)
+    assert process.returncode == 1
+    assert b"the service sent" not in errors
+    assert said.endswith(encode(Failed("", "the engine failed: ValueError")))
 
 
 def test_a_worker_that_loads_ends_when_its_service_is_gone() -> None:
