@@ -117,7 +117,8 @@ def _serve(values: dict[str, Any], sample_prompt: str | None) -> None:
         async def on_ready(address: str) -> None:
             await _welcome(config.model_name, address, sample_prompt)
 
-        return await Server(config).run(on_ready)
+        people_read = sample_prompt or not values["log_json"]
+        return await Server(config).run(on_ready if people_read else None)
 
     sys.exit(asyncio.run(run()))
 

@@ -60,7 +60,8 @@ def load_progress(model: str, *, bar: bool) -> Iterator[LoadProgress]:
         task = shown.add_task(f"load {model}", total=None)
 
         def report(phase: str, done: Done) -> None:
-            shown.update(task, description=f"{phase} of {model}", completed=done.read, total=done.total or None)
+            # Without the model's name, beside which the numbers have no room in 80 columns.
+            shown.update(task, description=phase, completed=done.read, total=done.total or None)
 
         yield report
 

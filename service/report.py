@@ -52,7 +52,7 @@ def memory_table(subject: Subject, place: Place, fits: Mapping[str, Sequence[Fit
         "",
         table(rows, left=(0, 1)),
         *_notes(place, fits[asked][0]),
-        *_reasons(fits),
+        *_reasons(fits, kvs),
     ]
     return "\n".join(lines)
 
@@ -78,11 +78,18 @@ def _counts(row: Sequence[Fit]) -> list[str]:
     return counts
 
 
-def _reasons(fits: Mapping[str, Sequence[Fit]]) -> list[str]:
+def _reasons(fits: Mapping[str, Sequence[Fit]], kvs: Sequence[str]) -> list[str]:
     """Why what does not fit does not; a reason that all KV precisions share stands once."""
-    found = {(precision, each.reason): None for precision, row in fits.items() for each in row if each.reason}
-    names = {precision: "as stored" if precision == "auto" else precision for precision in fits}
-    return ["", *(f"{names[precision]} does not fit: {reason}" for precision, reason in found)] if found else []
+    found = []
+    for precision, row in fits.items():
+        name = "as stored" if precision == "auto" else precision
+        if len({each.reason for each in row}) == 1:
+            found += [f"{name} does not fit: {row[0].reason}"] if row[0].reason else []
+            continue
+        for kv, each in zip(kvs, row, strict=True):
+            if each.reason:
+                found.append(f"{name} with keys and values in {kv} does not fit: {each.reason}")
+    return ["", *found] if found else []
 
 
 def profile_table(profiles: Sequence[Profile]) -> str:

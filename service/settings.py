@@ -277,7 +277,7 @@ SETTINGS = (
         name="log_json",
         parse=_flag,
         default=False,
-        why="one JSON object per line, for log collectors; people read the other form",
+        why="one JSON object per line and no greeting, for log collectors; people read the other form",
         alias="NIM_JSONL_LOGGING",
     ),
 )

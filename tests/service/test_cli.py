@@ -104,7 +104,9 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[ServerConfig]:
         def __init__(self, config: ServerConfig) -> None:
             configs.append(config)
 
-        async def run(self, on_ready: Callable[[str], Awaitable[None]]) -> int:
+        async def run(self, on_ready: Callable[[str], Awaitable[None]] | None) -> int:
+            if on_ready is not None:
+                await on_ready("127.0.0.1:8001")
             return 70
 
     monkeypatch.setattr("service.server.Server", Recorder)
@@ -156,6 +158,13 @@ def test_every_setting_reaches_the_server(served: list[ServerConfig], folder: Pa
 def test_defaults_are_those_of_the_engine(served: list[ServerConfig], folder: Path) -> None:
     CliRunner().invoke(main, ["serve", str(folder)])
     assert served == [ServerConfig(engine=EngineConfig(model_path=str(folder)), model_name=folder.name)]
+
+
+def test_people_are_greeted_and_log_collectors_are_not(served: list[ServerConfig], folder: Path) -> None:
+    greeted = CliRunner().invoke(main, ["serve", str(folder)])
+    assert f"{folder.name} is ready at 127.0.0.1:8001 (gRPC)" in greeted.stdout
+    assert CliRunner().invoke(main, ["serve", str(folder), "--log-json"]).stdout == ""
+    assert len(served) == 2
 
 
 def test_chat_answers_a_question_from_a_pipe_with_an_engine_of_its_own(smollm2_path: Path) -> None:

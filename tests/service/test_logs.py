@@ -17,7 +17,7 @@ import pytest
 
 from engine import Done
 from service.logs import JsonFormatter, TextFormatter, fields
-from service.progress import LoadLog, lines
+from service.progress import LoadLog, lines, load_progress
 
 
 def record(message: str, *, failed: bool = False, **extra: object) -> logging.LogRecord:
@@ -111,3 +111,14 @@ def test_a_load_on_a_terminal_shows_a_bar_with_bytes_and_their_rate(smollm2_path
     done, total = map(float, re.findall(r"([\d.]+)/([\d.]+) MB", text)[-1])
     assert done == total == pytest.approx(size, rel=0.05)  # the rest of the file is its header
     assert "MB/s" in text or "GB/s" in text
+
+
+def test_the_bar_of_a_load_has_room_in_80_columns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with load_progress("mistral-nemo-12b-instruct-fp8", bar=True) as report:
+        report("read weights", Done(0.4, 10_000_000_000, 24_500_000_000))
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    assert "read weights" in line
+    assert "10.0/24.5 GB" in line
