@@ -132,7 +132,7 @@ class BlockedLinear:
         block, lane = index // BLOCK, index % BLOCK
         numbers = self._numbers(self._codes[block, :, lane], block, lane)[:, : self._inputs]
         if self._scales is None:
-            return numbers
+            return numbers.contiguous()  # an odd width is padded
         scales = self._scales[block, :, lane].float()
         mins = self._form.zero * scales if self._mins is None else self._mins[block, :, lane].float()
         group = self._form.group or self._inputs

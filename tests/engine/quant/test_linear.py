@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from engine.ops import Kernels, load_kernels
+from engine.ops.cpu import CpuOps
+from engine.ops.reference import ReferenceOps
 from engine.quant.activations import quantise_rows, to_e4m3
 from engine.quant.blocked import BlockedLinear
 from engine.quant.build import Part, Target, build_linear, build_table, form_of
@@ -160,6 +162,17 @@ def test_rows_of_a_table_are_the_weights(kernels: Kernels, kind: str) -> None:
         target = Target(torch.bfloat16, CPU, kernel)
         table = build_table(part(matrix), 96, Kept.STORED, target)
         torch.testing.assert_close(table.rows(index).float(), matrix.dequantise()[index], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", WHOLE_ROWS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_an_odd_width_are_what_the_operators_take(kernels: Kernels, dtype: torch.dtype, kind: str) -> None:
+    table = build_table(part(random_matrix(kind, 130, 33)), 33, Kept.STORED, Target(dtype, CPU, kernels))
+    rows = table.rows(torch.tensor([0, 63, 64, 129, 5])).to(dtype)
+    ones, residual = torch.ones(33, dtype=dtype), torch.zeros(5, 33)
+    found = CpuOps(kernels).add_rms_norm(rows, residual.clone(), ones, 1e-5)
+    expected = ReferenceOps().add_rms_norm(rows, residual, ones, 1e-5)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("with_kernels", [True, False])
