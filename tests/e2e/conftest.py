@@ -15,6 +15,8 @@ from pathlib import Path
 
 import grpc
 import pytest
+import torch
+import transformers
 from nemoserve.v1 import generation_pb2 as pb
 from nemoserve.v1 import generation_pb2_grpc as rpc
 
@@ -80,6 +82,14 @@ class ServerProcess:
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait(10)
+
+
+@pytest.fixture(scope="session")
+def reference(smollm2_path: Path) -> transformers.PreTrainedModel:
+    """The embedded model in float32 as transformers reads it. Who changes its weights puts them back."""
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        smollm2_path.parent, gguf_file=smollm2_path.name, dtype=torch.float32
+    ).eval()
 
 
 @pytest.fixture(scope="session")

@@ -26,13 +26,6 @@ def exact_server(smollm2_path: Path) -> Iterator[ServerProcess]:
     running.kill()
 
 
-@pytest.fixture(scope="module")
-def reference(smollm2_path: Path) -> transformers.PreTrainedModel:
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        smollm2_path.parent, gguf_file=smollm2_path.name, dtype=torch.float32
-    ).eval()
-
-
 @torch.inference_mode()
 def logprobs(model: transformers.PreTrainedModel, prompt: list[int]) -> Tensor:
     """Of every token after each of the prompt's tokens but the last, float32 [n - 1, V]."""

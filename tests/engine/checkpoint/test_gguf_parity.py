@@ -23,7 +23,7 @@ from service.text.load import load_text
 from tests.engine.oracle import teacher_forced
 from tests.tiny_models import write_gguf
 
-TOKENS = 600
+TOKENS = 300
 
 
 def load(path: Path, precision: str) -> Decoder:
