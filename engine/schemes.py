@@ -32,10 +32,8 @@ class Kept(enum.Enum):
         return outputs * inputs * float_bytes
 
 
-INT4_GROUP = 32  # inputs that share a scale and a minimum
-INT8_GROUP = (
-    64  # inputs that share a scale, in 6 bits too: half the KL of a scale per row for 3 % more bytes (docs/quality.md)
-)
+INT4_GROUP = 32  # inputs that share a scale (and a minimum)
+INT8_GROUP = 64  # the same, in 6 bits too: half the KL of a scale per row for 3 % more bytes (docs/quality.md)
 DECODE_SLAB = 2**25  # weights that plain torch decodes at a time: 64 MiB of bfloat16
 SCORE_SLAB = 2**26  # attention scores that plain torch has in hand at a time: 256 MiB of float32
 
@@ -76,7 +74,7 @@ SCHEMES = {
     "fp8": Scheme(Kept.FP8, Kept.FLOAT, Kept.FLOAT, quantise_inputs=True),
     "fp8-weight-only": Scheme(Kept.FP8, Kept.FLOAT, Kept.FLOAT),
     "int8": Scheme(Kept.INT8, Kept.INT8, Kept.INT8),
-    # 4 bits only where they cost least for what they save: all else has 6, at a fifth of the loss (docs/quality.md).
+    # 4 bits only where they cost least for what they save: all else has 6, at a third of the loss (docs/quality.md).
     "int4": Scheme(Kept.INT6, Kept.INT8, Kept.INT6, gate_up=Kept.INT4),
 }
 

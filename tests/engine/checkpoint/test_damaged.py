@@ -149,7 +149,7 @@ def test_a_damaged_file_is_refused_in_one_line(tmp_path: Path, kind: str) -> Non
     damage(folder / FILE)
     text = refusal(folder)
     assert re.search(names, text), text
-    assert str(folder / FILE) in text or str(folder) in text
+    assert str(folder) in text
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
