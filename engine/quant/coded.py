@@ -106,7 +106,8 @@ class CodedLinear:
 
     def _decode(self, where: Tensor | slice) -> Tensor:
         """float32 [rows, inputs]."""
-        form, codes = self._form, self._codes[where]
+        form = self._form
+        codes = self._codes.view(torch.uint8)[where].view(self._codes.dtype)  # as bytes: CUDA gathers no float8
         numbers = (_unpack(codes, 4) if form.bits in (4, 5, 6) else codes).float()[:, : self._inputs]
         if self._high is not None:
             numbers += 16 * _unpack(self._high[where], form.bits - 4)[:, : self._inputs]
