@@ -160,13 +160,10 @@ def test_the_process_ends_with_the_server_however_that_ends() -> None:
         os.close(renderer)
 
 
-def test_a_chat_waits_a_millisecond_at_most_for_another_process() -> None:
-    source = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    template = CompiledTemplate(source)
-    chat = {"messages": [{"role": "user", "content": '\u2000\ue000Mk0"\ue001\u2001'}] * 8}
-    times = []
-    for _ in range(200):
-        start = time.perf_counter()
-        template.render(chat)
-        times.append(time.perf_counter() - start)
-    assert min(times) < 0.001
+def test_one_process_serves_all_chats() -> None:
+    """Starting one takes a tenth of a second, asking it a fraction of a millisecond."""
+    template = CompiledTemplate("{% for m in messages %}{{ m.role }}\n{{ m.content }}\n{% endfor %}")
+    process = template._process._process.pid
+    for number in range(50):
+        assert template.render({"messages": [{"role": "user", "content": f"{number}"}]}) == f"user\n{number}\n"
+    assert template._process._process.pid == process
