@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,16 +109,18 @@ class SafetensorsFiles:
 
     def _open(self, path: Path) -> None:
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would be waited for
             self._descriptors.append(descriptor)
-            size = os.fstat(descriptor).st_size
-            entries, data = _read_header(path, descriptor, size)
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise CheckpointError(f"{path}: not a regular file")
+            entries, data = _read_header(path, descriptor, status.st_size)
         except FileNotFoundError:
             raise CheckpointError(f"{path}: no such file") from None
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
         found = [_entry(path, descriptor, name, entry, data) for name, entry in entries.items()]
-        _check_extents(path, dict(zip(entries, found, strict=True)), data, size)
+        _check_extents(path, dict(zip(entries, found, strict=True)), data, status.st_size)
         for name, tensor in zip(entries, found, strict=True):
             if name in self.tensors:
                 raise CheckpointError(f"{path}: tensor {name} is also in {self.tensors[name].path.name}")

@@ -130,7 +130,7 @@ class _Reader:
 
     def _part(self, name: str, outputs: int, inputs: int) -> Part:
         self._parameters += outputs * inputs
-        return Part(partial(self._rows, name, inputs), outputs)
+        return Part(partial(self._rows, name, inputs), outputs, name)
 
     def _rows(self, name: str, inputs: int, start: int, stop: int) -> Matrix:
         matrix = self._checkpoint.matrix(name, start, stop)

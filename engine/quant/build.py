@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from engine.errors import CheckpointError
 from engine.ops import Kernels
 from engine.quant.blocked import BLOCK, BlockedLinear
 from engine.quant.coded import CodedLinear
@@ -32,10 +33,11 @@ _PACKED_BYTES = 2**29  # that oneDNN packs at a time, for which it holds them tw
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One matrix of a file: how to read rows start .. stop - 1, and how many there are."""
+    """One matrix of a file: how to read rows start .. stop - 1, how many there are, and its name for messages."""
 
     read: Callable[[int, int], Matrix]
     outputs: int
+    name: str = "a matrix"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,9 @@ def build_linear(
         kept: how to keep them.
         bias: [all outputs] in the compute dtype on the device, or None.
         wide: give float32 results. For the head: in bfloat16 its rounding makes ties of near ties.
+
+    Raises:
+        CheckpointError: weights are too large for the scales that they would get.
     """
     parts = [_converted(part, kept, target) for part in parts]
     joined: list[Linear] = []
@@ -154,7 +159,7 @@ def _between(parts: list[Part], start: int, stop: int) -> list[Part]:
     for part in parts:
         low, high = max(start - offset, 0), min(stop - offset, part.outputs)
         if low < high:
-            found.append(Part(partial(_read_from, part, low), high - low))
+            found.append(Part(partial(_read_from, part, low), high - low, part.name))
         offset += part.outputs
     return found
 
@@ -164,7 +169,22 @@ def _read_from(part: Part, origin: int, start: int, stop: int) -> Matrix:
 
 
 def _converted(part: Part, kept: Kept, target: Target) -> Part:
-    return Part(lambda start, stop: _convert(part.read(start, stop), kept, target), part.outputs)
+    def read(start: int, stop: int) -> Matrix:
+        matrix = part.read(start, stop)
+        converted = _convert(matrix, kept, target)
+        if isinstance(converted, GroupMatrix) and converted is not matrix:
+            _check_scales(part.name, converted)
+        return converted
+
+    return Part(read, part.outputs, part.name)
+
+
+def _check_scales(name: str, matrix: GroupMatrix) -> None:
+    """Refuse weights that are too large for scales in float16."""
+    if not (matrix.scales.isfinite().all() and matrix.mins.isfinite().all()):
+        raise CheckpointError(
+            f"tensor {name} has weights that are too large to be kept in {matrix.bits} bits; choose another precision"
+        )
 
 
 def form_of(part: Part, kept: Kept, target: Target) -> Form:

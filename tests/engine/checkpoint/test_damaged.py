@@ -217,6 +217,13 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     assert "model-00002-of-00003.safetensors: no such file" in refusal(folder)
 
 
+def test_a_pipe_in_place_of_weights_is_not_waited_for(tmp_path: Path) -> None:
+    folder = write_hf(tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / "model.safetensors")
+    assert "model.safetensors: not a regular file" in refusal(folder)
+
+
 def test_messages_are_one_line_whatever_a_file_says(tmp_path: Path) -> None:
     folder = write_hf(tmp_path, shards=2)
     index = folder / "model.safetensors.index.json"

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.errors import CheckpointError
 from engine.ops import Kernels, load_kernels
 from engine.ops.cpu import CpuOps
 from engine.ops.reference import ReferenceOps
@@ -247,6 +248,16 @@ def test_what_onednn_packs_is_never_held_twice_as_a_whole(monkeypatch: pytest.Mo
     assert isinstance(linear, JoinedLinear)
     assert linear.nbytes == 190 * 96 * 4 + 190 * 4
     check(linear, FloatMatrix(torch.cat([first.dequantise(), second.dequantise()])), bias, torch.float32, wide=False)
+
+
+@pytest.mark.parametrize("weight", [3e38, -3e38])
+@pytest.mark.parametrize("kept", [Kept.INT4, Kept.INT6, Kept.INT8])
+def test_weights_beyond_what_a_scale_can_hold_are_refused_by_name(kept: Kept, weight: float) -> None:
+    values = torch.randn(70, 128)
+    values[69, 100] = weight
+    parts = [Part(lambda start, stop: FloatMatrix(values[start:stop]), 70, "model.layers.0.mlp.up_proj.weight")]
+    with pytest.raises(CheckpointError, match=r"tensor model\.layers\.0\.mlp\.up_proj\.weight has weights"):
+        build_linear(parts, 128, kept, Target(torch.bfloat16, CPU, None))
 
 
 def test_large_matrices_arrive_in_slabs(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
