@@ -9,6 +9,7 @@ Rows are read and the file is not mapped, as in `files`.
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from engine.checkpoint.fields import Fields
 from engine.checkpoint.files import read_into
 from engine.checkpoint.gguf_blocks import OTHER_NAMES, TYPES
-from engine.checkpoint.layout import check_tensors, rotate_half_order
+from engine.checkpoint.layout import check_tensors, rotate_half_rows
 from engine.config import ModelConfig
 from engine.errors import CheckpointError, UnsupportedModelError
 from engine.gguf_header import GGUFHeader, GGUFTensor, read_header
@@ -26,12 +27,12 @@ from engine.quant.matrix import FloatMatrix, GroupMatrix, Matrix
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 _SCALES = torch.float16  # what scales and minima are kept in, so that none may be larger
-_FIXED_NAMES = {
+FIXED_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
-_LAYER_NAMES = {
+LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -79,13 +80,11 @@ class GGUFCheckpoint:
         if tensor is None:
             raise CheckpointError(f"{self._path}: tensor {name} is missing")
         rows = range(tensor.shape[0])[start:stop]
-        if not self._moves_rows(name):
-            raw = self._read_rows(name, tensor, rows)
-        else:  # pairs of a head lie apart in it, so whole heads are read
-            width = self.config.head_dim
-            first, last = rows.start // width, -(-rows.stop // width)
-            raw = self._read_rows(name, tensor, range(first * width, last * width))
-            raw = rotate_half_order(raw, last - first, width)[rows.start - first * width : rows.stop - first * width]
+        read = partial(self._read_rows, name, tensor)
+        if self._moves_rows(name):
+            raw = rotate_half_rows(read, rows.start, rows.stop, self.config.head_dim)
+        else:
+            raw = read(rows.start, rows.stop)
         matrix = TYPES[tensor.ggml_type].matrix(raw)
         _check_finite(f"{self._path}: tensor {name}", matrix)
         return matrix
@@ -99,11 +98,11 @@ class GGUFCheckpoint:
     def _moves_rows(self, name: str) -> bool:
         return self._interleaved and (".self_attn.q_proj." in name or ".self_attn.k_proj." in name)
 
-    def _read_rows(self, name: str, tensor: GGUFTensor, rows: range) -> Tensor:
+    def _read_rows(self, name: str, tensor: GGUFTensor, start: int, stop: int) -> Tensor:
         """uint8 [rows, bytes of a row]. Of a vector, each number is a row."""
         size = TYPES[tensor.ggml_type].row_bytes(math.prod(tensor.shape[1:]))
-        raw = torch.empty(len(rows), size, dtype=torch.uint8)
-        read_into(raw.view(-1), name, self._path, self._file.fileno(), tensor.offset + rows.start * size)
+        raw = torch.empty(stop - start, size, dtype=torch.uint8)
+        read_into(raw.view(-1), name, self._path, self._file.fileno(), tensor.offset + start * size)
         return raw
 
     def _rope_factors(self) -> tuple[float, ...] | None:
@@ -113,11 +112,11 @@ class GGUFCheckpoint:
 
 def _canonical(name: str) -> str:
     """Hugging Face's name of a GGUF tensor; unknown names stay, and are refused where all names are checked."""
-    if name in _FIXED_NAMES:
-        return _FIXED_NAMES[name]
+    if name in FIXED_NAMES:
+        return FIXED_NAMES[name]
     match name.split("."):
-        case ["blk", index, part, kind] if part in _LAYER_NAMES and index.isdecimal():
-            return f"model.layers.{int(index)}.{_LAYER_NAMES[part]}.{kind}"
+        case ["blk", index, part, kind] if part in LAYER_NAMES and index.isdecimal():
+            return f"model.layers.{int(index)}.{LAYER_NAMES[part]}.{kind}"
     return name
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from engine.checkpoint.fields import Fields
 from engine.checkpoint.fp8_config import hf_claims
-from engine.checkpoint.weights import Dialect, SafetensorsCheckpoint
+from engine.checkpoint.weights import Dialect, SafetensorsCheckpoint, read_index
 from engine.config import Llama3RopeScaling, ModelConfig
-from engine.errors import CheckpointError, UnsupportedModelError
+from engine.errors import UnsupportedModelError
 from engine.model_files import HF_CONFIG, HF_INDEX, HF_WEIGHTS
 
 VISION = ("Mistral3ForConditionalGeneration",)  # of these the text model is run, which text_config describes
@@ -30,7 +30,7 @@ def open_hf(folder: Path, weights: Path | None = None) -> SafetensorsCheckpoint:
         CheckpointError, UnsupportedModelError: name the file and what is wrong with it.
     """
     fields = Fields.of_json(folder / HF_CONFIG)
-    config = read_config(folder)
+    config = _read_config(fields, folder)
     listed = None if weights else read_index(folder / HF_INDEX)
     files = [weights or folder / HF_WEIGHTS] if listed is None else sorted(set(listed.values()))
     dialect = Dialect(
@@ -41,9 +41,8 @@ def open_hf(folder: Path, weights: Path | None = None) -> SafetensorsCheckpoint:
     return SafetensorsCheckpoint(weights or folder, files, config, dialect)
 
 
-def read_config(folder: Path) -> ModelConfig:
+def _read_config(whole: Fields, folder: Path) -> ModelConfig:
     """What config.json and generation_config.json say, refused if this decoder does not implement it."""
-    whole = Fields.of_json(folder / HF_CONFIG)
     architecture = _architecture(whole)
     fields = _text_config(whole) if architecture in VISION else whole
     _refuse(fields)
@@ -145,21 +144,6 @@ def _eos(fields: Fields, folder: Path) -> tuple[int, ...]:
     if generation.exists():
         ids += Fields.of_json(generation).token_ids("eos_token_id")
     return tuple(dict.fromkeys(ids))
-
-
-def read_index(index: Path) -> dict[str, Path] | None:
-    """Name of each tensor -> the file of this folder that has it; None if there is no index."""
-    if not index.exists():
-        return None
-    weight_map = Fields.of_json(index).raw("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: weight_map is not an object of tensor names and files")
-    for tensor, name in weight_map.items():
-        if not tensor.isprintable():
-            raise CheckpointError(f"{index}: weight_map has {tensor!r:.80}, which is no name of a tensor")
-        if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
-            raise CheckpointError(f"{index}: weight_map names {name!r:.80}, which is not a file of this folder")
-    return {tensor: index.parent / name for tensor, name in weight_map.items()}
 
 
 def _language_model(name: str) -> str | None:

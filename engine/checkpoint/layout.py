@@ -5,7 +5,7 @@ Every reader maps its own names to these, and every checkpoint is held against t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from torch import Tensor
 
@@ -74,6 +74,17 @@ def check_tensors(where: str, found: Mapping[str, Shape], config: ModelConfig) -
         tied_copy = name == "lm_head.weight" and config.tie_word_embeddings
         if name not in expected and not tied_copy and not name.endswith(_HARMLESS):
             raise UnsupportedModelError(f"{where}: tensor {name} is not part of the dense Llama/Mistral decoder")
+
+
+def rotate_half_rows(read: Callable[[int, int], Tensor], start: int, stop: int, head_dim: int) -> Tensor:
+    """Rows start .. stop - 1, in rotate-half order, of a projection that is stored in interleaved order.
+
+    Args:
+        read: rows as stored. Pairs of a head lie apart in it, so whole heads are asked for.
+    """
+    first, last = start // head_dim, -(-stop // head_dim)
+    rows = rotate_half_order(read(first * head_dim, last * head_dim), last - first, head_dim)
+    return rows[start - first * head_dim : stop - first * head_dim]
 
 
 def rotate_half_order(weight: Tensor, heads: int, head_dim: int) -> Tensor:

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from engine.checkpoint.fields import Fields
 from engine.checkpoint.fp8_config import mistral_claims
-from engine.checkpoint.hf import read_index
-from engine.checkpoint.weights import Dialect, SafetensorsCheckpoint
+from engine.checkpoint.weights import Dialect, SafetensorsCheckpoint, read_index
 from engine.config import ModelConfig
 from engine.errors import UnsupportedModelError
 from engine.model_files import MISTRAL_CONFIG, MISTRAL_INDEX, MISTRAL_WEIGHTS
@@ -44,7 +43,7 @@ def open_mistral(folder: Path) -> SafetensorsCheckpoint:
         CheckpointError, UnsupportedModelError: name the file and what is wrong with it.
     """
     fields = Fields.of_json(folder / MISTRAL_CONFIG)
-    config = read_params(folder)
+    config = _read_params(fields)
     listed = read_index(folder / MISTRAL_INDEX)
     files = [folder / MISTRAL_WEIGHTS] if listed is None else sorted(set(listed.values()))
     images = any(fields.raw(key) for key in _VISION)
@@ -54,9 +53,8 @@ def open_mistral(folder: Path) -> SafetensorsCheckpoint:
     return SafetensorsCheckpoint(folder / MISTRAL_WEIGHTS, files, config, dialect)
 
 
-def read_params(folder: Path) -> ModelConfig:
+def _read_params(fields: Fields) -> ModelConfig:
     """What params.json says, refused if this decoder does not implement it."""
-    fields = Fields.of_json(folder / MISTRAL_CONFIG)
     for key in ("moe", "yarn", "lora", "llama_4_scaling", "qk_nope_head_dim"):
         if fields.raw(key):
             raise UnsupportedModelError(f"{fields.where}: {key} is not supported")

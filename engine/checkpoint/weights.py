@@ -9,15 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from engine.checkpoint.fields import Fields
 from engine.checkpoint.files import FLOAT_TYPES, MATRIX_TYPES, SafetensorsFiles, readable_type
 from engine.checkpoint.fp8 import Fp8Reader, is_scale
 from engine.checkpoint.fp8_config import Fp8Claims
-from engine.checkpoint.layout import check_tensors, expected_tensors, rotate_half_order
+from engine.checkpoint.layout import check_tensors, expected_tensors, rotate_half_order, rotate_half_rows
 from engine.config import ModelConfig
 from engine.errors import CheckpointError
 from engine.quant.matrix import FloatMatrix, Matrix
@@ -94,16 +96,12 @@ class SafetensorsCheckpoint:
         self._files.close()
 
     def _rows(self, name: str, start: int, stop: int | None) -> Tensor:
-        """As stored but for their order. Pairs of a head lie apart in it, so whole heads are read."""
-        stored = self._stored[name]
-        heads = self._heads(name)
+        """As stored but for their order."""
+        read = partial(self._files.read, self._stored[name], types=MATRIX_TYPES)
+        heads, width = self._heads(name), self.config.head_dim
         if heads is None:
-            return self._files.read(stored, start, stop, MATRIX_TYPES)
-        width = self.config.head_dim
-        stop = heads * width if stop is None else stop
-        first, last = start // width, -(-stop // width)
-        rows = self._files.read(stored, first * width, last * width, MATRIX_TYPES)
-        return rotate_half_order(rows, last - first, width)[start - first * width : stop - first * width]
+            return read(start, stop)
+        return rotate_half_rows(read, start, heads * width if stop is None else stop, width)
 
     def _rotate_half(self, name: str, rows: Tensor) -> Tensor:
         heads = self._heads(name)
@@ -132,6 +130,21 @@ class SafetensorsCheckpoint:
                 raise CheckpointError(f"{tensor.path}: tensor {stored} is also there as {names[name]}")
             names[name] = stored
         return names
+
+
+def read_index(index: Path) -> dict[str, Path] | None:
+    """Name of each tensor -> the file of this folder that has it; None if there is no index."""
+    if not index.exists():
+        return None
+    weight_map = Fields.of_json(index).raw("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: weight_map is not an object of tensor names and files")
+    for tensor, name in weight_map.items():
+        if not tensor.isprintable():
+            raise CheckpointError(f"{index}: weight_map has {tensor!r:.80}, which is no name of a tensor")
+        if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
+            raise CheckpointError(f"{index}: weight_map names {name!r:.80}, which is not a file of this folder")
+    return {tensor: index.parent / name for tensor, name in weight_map.items()}
 
 
 def _is_finite(values: Tensor) -> bool:
