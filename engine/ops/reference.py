@@ -7,9 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from engine.ops.interface import AttentionBatch, LayerCache
-from engine.schemes import SCORE_SLAB
-
-E4M3_MAX = 448.0
+from engine.schemes import E4M3_MAX, LEAST_SCALE, SCORE_SLAB
 
 
 class ReferenceOps:
@@ -72,7 +70,7 @@ def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [..., head_dim] ≈ codes * scale: float8_e4m3fn, and float32 [...]. The least scale is the least normal number,
     so that vectors of zeros are safe."""
     x = x.float()
-    scale = (x.abs().amax(-1) / E4M3_MAX).clamp(min=torch.finfo(torch.float32).tiny)
+    scale = (x.abs().amax(-1) / E4M3_MAX).clamp(min=LEAST_SCALE)
     return (x / scale.unsqueeze(-1)).to(torch.float8_e4m3fn), scale
 
 

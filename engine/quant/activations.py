@@ -7,9 +7,7 @@ from torch import Tensor
 
 from engine.ops import Kernels
 from engine.ops.cpu import DTYPES
-
-E4M3_MAX = 448.0
-LEAST_SCALE = 2.0**-126  # the least normal number, so that a vector of zeros is safe and 1 / scale is finite
+from engine.schemes import E4M3_MAX, LEAST_SCALE
 
 
 def quantise_rows(x: Tensor, scale: float | None, kernels: Kernels | None = None) -> tuple[Tensor, Tensor]:

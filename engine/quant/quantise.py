@@ -12,9 +12,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from engine.quant.activations import E4M3_MAX, LEAST_SCALE
 from engine.quant.matrix import Fp8Matrix, GroupMatrix
-from engine.schemes import INT4_GROUP, INT8_GROUP
+from engine.schemes import E4M3_MAX, INT4_GROUP, INT8_GROUP, LEAST_SCALE
 
 _E4M3_LEAST = 2.0**-6  # normal number; below it steps stay as wide as there
 _PHASES = [2 ** (step / 4) for step in range(4)]  # e4m3 has the same error, relative to the scale, an octave further
