@@ -69,9 +69,16 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
+def cpu() -> tuple[str, frozenset[str]]:
+    """Name and instruction sets of the first core, from /proc/cpuinfo; ("CPU", none) where there is no such file."""
+    lines = _read(Path("/proc/cpuinfo")).splitlines()[:60]
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    flags = fields.get("flags") or fields.get("Features") or ""
+    return fields.get("model name", "CPU"), frozenset(flags.split())
+
+
 def _cpu_multiplies_bfloat16() -> bool:
-    flags = next((line for line in _read(Path("/proc/cpuinfo")).splitlines() if line.startswith("flags")), "").split()
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+    return not cpu()[1].isdisjoint(("avx512_bf16", "amx_bf16"))
 
 
 def _read(path: Path) -> str:

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-import shutil
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -119,19 +117,19 @@ def probe(device_name: str, dtype_name: str, model: str | None) -> Found:
 def _machine(device: torch.device, dtype: torch.dtype) -> Machine:
     import torch
 
-    from engine.machine import free_memory, memory_limit, usable_cores
-    from engine.ops import load_kernels
+    from engine.machine import cpu, free_memory, memory_limit, usable_cores
+    from engine.ops import find_compiler, load_kernels
 
     cores = usable_cores()
-    cpu, flags = _cpu()
+    name, flags = cpu()
     return Machine(
-        cpu=cpu,
+        cpu=name,
         cores=cores,
-        instructions=tuple(name for name in INSTRUCTIONS if name in flags),
+        instructions=tuple(each for each in INSTRUCTIONS if each in flags),
         free_bytes=free_memory(torch.device("cpu")),
         limit_bytes=memory_limit(),
         torch=str(torch.__version__),
-        compiler=shutil.which("g++") or shutil.which("c++"),
+        compiler=find_compiler(),
         kernels=load_kernels(cores) is not None,
         device=device.type,
         dtype=str(dtype).removeprefix("torch."),
@@ -171,17 +169,6 @@ class _FirstRows:
         self.config = checkpoint.config
         self.read, self.stored_bytes = checkpoint.read, checkpoint.stored_bytes
         self.matrix = functools.cache(checkpoint.matrix)
-
-
-def _cpu() -> tuple[str, frozenset[str]]:
-    """Name and instruction sets of the first core."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
-        return "CPU", frozenset()
-    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines[:60])}
-    flags = fields.get("flags") or fields.get("Features") or ""
-    return fields.get("model name", "CPU"), frozenset(flags.split())
 
 
 if __name__ == "__main__":

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from engine.ops.cpu import CpuOps
 from engine.ops.interface import AttentionBatch, LayerCache, Ops
-from engine.ops.native import Kernels, load_kernels
+from engine.ops.native import Kernels, find_compiler, load_kernels
 from engine.ops.reference import ReferenceOps
 
-__all__ = ["AttentionBatch", "Kernels", "LayerCache", "Ops", "load_kernels", "select_ops"]
+__all__ = ["AttentionBatch", "Kernels", "LayerCache", "Ops", "find_compiler", "load_kernels", "select_ops"]
 
 
 def select_ops(kernels: Kernels | None) -> Ops:

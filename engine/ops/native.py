@@ -59,6 +59,11 @@ class Kernels:
         return bool(self.library.nemo_multiplies_bfloat16())
 
 
+def find_compiler() -> str | None:
+    """Path of the C++ compiler, None where there is none."""
+    return shutil.which("g++") or shutil.which("c++")
+
+
 def load_kernels(threads: int, cache: Path | None = None, architecture: str = "native") -> Kernels | None:
     """The kernels for this CPU, or None (and one warning) where they cannot be built.
 
@@ -67,7 +72,7 @@ def load_kernels(threads: int, cache: Path | None = None, architecture: str = "n
         cache: folder of compiled libraries; created if absent. Default: `default_cache()`.
         architecture: the compiler's -march.
     """
-    compiler = shutil.which("g++") or shutil.which("c++")
+    compiler = find_compiler()
     if compiler is None:
         log.warning("no C++ compiler: CPU kernels fall back to plain torch, which is several times slower")
         return None
