@@ -13,6 +13,7 @@ from __future__ import annotations
 import base64
 import itertools
 import json
+import math
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,8 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
+from engine.checkpoint.gguf import LAYER_NAMES
+from engine.checkpoint.gguf_blocks import TYPES
 from engine.checkpoint.layout import expected_tensors
 from engine.config import ModelConfig
 from service.text.bpe import byte_alphabet
@@ -31,7 +34,7 @@ FORMS = ("bf16", "fp8", "gguf-q4_k_m")
 
 Bytes = npt.NDArray[np.uint8]
 
-_POOL_BLOCKS = 2**25  # bytes, whatever the block is
+_POOL_BYTES = 2**25
 _SHARD_BYTES = 5 * 10**9  # as Hugging Face's save_pretrained splits
 _STD = 0.02  # of the weights: activations stay finite through any number of layers
 _FP8_SCALE = 2.0**-11  # codes of standard deviation 41: most of e4m3's range is in use
@@ -59,7 +62,7 @@ class _Noise:
     """Random blocks of one kind, as many as wanted. `make` returns uint8 [blocks, bytes of a block]."""
 
     def __init__(self, make: Callable[[int], Bytes], block: int, rng: np.random.Generator) -> None:
-        self._pool = make(_POOL_BLOCKS // block)
+        self._pool = make(_POOL_BYTES // block)
         self._rng = rng
 
     def pieces(self, nbytes: int) -> Iterator[Bytes]:
@@ -168,7 +171,7 @@ def _tensors(model: ModelConfig, fp8: bool) -> Iterator[tuple[str, str, tuple[in
 
 
 def _tensor_bytes(dtype: str, shape: Sequence[int]) -> int:
-    return int(np.prod(shape, dtype=np.int64)) * _ITEM_BYTES[dtype]
+    return math.prod(shape) * _ITEM_BYTES[dtype]
 
 
 def _shards(tensors: Iterator[tuple[str, str, tuple[int, ...]]]) -> list[dict[str, tuple[str, tuple[int, ...]]]]:
@@ -209,17 +212,7 @@ def _write_shard(
 
 # -- GGUF -------------------------------------------------------------------------------------------------------------
 
-_GGUF_NAMES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
+_GGUF_NAMES = {ours: theirs for theirs, ours in LAYER_NAMES.items()}
 
 
 def _write_gguf(path: Path, model: ModelConfig, tekken: Path, rng: np.random.Generator) -> None:
@@ -238,11 +231,10 @@ def _write_gguf(path: Path, model: ModelConfig, tekken: Path, rng: np.random.Gen
     _add_tokenizer(writer, tekken)
     tensors = dict(_gguf_tensors(model))
     for name, (kind, shape) in tensors.items():
-        block, size = gguf.GGML_QUANT_SIZES[kind]
-        nbytes = int(np.prod(shape, dtype=np.int64)) // block * size
-        stored = (*shape[:-1], shape[-1] // block * size) if kind is not GGMLQuantizationType.F32 else shape
-        dtype = np.dtype(np.float32 if kind is GGMLQuantizationType.F32 else np.uint8)
-        writer.add_tensor_info(name, stored, dtype, nbytes, raw_dtype=kind)
+        is_float = kind is GGMLQuantizationType.F32
+        stored = shape if is_float else (*shape[:-1], TYPES[kind].row_bytes(shape[-1]))
+        dtype = np.dtype(np.float32 if is_float else np.uint8)
+        writer.add_tensor_info(name, stored, dtype, TYPES[kind].row_bytes(math.prod(shape)), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -255,8 +247,7 @@ def _write_gguf(path: Path, model: ModelConfig, tekken: Path, rng: np.random.Gen
             if kind is GGMLQuantizationType.F32:
                 file.write(np.float32(rng.normal(1, _STD, shape)).tobytes())
                 continue
-            block, size = gguf.GGML_QUANT_SIZES[kind]
-            for piece in noises[kind.name].pieces(int(np.prod(shape, dtype=np.int64)) // block * size):
+            for piece in noises[kind.name].pieces(TYPES[kind].row_bytes(math.prod(shape))):
                 file.write(piece.data)
 
 

@@ -43,6 +43,7 @@ from bench.measure import (
 )
 from bench.options import numbers
 from bench.peers import bandwidth as memory_bandwidth
+from bench.vocabularies import TEKKEN, mistral_file
 from engine.checkpoint import open_checkpoint
 from engine.memory import matrices, token_bytes
 from engine.model.footprint import checkpoint_bytes, matrix_bytes
@@ -176,7 +177,8 @@ def measure(job: Job, folder: Path, timeout: float) -> Result:
     machine, bandwidth = this_machine(), memory_bandwidth.measure(job.threads)
     _say(f"writing {job.form} checkpoint")
     began = time.perf_counter()
-    path = write_checkpoint(job.form, folder, msgspec.structs.replace(NEMO_12B, num_layers=job.layers), _tekken())
+    model, tekken = msgspec.structs.replace(NEMO_12B, num_layers=job.layers), mistral_file(TEKKEN)
+    path = write_checkpoint(job.form, folder, model, tekken)
     write_seconds = time.perf_counter() - began
     files = [each for each in folder.iterdir() if each.suffix in (".safetensors", ".gguf")]
     _leave_page_cache(files)
@@ -214,13 +216,6 @@ def measure(job: Job, folder: Path, timeout: float) -> Result:
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def _tekken() -> Path:
-    """NeMo's tekken.json, which mistral-common carries (a development dependency)."""
-    import mistral_common
-
-    return Path(mistral_common.__file__).parent / "data" / "tekken_240718.json"
 
 
 def _sizes(path: Path, job: Job, file_bytes: int) -> Sizes:

@@ -15,6 +15,8 @@ from service.text.hf import load_hf
 from service.text.load import load_text
 from service.text.sentencepiece import load_sentencepiece
 
+TEKKEN = "tekken_240718.json"  # of Mistral NeMo
+
 
 @dataclass(frozen=True, slots=True)
 class Peer:
@@ -26,16 +28,21 @@ class Peer:
     decode: Callable[[list[int]], str]
 
 
+def mistral_file(name: str) -> Path:
+    """One of the tokenizer files that mistral-common carries (a development dependency)."""
+    import mistral_common
+
+    return Path(mistral_common.__file__).parent / "data" / name
+
+
 def mistral_peers() -> list[Peer]:
     """Both vocabularies of Mistral, from the files that mistral-common carries."""
-    import mistral_common
     import sentencepiece
     from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
     from mistral_common.tokens.tokenizers.tekken import Tekkenizer
     from transformers.integrations.mistral import convert_tekken_tokenizer  # type: ignore[attr-defined]
 
-    files = Path(mistral_common.__file__).parent / "data"
-    tekken_file, model_file = files / "tekken_240718.json", files / "mistral_instruct_tokenizer_240323.model.v3"
+    tekken_file, model_file = mistral_file(TEKKEN), mistral_file("mistral_instruct_tokenizer_240323.model.v3")
     tekken, older = load_tekken(tekken_file)[0], load_sentencepiece(model_file)
     theirs, theirs_older = Tekkenizer.from_file(tekken_file), SentencePieceTokenizer(str(model_file))
     bare = sentencepiece.SentencePieceProcessor(model_file=str(model_file))

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.config import ModelConfig
-from tests.tiny_models import interleave
+from tests.tiny_models import interleave, mistral_name
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -108,20 +108,11 @@ def write_peft(
 
 def write_mistral(folder: Path, model: ModelConfig, *, rank: int = 4, scaling: float = 2.0, seed: int = 0) -> None:
     """params.json and lora.safetensors with the numbers that `write_peft` writes for alpha = rank * scaling."""
-    names = {
-        "self_attn.q_proj": "attention.wq",
-        "self_attn.k_proj": "attention.wk",
-        "self_attn.v_proj": "attention.wv",
-        "self_attn.o_proj": "attention.wo",
-        "mlp.gate_proj": "feed_forward.w1",
-        "mlp.down_proj": "feed_forward.w2",
-        "mlp.up_proj": "feed_forward.w3",
-    }
     heads = {"self_attn.q_proj": model.num_heads, "self_attn.k_proj": model.num_kv_heads}
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for (layer, path), (a, b) in random_pairs(model, dict.fromkeys(MODULES, rank), seed=seed).items():
-        prefix = f"layers.{layer}.{names[path]}"
+        prefix = f"layers.{layer}.{mistral_name(path)}"
         tensors[f"{prefix}.lora_A.weight"] = a
         tensors[f"{prefix}.lora_B.weight"] = interleave(b, heads[path]) if path in heads else b
     save_file(tensors, folder / "lora.safetensors")

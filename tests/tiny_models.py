@@ -39,6 +39,19 @@ CONFIG: dict[str, Any] = {
 }
 
 
+# Changes to it: widths that fill the blocks of every format, so that bytes can be compared one by one.
+MID: dict[str, Any] = {
+    "vocab_size": 4096,
+    "hidden_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "intermediate_size": 1280,
+    "max_position_embeddings": 4096,
+}
+
+
 def config_json(**changes: Any) -> dict[str, Any]:
     """CONFIG with changes; a key given as ... is left out."""
     return {key: value for key, value in (CONFIG | changes).items() if value is not ...}

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import mistral_common
 import msgspec
 import pytest
 import torch
 from gguf import GGMLQuantizationType
 
 from bench.checkpoints import merges_of, write_checkpoint
+from bench.vocabularies import TEKKEN, mistral_file
 from engine.checkpoint import open_checkpoint
 from engine.config import EngineConfig
 from engine.gguf_header import read_header
@@ -22,7 +22,7 @@ from service.models.family import NEMO_12B
 from service.text.bpe import load_tekken
 from service.text.load import load_text
 
-TEKKEN = Path(mistral_common.__file__).parent / "data" / "tekken_240718.json"
+TEKKEN_FILE = mistral_file(TEKKEN)
 SMALL = msgspec.structs.replace(
     NEMO_12B, hidden_size=512, num_layers=4, num_heads=4, num_kv_heads=2, intermediate_size=768
 )
@@ -31,7 +31,7 @@ TEXT = "Rechnen 12345 + 67, это тест 한국어\n    return x"
 
 @pytest.mark.parametrize("form", ["bf16", "fp8", "gguf-q4_k_m"])
 def test_a_random_checkpoint_loads_and_gives_finite_logits(form: str, tmp_path: Path) -> None:
-    path = write_checkpoint(form, tmp_path / "checkpoint", SMALL, TEKKEN)
+    path = write_checkpoint(form, tmp_path / "checkpoint", SMALL, TEKKEN_FILE)
     runner = load_runner(
         EngineConfig(model_path=str(path), max_model_len=64, max_batch_size=1), lambda phase, part: None
     )
@@ -42,7 +42,7 @@ def test_a_random_checkpoint_loads_and_gives_finite_logits(form: str, tmp_path: 
         StepPlan(work=[RowWork(row=0, start=0, token_ids=[5, 6, 7], new_pages=[0], sample=True)], admitted=[init])
     )
     assert result.sampled[0].failed is None
-    assert load_text(path).tokenizer.encode(TEXT) == load_tekken(TEKKEN)[0].encode(TEXT)
+    assert load_text(path).tokenizer.encode(TEXT) == load_tekken(TEKKEN_FILE)[0].encode(TEXT)
 
 
 def open_num_parameters(path: Path) -> int:
@@ -51,7 +51,7 @@ def open_num_parameters(path: Path) -> int:
 
 
 def test_the_shards_are_in_the_index_and_the_weights_spread_as_a_real_models(tmp_path: Path) -> None:
-    path = write_checkpoint("bf16", tmp_path / "checkpoint", SMALL, TEKKEN)
+    path = write_checkpoint("bf16", tmp_path / "checkpoint", SMALL, TEKKEN_FILE)
     index = json.loads((path / "model.safetensors.index.json").read_bytes())
     assert set(index["weight_map"].values()) == {each.name for each in path.glob("*.safetensors")}
     with open_checkpoint(str(path)) as checkpoint:
@@ -63,7 +63,7 @@ def test_the_shards_are_in_the_index_and_the_weights_spread_as_a_real_models(tmp
 
 
 def test_a_gguf_file_has_the_mixture_of_q4_k_m(tmp_path: Path) -> None:
-    path = write_checkpoint("gguf-q4_k_m", tmp_path / "checkpoint", SMALL, TEKKEN)
+    path = write_checkpoint("gguf-q4_k_m", tmp_path / "checkpoint", SMALL, TEKKEN_FILE)
     tensors = read_header(path, lambda key: False).tensors
     types = {name: GGMLQuantizationType(tensor.ggml_type).name for name, tensor in tensors.items()}
     assert types["output.weight"] == "Q6_K"

@@ -33,7 +33,7 @@ from engine.schemes import SCHEMES
 from engine.sizing import CacheSize, size_cache
 from engine.step import RowInit, RowWork, StepPlan
 from tests.fp8_models import write_fp8, write_mistral_fp8
-from tests.tiny_models import write_gguf, write_hf
+from tests.tiny_models import MID, write_gguf, write_hf
 
 CPU = torch.device("cpu")
 NEMO = ModelConfig(
@@ -50,17 +50,6 @@ NEMO = ModelConfig(
     max_position_embeddings=1_024_000,
 )
 OPTIONS = EngineConfig(model_path="-")
-# Widths that fill the blocks of every format, so that bytes can be compared one by one.
-MID: dict[str, Any] = {
-    "vocab_size": 4096,
-    "hidden_size": 512,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "intermediate_size": 1280,
-    "max_position_embeddings": 4096,
-}
 FP8 = ("autofp8-static", "compressed-dynamic", "fp8-blocks")
 
 

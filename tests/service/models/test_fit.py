@@ -22,21 +22,10 @@ from service.models.fit import GIB, Fit, Place, Subject, fit
 from service.models.gpus import KNOWN_GPUS, find_gpu, recognise
 from service.models.machine import look
 from service.models.profiles import profiles, settings_of
-from tests.tiny_models import write_gguf, write_hf
+from tests.tiny_models import MID, write_gguf, write_hf
 
 OPTIONS = EngineConfig(model_path="-")
 NEMO = catalog.CATALOG["mistral-nemo-12b-instruct"]
-# Widths that fill the blocks of every format.
-MID: dict[str, Any] = {
-    "vocab_size": 4096,
-    "hidden_size": 512,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "intermediate_size": 1280,
-    "max_position_embeddings": 4096,
-}
 
 
 def on(gpu: str, **options: Any) -> Fit:
