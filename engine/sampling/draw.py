@@ -2,8 +2,8 @@
 
 The number is a hash of (seed, position) alone, made on the host: the same request draws the same numbers whatever
 shares its batch, whichever row it has, however its prompt was chunked, and again after a pre-emption. The token is the
-inverse of the cumulative distribution at that number, over token ids in order where nothing truncates, and from the
-likeliest down (`engine.sampling.order`) where something does.
+inverse of the cumulative distribution at that number, over what is left in order of token ids: which tokens are left is
+a question of their rank (`engine.sampling.order`), but the draw needs none, and so a GPU needs no sort.
 
     plain       exp ─ sums of blocks of 128 ─ find the block ─ find the token in it      reads the vocabulary once
     truncated   the 256 likeliest ─ cut ─ find the token;  where the cut lies beyond them: 4,096 likeliest, then all
@@ -113,7 +113,9 @@ def _draw_truncated(logits: Tensor, weights: Tensor, total: Tensor, limits: Tens
     share = top_p * torch.where(top_k < vocab, kept.sum(-1, keepdim=True), total)
     kept = kept.where((top_p >= 1) | (before < share), 0.0)
     kept = kept.where(kept >= min_p * kept[:, :1], 0.0)
-    tokens = ids.gather(-1, _invert(kept.cumsum(-1), u)[0][:, None]).flatten()
+    ascending, order = ids.sort(-1)
+    sums = kept.gather(-1, order).cumsum(-1)
+    tokens = ascending.gather(-1, _invert(sums, u)[0][:, None]).flatten()
 
     # What top_k leaves must be known whole before top_p can cut it; then the cut must lie before the last candidate.
     whole = (top_k <= size) | ((top_k >= vocab) & (kept[:, -1:] == 0))

@@ -52,7 +52,7 @@ def chosen(scores: Sequence[float], params: SamplingParams, uniform: float) -> i
             mass += weight[token]
         kept = nucleus
     kept = [token for token in kept if weight[token] >= params.min_p * weight[kept[0]]]
-    return _invert(kept, weight, uniform)
+    return _invert(sorted(kept), weight, uniform)
 
 
 def logprob(scores: Sequence[float], token: int, top: int) -> TokenLogprob:
