@@ -63,7 +63,7 @@ def load_decoder(
     as_stored = scheme.linear is Kept.STORED
     target = Target(dtype, device, kernels, scheme.quantise_inputs or (as_stored and has_fp8_units(device)))
     weights = _Reader(checkpoint, scheme, target, progress).read()
-    return Decoder(config, weights, select_ops(kernels), rope_table(config, max_model_len, device))
+    return Decoder(config, weights, select_ops(kernels, device), rope_table(config, max_model_len, device))
 
 
 class _Reader:

@@ -120,7 +120,7 @@ def kernels() -> Ops:
     found = load_kernels(1)
     if found is None:
         pytest.skip("no C++ compiler")
-    return select_ops(found)
+    return select_ops(found, torch.device("cpu"))
 
 
 def spread() -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,42 @@
+"""The operators on CUDA: one Triton kernel or two for each, the results of `reference.py` at the card's own speed.
+
+A file holds a kernel and a launcher of the signature of `Ops`. Configurations are tables worked out beforehand: nothing
+is tuned when a server starts. Importing this needs Triton, which CUDA builds of torch bring; `engine.ops` does not.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from engine.ops.interface import AttentionBatch, LayerCache
+from engine.ops.reference import ReferenceOps
+from engine.ops.triton.rope import rope_and_write
+
+LEAST_CAPABILITY = (8, 0)  # the first with bfloat16 matrix units
+
+
+class TritonOps:
+    """`Ops` over Triton kernels, for contiguous CUDA tensors; keys and values may be e4m3.
+
+    The arguments are what the decoder made itself; shapes are its contract and are not checked on each call.
+    """
+
+    def __init__(self, capability: tuple[int, int]) -> None:
+        """
+        Args:
+            capability: of the card, (9, 0) for an H100; LEAST_CAPABILITY or later.
+        """
+        self._capability = capability
+        self._reference = ReferenceOps()
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return self._reference.add_rms_norm(x, residual, weight, eps)
+
+    def rope_and_write(self, qkv: Tensor, rope_table: Tensor, cache: LayerCache, batch: AttentionBatch) -> Tensor:
+        return rope_and_write(qkv, rope_table, cache, batch)
+
+    def attention(self, query: Tensor, cache: LayerCache, batch: AttentionBatch, window: int | None) -> Tensor:
+        return self._reference.attention(query, cache, batch, window)
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        return self._reference.silu_mul(gate_up)

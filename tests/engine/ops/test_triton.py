@@ -1,0 +1,28 @@
+"""The tests of triton/ in processes of their own: Triton settles at its import whether kernels are interpreted."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+FILES = sorted(path.name for path in (HERE / "triton").glob("test_*.py"))
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize("name", FILES)
+def test_the_kernels_are_right_under_tritons_interpreter(name: str) -> None:
+    command = [sys.executable, "-m", "pytest", str(HERE / "triton" / name), "--rootdir", str(HERE.parents[2])]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+def test_the_operators_are_imported_without_triton() -> None:
+    code = "import engine.ops, sys; sys.exit(any(name.split('.')[0] == 'triton' for name in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 0
