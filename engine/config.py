@@ -83,6 +83,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         page_size: tokens per KV page.
         kv_memory_bytes: size of the KV cache; None = on a GPU all that is left; on a CPU, where others live too, what
             max_batch_size sequences of 2,048 tokens need (at least one of max_model_len), at most half of what is left.
+        prefix_caching: pages stay known when their request has ended, and requests that begin alike share them.
         threads: intra-op CPU threads; None = all cores.
         seed: basis of the random streams of requests that bring no seed; None = a new one at each start.
         max_loras: LoRA adapters whose requests can run at the same time; each has a slot of device memory of its own,
@@ -101,6 +102,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_batch_tokens: int = 512  # about 4 decode steps of work on a CPU, so that a long prompt cannot freeze the others
     page_size: int = 64  # one page of one head is a contiguous 16 KiB tile at head_dim 128 in bf16
     kv_memory_bytes: int | None = None
+    prefix_caching: bool = True  # the tokens are the same, and a hash per page costs nothing beside computing it
     threads: int | None = None
     seed: int | None = None
     max_loras: int = 0

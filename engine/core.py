@@ -79,6 +79,7 @@ class EngineCore:
             max_model_len=info.max_model_len,
             eos_token_ids=runner.eos_token_ids,
             adapters=self._adapters,
+            prefix_caching=config.prefix_caching,
         )
         self._seeds = random.Random(config.seed if config.seed is not None else secrets.randbits(64))
         self._steps = 0
@@ -166,6 +167,14 @@ class EngineCore:
         self._decode_rate.add(self._scheduler.generated_tokens - generated, now - began)
         return events
 
+    def check(self) -> None:
+        """Look for lost pages and rows; takes time with the size of the KV cache, so it is for idle moments.
+
+        Raises:
+            AssertionError: the books are wrong, and with them what comes next.
+        """
+        self._scheduler.check()
+
     def stats(self) -> EngineStats:
         """Load as of now."""
         scheduler = self._scheduler
@@ -182,6 +191,8 @@ class EngineCore:
             prompt_tokens=scheduler.prompt_tokens,
             generated_tokens=scheduler.generated_tokens,
             preemptions=scheduler.preemptions,
+            prefix_cache_query_tokens=scheduler.prefix_query_tokens,
+            prefix_cache_hit_tokens=scheduler.prefix_hit_tokens,
             prefill_tokens_per_second=self._prefill_rate.value,
             decode_tokens_per_second=self._decode_rate.value,
         )

@@ -1,6 +1,7 @@
 """The core's loop, the same in a thread of this process (`engine.local`) and in a process of its own (`engine.worker`).
 
-While there is work it steps and only glances at the inbox; when idle it waits for the inbox and beats once a second.
+While there is work it steps and only glances at the inbox; when idle it waits for the inbox, beats once a second, and
+looks whether its books are in order: better no engine than one that mixes up the pages of its requests.
 Adapters are read from their files beside it, one after the other, so that no step waits for a disk.
 """
 
@@ -85,6 +86,8 @@ def run_core(core: EngineCore, receive: Receive, emit: Callable[[StepOutput], No
             answers = reading.finished()
             if core.has_work:
                 events += core.step()
+            elif not commands:
+                core.check()
             emit(StepOutput(events, core.stats(), answers))
     finally:
         reading.close()

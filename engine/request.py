@@ -18,6 +18,7 @@ MAX_LOGPROBS = 20  # as the OpenAI API; each one costs a top-k over the vocabula
 MAX_PROMPT_LOGPROBS = 2**18  # of one request, named tokens included: 1 beside each of 128K, or 20 beside each of 12K
 MAX_LOGIT_BIAS = 1024  # entries per request
 MAX_STOP_TOKEN_IDS = 1024
+MAX_CACHE_SALT = 256  # characters; a tenant's name or a digest has fewer
 MAX_INT = 2**31 - 1  # of fields that have no limit of their own; they cross borders and reach tensors as int32
 
 
@@ -134,8 +135,10 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     """One sequence to generate. `request_id` is unique among the requests in flight.
 
     Attributes:
-        priority: lower runs first, 0 is normal; among equals the earlier arrival runs first.
+        priority: lower runs first, 0 is normal; among equals the earlier arrival runs first. A number is a class: one
+            that waits takes the place of one of a higher number, which resumes later, however late that is.
         adapter: name of a loaded LoRA adapter; None = the model as it is.
+        cache_salt: what other requests have computed is used only if they have the same salt.
     """
 
     request_id: str
@@ -143,6 +146,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     sampling: SamplingParams = SamplingParams()
     priority: int = 0
     adapter: str | None = None
+    cache_salt: str = ""
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):
@@ -176,7 +180,8 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
             later than the first token: no event has more of them than a step has tokens, however long the prompt.
         finish_reason: set on the last event of a request and on no other.
         error: what went wrong, when finish_reason is ERROR.
-        prompt_tokens, cached_tokens: size of the prompt, and how much of it needed no computation.
+        prompt_tokens, cached_tokens: size of the prompt, and how much of it needed no computation because others, or an
+            earlier turn, had done it.
     """
 
     request_id: str
@@ -198,6 +203,9 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
         queued, queued_tokens: requests not yet scheduled, and their prompt tokens.
         oldest_queued_seconds: age of the oldest of them.
         running: requests in the batch.
+        kv_pages_used: those that requests hold; what is kept for later ones is free.
+        prefix_cache_query_tokens, prefix_cache_hit_tokens: tokens of the prompts that have been started, and how many
+            of them needed no computation. Pre-empted requests do not count again.
         prefill_tokens_per_second, decode_tokens_per_second: moving averages over the last seconds of work.
     """
 
@@ -212,6 +220,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: int = 0
     generated_tokens: int = 0
     preemptions: int = 0
+    prefix_cache_query_tokens: int = 0
+    prefix_cache_hit_tokens: int = 0
     prefill_tokens_per_second: float = 0.0
     decode_tokens_per_second: float = 0.0
 
@@ -261,6 +271,12 @@ def validate_request(request: Request, info: EngineInfo) -> None:
         rule = f"{prompt[bad]} must be between 0 and {info.vocab_size - 1}"
         raise InvalidRequestError(f"prompt_token_ids[{bad}]", rule)
     _check(abs(request.priority) <= MAX_INT, "priority", request.priority, f"must be between -{MAX_INT} and {MAX_INT}")
+    _check(
+        len(request.cache_salt) <= MAX_CACHE_SALT,
+        "cache_salt",
+        f"{len(request.cache_salt)} characters",
+        f"must have at most {MAX_CACHE_SALT}",
+    )
     request.sampling.validate(info.vocab_size)
     if (top := request.sampling.prompt_logprobs) is not None:
         _check(

@@ -2,7 +2,8 @@
 
     plan ──► rows (block tables) ──► batch tensors ──► decoder ──► logits of the rows that sample ──► sampler ──► result
 
-It trusts the plan: a page belongs to one writing row, positions of a row are contiguous, nothing exceeds `info`.
+It trusts the plan: a page has one row that writes into it and any number that read it, positions of a row are
+contiguous, nothing exceeds `info`.
 """
 
 from __future__ import annotations

@@ -5,15 +5,22 @@ token budget. What others call decode is catching up by one; prefill is catching
 leaves; a pre-empted request has computed nothing and catches up again.
 
     submit ─► waiting, by (priority, arrival) ─► running (a row, pages) ─► finished
-                     ▲                               │ pages run out: the last in (priority, arrival)
-                     └───────────────────────────────┘ gives its own back and keeps its tokens and its place
+                     ▲                               │ pages run out, or a higher class waits: the last in (priority,
+                     └───────────────────────────────┘ arrival) gives its own back and keeps its tokens and its place
+
+Requests that begin alike hold the same pages (`engine.kv.prefix`): what is found when a request takes its row, its
+first or another one, counts as computed.
+
+A priority is a class. A higher one never waits for a lower one: not for rows or pages that it holds, nor for a long
+prompt of it. This is strict: while higher classes fill the batch, a lower one waits, and only its deadline bounds that.
 
 A request with a LoRA adapter runs only while the adapter has a slot on the device. Where all slots are in use by rows
 that run, it waits, and is overtaken by requests without an adapter alone: they need no slot, so that its slot comes no
 later for them. Others may not pass, even where their own adapter has a slot: they could hold it for ever.
 
-Invariants, tested as properties: the budget is never exceeded; a page has one owner; every submitted request gets
-exactly one terminal event; the first in (priority, arrival) always advances, so that everything ends.
+Invariants, tested as properties: the budget is never exceeded; nobody writes into a page that others hold; every
+submitted request gets exactly one terminal event; the first in (priority, arrival) always advances, so that everything
+ends.
 """
 
 from __future__ import annotations
@@ -21,15 +28,26 @@ from __future__ import annotations
 import math
 from bisect import insort
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
 from engine.adapters import Adapters, LoadedAdapter
 from engine.errors import InvalidRequestError
 from engine.kv.pages import PagePool
+from engine.kv.prefix import Prefix
 from engine.request import FinishReason, Request, Timings, TokenEvent, TokenLogprob
 from engine.sequence import Sequence, WaitingLine
 from engine.step import RowInit, RowWork, SampledToken, StepPlan, StepResult, Targets
+
+
+@dataclass(slots=True)
+class Draft:
+    """A step's plan while it is made."""
+
+    budget: int
+    work: dict[Sequence, RowWork] = field(default_factory=dict)
+    admitted: list[RowInit] = field(default_factory=list)
 
 
 class Scheduler:
@@ -45,16 +63,19 @@ class Scheduler:
         max_model_len: int,
         eos_token_ids: Iterable[int],
         adapters: Adapters | None = None,
+        prefix_caching: bool = True,
     ) -> None:
         self._pool = pool
         self._page_size = page_size
         self._budget = max_batch_tokens
         self._max_model_len = max_model_len
         self._eos = frozenset(eos_token_ids)
+        self._prefix_caching = prefix_caching
         self._adapters = adapters if adapters is not None else Adapters(slots=0)
         self.waiting = WaitingLine()
         self._running: list[Sequence] = []  # sorted by order
         self._by_id: dict[str, Sequence] = {}
+        self._max_rows = max_batch_size
         self._rows = list(range(max_batch_size - 1, -1, -1))
         self._released: list[int] = []
         self._planned: dict[int, Sequence] = {}  # by row
@@ -62,6 +83,8 @@ class Scheduler:
         self.preemptions = 0
         self.prompt_tokens = 0  # computed; those computed again after a pre-emption count again
         self.generated_tokens = 0
+        self.prefix_query_tokens = 0  # of prompts that were started
+        self.prefix_hit_tokens = 0  # of these: found
 
     @property
     def has_work(self) -> bool:
@@ -87,7 +110,11 @@ class Scheduler:
             raise InvalidRequestError("request_id", f"{request.request_id} is in flight already")
         self._arrivals += 1
         order, tokens = (request.priority, self._arrivals), list(request.prompt_token_ids)
-        sequence = Sequence(request, seed, order, now, tokens, adapter)
+        prefix = None
+        if self._prefix_caching:
+            number = None if adapter is None else adapter.number
+            prefix = Prefix(tokens, self._page_size, request.cache_salt, number)
+        sequence = Sequence(request, seed, order, now, tokens, prefix, adapter)
         self._by_id[request.request_id] = sequence
         if adapter is not None:
             self._adapters.hold(adapter)
@@ -98,54 +125,108 @@ class Scheduler:
         sequence = self._by_id.get(request_id)
         return None if sequence is None else self._end(sequence, FinishReason.CANCELLED, now)
 
+    def check(self) -> None:
+        """Raise AssertionError unless every page and row is where it belongs. For tests and idle moments."""
+        self._pool.check(page for sequence in self._running for page in sequence.pages)
+        rows = [*self._rows, *(sequence.row for sequence in self._running if sequence.row is not None)]
+        assert sorted(rows) == list(range(self._max_rows)), "a row is lost or given out twice"
+        assert len(self._by_id) == len(self._running) + len(self.waiting), "a request is lost"
+
     # -- planning ----------------------------------------------------------------------------------------------
 
     def plan(self, now: float) -> StepPlan:
         """Choose the next step's work within the budget, taking rows and pages for it."""
-        work: dict[Sequence, RowWork] = {}
-        budget = self._catch_up(work, self._budget, now)
-        admitted: list[RowInit] = []
-        while budget and (sequence := self._next()) is not None:
-            self.waiting.remove(sequence)
-            admitted.append(self._admit(sequence, now))
-            budget -= self._advance(work, sequence, self._room(sequence, budget))
-        released, self._released = self._released, []
-        self._planned = {item.row: sequence for sequence, item in work.items()}
-        return StepPlan(list(work.values()), admitted, released, self._adapters.take_fills())
-
-    def _catch_up(self, work: dict[Sequence, RowWork], budget: int, now: float) -> int:
-        """Plan work for those that run, pre-empting the last of them while pages lack. Returns the budget left."""
+        self._make_way(now)
+        draft = Draft(self._budget)
         # Decodes first: a long prompt must not hold up the streams that are already flowing.
         decoding = [sequence for sequence in self._running if sequence.behind == 1]
         prefilling = [sequence for sequence in self._running if sequence.behind > 1]
-        for sequence in decoding + prefilling:
-            if budget == 0:
-                break
-            while sequence.row is not None and (count := self._room(sequence, budget)) == 0:
-                victim = self._running[-1]
-                self._preempt(victim, now)
-                if (lost := work.pop(victim, None)) is not None:
-                    budget += len(lost.token_ids)
-            if sequence.row is not None:
-                budget -= self._advance(work, sequence, count)
-        return budget
+        for sequence in decoding:
+            self._catch_up(draft, sequence, now)
+        for sequence in prefilling:
+            while (newcomer := self._next(draft)) is not None and newcomer.outranks(sequence):
+                self._admit(draft, newcomer, now)
+            self._catch_up(draft, sequence, now)
+        while (newcomer := self._next(draft)) is not None:
+            self._admit(draft, newcomer, now)
+        released, self._released = self._released, []
+        self._planned = {item.row: sequence for sequence, item in draft.work.items()}
+        return StepPlan(list(draft.work.values()), draft.admitted, released, self._adapters.take_fills())
 
-    def _next(self) -> Sequence | None:
+    def _make_way(self, now: float) -> None:
+        """Pre-empt lower classes, the last first, for those of higher ones that this step can admit then.
+
+        Nobody gives way to who could not run even so (as far as pages tell that others hold as well).
+        """
+        if not (self.waiting and self._running and self.waiting.first.outranks(self._running[-1])):
+            return
+        rows, pages, budget, newcomers = len(self._rows), self._pool.num_free, self._budget, 0
+        for newcomer in self.waiting.first_few(self._max_rows):
+            if newcomer.adapter is not None and not self._adapters.has_room(newcomer.adapter):
+                continue
+            lower = [sequence for sequence in self._running if newcomer.outranks(sequence)]
+            most = pages + sum(len(sequence.pages) for sequence in lower)
+            needed = self._pages_to_take(newcomer) + len(self._running) - len(lower) + newcomers
+            if not lower or needed > most:
+                return
+            while lower and (not rows or self._pages_to_take(newcomer) + len(self._running) + newcomers > pages):
+                free = self._pool.num_free
+                self._preempt(lower.pop(), now)
+                rows, pages = rows + 1, pages + self._pool.num_free - free
+            rows, pages, newcomers = rows - 1, pages - self._pages_to_take(newcomer), newcomers + 1
+            budget -= len(newcomer.tokens) - len(self._found(newcomer)) * self._page_size
+            if rows < 0 or budget <= 0:
+                return
+
+    def _catch_up(self, draft: Draft, sequence: Sequence, now: float) -> None:
+        """Plan work for one that runs, pre-empting the last in (priority, arrival) while pages lack.
+
+        Not after an admission: the newcomer may count on pages that the last one fills in this very step. The next step
+        finds it planned.
+        """
+        while draft.budget and sequence.row is not None:
+            if count := self._room(sequence, draft.budget):
+                self._advance(draft, sequence, count)
+                return
+            if draft.admitted:
+                return
+            victim = self._running[-1]
+            if (lost := draft.work.pop(victim, None)) is not None:
+                draft.budget += len(lost.token_ids)
+                self._pool.forget(victim.pages[lost.start // self._page_size :])
+            self._preempt(victim, now)
+
+    def _next(self, draft: Draft) -> Sequence | None:
         """Who is admitted now: the first that waits, if there are a row and pages for all its tokens. Nobody overtakes
-        it for being smaller; while it waits for a slot, the first without an adapter does.
+        it for being smaller, or for finding its pages; while it waits for a slot, the first without an adapter does.
 
         One page is left for each that runs: without it the newcomer would soon be pre-empted by those who grow, and
         computed twice. The rule cannot block: an empty batch needs no such reserve, and uses no slot.
         """
-        if not self.waiting or not self._rows:
+        if not (draft.budget and self.waiting and self._rows):
             return None
         first: Sequence | None = self.waiting.first
         if first is not None and first.adapter is not None and not self._adapters.has_room(first.adapter):
             first = self.waiting.first_plain
         if first is None:
             return None
-        needed = self._pages_for(len(first.tokens)) + len(self._running)
+        needed = self._pages_to_take(first) + len(self._running)
         return first if needed <= self._pool.num_free else None
+
+    def _found(self, sequence: Sequence) -> list[int]:
+        """Pages that hold the beginning of a sequence already, as many as it may have."""
+        pages: list[int] = []
+        if sequence.prefix is not None:
+            for number in range(sequence.shareable // self._page_size):
+                if (page := self._pool.find(sequence.prefix.key(number))) is None:
+                    break
+                pages.append(page)
+        return pages
+
+    def _pages_to_take(self, sequence: Sequence) -> int:
+        """Free pages that one who waits needs for all its tokens: those that it finds held by others are not free."""
+        held = sum(self._pool.is_held(page) for page in self._found(sequence))
+        return self._pages_for(len(sequence.tokens)) - held
 
     def _pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._page_size)
@@ -155,8 +236,8 @@ class Scheduler:
         pages = len(sequence.pages) + self._pool.num_free
         return min(sequence.behind, budget, pages * self._page_size - sequence.computed)
 
-    def _advance(self, work: dict[Sequence, RowWork], sequence: Sequence, count: int) -> int:
-        """Plan the next `count` tokens of a sequence and take pages for them; there is room. Returns `count`."""
+    def _advance(self, draft: Draft, sequence: Sequence, count: int, found: Iterable[int] = ()) -> None:
+        """Plan the next `count` tokens of a sequence and take pages for them, behind those `found`; there is room."""
         end = sequence.computed + count
         new_pages = self._pool.take(self._pages_for(end) - len(sequence.pages))
         assert new_pages is not None
@@ -165,8 +246,18 @@ class Scheduler:
         tokens = sequence.tokens[sequence.computed : end]
         sample = end == len(sequence.tokens)
         targets = self._targets(sequence, end)
-        work[sequence] = RowWork(sequence.row, sequence.computed, tokens, new_pages, sample, targets)
-        return count
+        work = RowWork(sequence.row, sequence.computed, tokens, [*found, *new_pages], sample, targets)
+        draft.work[sequence] = work
+        draft.budget -= count
+        self._name_pages(sequence, end)
+
+    def _name_pages(self, sequence: Sequence, end: int) -> None:
+        """Let others find the pages that are full of known tokens when `end` of them are computed."""
+        if sequence.prefix is not None:
+            full = end // self._page_size
+            for number in range(sequence.named, full):
+                self._pool.name(sequence.pages[number], sequence.prefix.key(number))
+            sequence.named = full
 
     def _targets(self, sequence: Sequence, end: int) -> Targets | None:
         """The prompt's tokens whose logprobs are known, and not said yet, when `end` tokens are computed: what is
@@ -175,18 +266,27 @@ class Scheduler:
         token_ids = sequence.tokens[sequence.scored : min(end + 1, sequence.num_prompt)]
         return None if top is None or not token_ids else Targets(sequence.scored, token_ids, top)
 
-    def _admit(self, sequence: Sequence, now: float) -> RowInit:
+    def _admit(self, draft: Draft, sequence: Sequence, now: float) -> None:
+        """Give a row to one that waits, and the pages that it finds; plan its first work."""
+        self.waiting.remove(sequence)
         sequence.row = self._rows.pop()
+        found = self._found(sequence)
+        self._pool.hold(found)
+        sequence.pages, sequence.named = list(found), len(found)
+        sequence.computed = len(found) * self._page_size
         if sequence.started is None:
             sequence.started = now
+            sequence.cached = sequence.computed
+            self.prefix_query_tokens += sequence.num_prompt
+            self.prefix_hit_tokens += sequence.cached
         insort(self._running, sequence)
         prompt, output = sequence.tokens[: sequence.num_prompt], sequence.tokens[sequence.num_prompt :]
         slot = None if sequence.adapter is None else self._adapters.enter(sequence.adapter)
-        return RowInit(sequence.row, sequence.request.sampling, sequence.seed, prompt, output, slot)
+        draft.admitted.append(RowInit(sequence.row, sequence.request.sampling, sequence.seed, prompt, output, slot))
+        self._advance(draft, sequence, self._room(sequence, draft.budget), found)
 
     def _preempt(self, sequence: Sequence, now: float) -> None:
         self._free(sequence)
-        sequence.computed = 0
         self.waiting.push(sequence, now)
         self.preemptions += 1
 
@@ -195,7 +295,7 @@ class Scheduler:
         assert sequence.row is not None
         self._running.remove(sequence)
         self._pool.give_back(sequence.pages)
-        sequence.pages = []
+        sequence.pages, sequence.named, sequence.computed = [], 0, 0
         self._rows.append(sequence.row)
         self._released.append(sequence.row)
         sequence.row = None
@@ -231,7 +331,11 @@ class Scheduler:
             return self._take(sequence, sampled, now)
         if logprobs is None:
             return None
-        return TokenEvent(request_id=sequence.request.request_id, prompt_tokens=sequence.num_prompt)
+        return TokenEvent(
+            request_id=sequence.request.request_id,
+            prompt_tokens=sequence.num_prompt,
+            cached_tokens=sequence.cached,
+        )
 
     def _take(self, sequence: Sequence, sampled: SampledToken, now: float) -> TokenEvent:
         """Append one sampled token, or end the request."""
@@ -252,6 +356,7 @@ class Scheduler:
             token_ids=[token],
             logprobs=logprobs,
             prompt_tokens=sequence.num_prompt,
+            cached_tokens=sequence.cached,
             timings=self._timings(sequence, now) if sequence.num_output == 1 else None,
         )
 
@@ -263,6 +368,8 @@ class Scheduler:
 
     def _end(self, sequence: Sequence, reason: FinishReason, now: float, **details: object) -> TokenEvent:
         """Remove a request, wherever it is, and make its terminal event."""
+        if reason is FinishReason.ERROR:  # whatever made its numbers wrong, nobody else shall have them
+            self._pool.forget(sequence.pages)
         if sequence.row is not None:
             self._free(sequence)
         else:
@@ -274,6 +381,7 @@ class Scheduler:
             request_id=sequence.request.request_id,
             finish_reason=reason,
             prompt_tokens=sequence.num_prompt,
+            cached_tokens=sequence.cached,
             timings=self._timings(sequence, now),
             **details,  # type: ignore[arg-type]
         )

@@ -6,6 +6,7 @@ import heapq
 from dataclasses import dataclass, field
 
 from engine.adapters import LoadedAdapter
+from engine.kv.prefix import Prefix
 from engine.request import Request
 
 
@@ -18,7 +19,10 @@ class Sequence:
         tokens: known tokens, prompt and output.
         computed: how many of them have their keys and values in pages.
         arrived, started, first_token: times on the clock of the engine's core.
+        prefix: keys of its pages; None = it shares none.
         adapter: what it runs with, None = the model as it is.
+        named: how many of its pages have been given their keys.
+        cached: how many tokens of the prompt needed no computation.
         scored: position of the first token of the prompt whose logprob is not said yet; the very first has none.
     """
 
@@ -27,10 +31,13 @@ class Sequence:
     order: tuple[int, int]
     arrived: float
     tokens: list[int]
+    prefix: Prefix | None = None
     adapter: LoadedAdapter | None = None
     computed: int = 0
     row: int | None = None
     pages: list[int] = field(default_factory=list)
+    named: int = 0
+    cached: int = 0
     started: float | None = None
     first_token: float | None = None
     scored: int = 1
@@ -44,9 +51,20 @@ class Sequence:
         return len(self.tokens) - self.num_prompt
 
     @property
+    def shareable(self) -> int:
+        """How many tokens may be found rather than computed: all but those whose logits are asked for."""
+        if self.request.sampling.prompt_logprobs is not None and self.scored < self.num_prompt:
+            return self.scored - 1
+        return len(self.tokens) - 1
+
+    @property
     def behind(self) -> int:
         """Known tokens that are not computed yet; 1 while it decodes."""
         return len(self.tokens) - self.computed
+
+    def outranks(self, other: Sequence) -> bool:
+        """It is of a higher class: its priority is a lower number. Then it does not wait for the other to end."""
+        return self.request.priority < other.request.priority
 
     def __lt__(self, other: Sequence) -> bool:
         return self.order < other.order
@@ -72,6 +90,10 @@ class WaitingLine:
     def first_plain(self) -> Sequence | None:
         """The first of those without an adapter."""
         return self._plain[0] if self._plain else None
+
+    def first_few(self, count: int) -> list[Sequence]:
+        """The first `count` in order; walks the line."""
+        return heapq.nsmallest(count, [*self._plain, *self._adapted])
 
     @property
     def waiting_since(self) -> float | None:

@@ -49,7 +49,8 @@ class RowWork:
     """Tokens to compute for one row: positions start .. start + len(token_ids) - 1.
 
     Attributes:
-        new_pages: KV pages appended to the row's block table before this step.
+        new_pages: KV pages appended to the row's block table before this step. With the first work of a row that starts
+            behind position 0 come the pages of what lies before: they are full, or another row fills them in this step.
         sample: the last of token_ids is the last known token, so its logits choose the next one.
         targets: each stands one behind one of token_ids, whose logits say how likely it was.
     """

@@ -14,6 +14,8 @@ head or token of large numbers costs no other its precision. Keys are quantised 
     scales         [num_pages, kv_heads, page_size]                    vector ≈ codes * scale, largest code 448
 
 Invariants that every implementation keeps and the tests compare with `reference.py`:
+- in each layer the keys and values of all tokens of a step are written before any is read: a sequence may have pages
+  that another one fills in the same step;
 - a cache position at or beyond a sequence's context length is never read (it may hold anything, NaN included);
 - arithmetic is float32, storage is the dtype of the tensors (rotated keys are not rounded to it before they are codes);
 - a row's result does not depend on which other rows are in the batch, beyond float32 rounding.

@@ -1,8 +1,9 @@
 """A runner without a model that notices every mistake of a scheduler, and what its tokens must be.
 
-Its pages hold token ids, and the next token is a hash of what a row's pages hold: a page that is lost, shared, stale or
-out of order changes the tokens, and so does an adapter that is not the one asked for. Pages of a released row are wiped
-at once.
+Its pages hold token ids, and the next token is a hash of what a row's pages hold: a page that is lost, stale or out of
+order changes the tokens, and so does an adapter that is not the one asked for. Beside each token stands a hash of all
+that its keys and values depend on, so that a page is noticed that was computed with other weights or behind other
+tokens, or never.
 """
 
 from __future__ import annotations
@@ -111,6 +112,14 @@ class FakePool:
         del self.kept[number]
 
 
+@dataclass(frozen=True)
+class Cell:
+    """A position of a page. `past` is what its keys and values depend on: the adapter and all tokens up to it."""
+
+    token: int
+    past: int
+
+
 @dataclass
 class Row:
     init: RowInit
@@ -127,7 +136,7 @@ class FakeRunner:
         self.info = info
         self.plans: list[StepPlan] = []
         self._on_run = on_run
-        self._pages: list[list[int | None]] = [[None] * info.page_size for _ in range(info.kv_pages)]
+        self._pages: list[list[Cell | None]] = [[None] * info.page_size for _ in range(info.kv_pages)]
         self._rows: dict[int, Row] = {}
         self.adapters = FakePool() if info.max_loras else None
         self.slots: list[str | None] = [None] * info.max_loras
@@ -138,8 +147,7 @@ class FakeRunner:
         assert plan.num_tokens <= self.info.max_batch_tokens, "the budget is exceeded"
         assert len({work.row for work in plan.work}) == len(plan.work), "a row has work twice"
         for row in plan.released:
-            for page in self._rows.pop(row).pages:
-                self._pages[page] = [None] * self.info.page_size
+            del self._rows[row]
         for fill in plan.fills:
             assert self.adapters is not None
             assert all(row.init.adapter != fill.slot for row in self._rows.values()), "a slot is in use"
@@ -154,21 +162,39 @@ class FakeRunner:
 
     def _write(self, work: RowWork) -> None:
         row, size = self._rows[work.row], self.info.page_size
-        owned = {page for each in self._rows.values() for page in each.pages}
-        assert owned.isdisjoint(work.new_pages), "a page has two owners"
+        if not row.pages and work.start:  # it shares pages
+            assert work.start % size == 0, "a shared page is not full"
+            row.computed = work.start
         assert work.token_ids, "work without tokens"
         assert work.start == row.computed, "a row's work is not contiguous"
         row.pages += work.new_pages
         row.computed += len(work.token_ids)
         assert len(row.pages) == -(-row.computed // size), "a row has too few or too many pages"
+        assert len(set(row.pages)) == len(row.pages), "a row has a page twice"
+        written = set(row.pages[work.start // size :])
+        for number, other in self._rows.items():
+            assert number == work.row or written.isdisjoint(other.pages), "a page is written that another row has"
+        adapter = "" if row.init.adapter is None else self.slots[row.init.adapter]
         for position, token in enumerate(work.token_ids, work.start):
-            self._pages[row.pages[position // size]][position % size] = token
+            before = self._cell(row, position - 1).past if position else 0
+            past = zlib.crc32(f"{before} {token} {adapter}".encode())
+            self._pages[row.pages[position // size]][position % size] = Cell(token, past)
+
+    def _cell(self, row: Row, position: int) -> Cell:
+        page, offset = divmod(position, self.info.page_size)
+        cell = self._pages[row.pages[page]][offset]
+        assert cell is not None, "a page was never written"
+        return cell
 
     def _sample(self, number: int) -> SampledToken:
         row = self._rows[number]
-        tokens = [token for page in row.pages for token in self._pages[page]][: row.computed]
-        assert None not in tokens, "a page was wiped while in use"
-        known = [token for token in tokens if token is not None]
+        adapter = None if row.init.adapter is None else self.slots[row.init.adapter]
+        known, past = [], 0
+        for position in range(row.computed):
+            cell = self._cell(row, position)
+            past = zlib.crc32(f"{past} {cell.token} {adapter or ''}".encode())
+            assert cell.past == past, "a page was computed behind other tokens, or with another adapter"
+            known.append(cell.token)
         init, params = row.init, row.init.sampling
         prompt = init.prompt_token_ids
         assert known[: len(prompt) + len(init.output_token_ids)] == prompt + init.output_token_ids
@@ -176,7 +202,6 @@ class FakeRunner:
             raise RuntimeError("the device is on fire")
         if NAN in prompt:
             return SampledToken(number, -1, failed="the logits are not numbers")
-        adapter = None if init.adapter is None else self.slots[init.adapter]
         token = next_token(known, _stream(params.temperature, init.seed, adapter))
         logprob = None if params.logprobs is None else TokenLogprob(token, -float(len(known)), 1)
         return SampledToken(number, token, logprob)

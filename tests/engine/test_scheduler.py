@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.adapters import Adapters
+from engine.adapters import Adapters, LoadedAdapter
 from engine.errors import InvalidRequestError
 from engine.kv.pages import PagePool
 from engine.request import (
@@ -18,6 +19,7 @@ from engine.request import (
     Request,
     SamplingParams,
     TokenEvent,
+    TokenLogprob,
     validate_request,
 )
 from engine.scheduler import Scheduler
@@ -25,9 +27,10 @@ from engine.step import SampledToken, StepPlan, StepResult
 from tests.engine.fake_runner import EOS, NAN, FakeAdapter, FakeRunner, engine_info, expected
 
 ADAPTERS = ("a", "b", "c", "d")
+BEGINNINGS = ([1, 2, 3, 4, 5, 6] * 4, [1, 2, 3, 4] * 6)  # of prompts; equal up to the fourth token
 
 
-def make(info: EngineInfo, adapters: Adapters | None = None) -> tuple[Scheduler, PagePool]:
+def make(info: EngineInfo, adapters: Adapters | None = None, prefix_caching: bool = True) -> tuple[Scheduler, PagePool]:
     pool = PagePool(info.kv_pages)
     scheduler = Scheduler(
         pool,
@@ -37,32 +40,42 @@ def make(info: EngineInfo, adapters: Adapters | None = None) -> tuple[Scheduler,
         max_model_len=info.max_model_len,
         eos_token_ids=[EOS],
         adapters=adapters,
+        prefix_caching=prefix_caching,
     )
     return scheduler, pool
 
 
 def request(name: str, prompt: int, max_tokens: int = 100, priority: int = 0) -> Request:
+    """Prompts of different names have nothing in common."""
     sampling = SamplingParams(max_tokens=max_tokens)
-    return Request(request_id=name, prompt_token_ids=[1] * prompt, sampling=sampling, priority=priority)
+    tokens = [zlib.crc32(name.encode())] * prompt
+    return Request(request_id=name, prompt_token_ids=tokens, sampling=sampling, priority=priority)
 
 
 class Driver:
     """A scheduler whose sampled tokens are always `token`; rows are named by the request that holds them."""
 
-    def __init__(self, token: int = 9, **sizes: int) -> None:
-        self.scheduler, self.pool = make(engine_info(**sizes))
+    def __init__(
+        self, token: int = 9, adapters: Adapters | None = None, prefix_caching: bool = True, **sizes: int
+    ) -> None:
+        self.scheduler, self.pool = make(engine_info(**sizes), adapters, prefix_caching)
         self.token = token
         self.now = 0.0
         self.plan = StepPlan([])
 
-    def submit(self, *requests: Request) -> None:
+    def submit(self, *requests: Request, adapter: LoadedAdapter | None = None) -> None:
         for each in requests:
-            self.scheduler.submit(each, seed=0, now=self.now)
+            self.scheduler.submit(each, seed=0, now=self.now, adapter=adapter)
 
     def step(self) -> list[TokenEvent]:
         self.plan = self.scheduler.plan(self.now)
-        result = StepResult([SampledToken(work.row, self.token) for work in self.plan.work if work.sample])
-        return self.scheduler.commit(self.plan, result, self.now)
+        sampled = [SampledToken(work.row, self.token) for work in self.plan.work if work.sample]
+        targets = {
+            work.row: [TokenLogprob(token, -1.0, 1) for token in work.targets.token_ids]
+            for work in self.plan.work
+            if work.targets is not None
+        }
+        return self.scheduler.commit(self.plan, StepResult(sampled, targets), self.now)
 
     def work(self) -> dict[int, tuple[int, int, bool]]:
         """Of the last plan, by row: first position, number of tokens, whether it samples."""
@@ -121,7 +134,7 @@ def test_when_pages_run_out_the_newest_of_the_lowest_priority_gives_way_and_resu
     driver.step()
     init = driver.plan.admitted[0]
     assert (len(init.prompt_token_ids), init.output_token_ids) == (5, [9] * 8)
-    assert driver.work()[init.row] == (0, 13, True)
+    assert driver.work()[init.row] == (8, 5, True)  # its third page went to `urgent`, the others it finds again
 
 
 def test_a_victim_that_was_planned_already_gives_its_budget_back() -> None:
@@ -260,7 +273,8 @@ def arrivals(draw: st.DrawFn) -> list[Arrival]:
             ignore_eos=draw(st.booleans()),
             stop_token_ids=draw(st.sampled_from([(), (3, 5, 11)])),
         )
-        prompt = draw(st.lists(st.integers(0, NAN), min_size=1, max_size=24))  # NAN: some fail
+        begin = BEGINNINGS[draw(st.integers(0, 1))][: draw(st.integers(0, 20))]
+        prompt = begin + draw(st.lists(st.integers(0, NAN), min_size=1, max_size=8))  # NAN: some fail
         made.append(
             Arrival(
                 Request(
@@ -269,6 +283,7 @@ def arrivals(draw: st.DrawFn) -> list[Arrival]:
                     sampling=sampling,
                     priority=draw(st.integers(-1, 1)),
                     adapter=draw(st.sampled_from([None, *ADAPTERS])),
+                    cache_salt=draw(st.sampled_from(["", "tenant"])),
                 ),
                 at=draw(st.integers(0, 20)),
                 cancel_after=draw(st.none() | st.integers(0, 15)),
@@ -280,10 +295,10 @@ def arrivals(draw: st.DrawFn) -> list[Arrival]:
 class Run:
     """All arrivals through a scheduler and the fake runner, which checks rows, pages and the budget of every plan."""
 
-    def __init__(self, info: EngineInfo, all_arrivals: list[Arrival]) -> None:
+    def __init__(self, info: EngineInfo, all_arrivals: list[Arrival], prefix_caching: bool) -> None:
         self.info = info
         self.adapters = Adapters(info.max_loras)
-        self.scheduler, self.pool = make(info, self.adapters)
+        self.scheduler, self.pool = make(info, self.adapters, prefix_caching)
         self.events: dict[str, list[TokenEvent]] = {}
         self.submitted: list[Arrival] = []
         runner = FakeRunner(info)
@@ -306,7 +321,7 @@ class Run:
                 return
             plan = self.scheduler.plan(float(step))
             self._note(self.scheduler.commit(plan, runner.run(plan), float(step)))
-            self.pool.check()
+            self.scheduler.check()
         raise AssertionError("it does not end")
 
     def _fits(self, each: Request) -> bool:
@@ -322,11 +337,11 @@ class Run:
 
 
 @settings(max_examples=400, deadline=None)
-@given(info=engines(), all_arrivals=arrivals())
+@given(info=engines(), all_arrivals=arrivals(), prefix_caching=st.booleans())
 def test_whatever_arrives_nothing_leaks_all_end_once_in_turn_and_with_the_same_tokens(
-    info: EngineInfo, all_arrivals: list[Arrival]
+    info: EngineInfo, all_arrivals: list[Arrival], prefix_caching: bool
 ) -> None:
-    run = Run(info, all_arrivals)
+    run = Run(info, all_arrivals, prefix_caching)
 
     assert run.pool.num_used == 0
     assert (run.scheduler.num_running, len(run.scheduler.waiting), run.scheduler.waiting.num_tokens) == (0, 0, 0)
