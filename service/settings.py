@@ -116,7 +116,8 @@ class Setting:
 
     @property
     def is_switch(self) -> bool:
-        return self.parse is _flag
+        """Its flag stands alone and turns it on; what is on by default takes a value."""
+        return self.parse is _flag and not self.default
 
 
 SETTINGS = (
@@ -219,6 +220,14 @@ SETTINGS = (
         default=None,
         metavar="BYTES",
         why="bytes of KV cache (800M, 4Gi); by default 2,048 tokens per request, at most half of the free memory",
+    ),
+    Setting(
+        name="prefix_caching",
+        parse=_flag,
+        default=True,
+        metavar="true|false",
+        why="what requests begin with alike is computed once, also for those that come later; the tokens are the same",
+        alias="NIM_ENABLE_KV_CACHE_REUSE",
     ),
     Setting(name="threads", parse=_count(1, 1024), default=None, why="CPU threads of the engine; by default all cores"),
     Setting(
@@ -349,6 +358,7 @@ def engine_config(model: Path, values: Mapping[str, Any]) -> EngineConfig:
         max_batch_size=values["max_batch_size"],
         max_batch_tokens=values["max_batch_tokens"],
         kv_memory_bytes=values["kv_memory"],
+        prefix_caching=values["prefix_caching"],
         threads=values["threads"],
         max_loras=values["max_loras"] if values["lora_dir"] else 0,
         max_cpu_loras=values["max_cpu_loras"],

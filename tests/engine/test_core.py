@@ -83,6 +83,7 @@ def test_stats_tell_the_load_and_the_rates_of_prefill_and_decode() -> None:
     assert (stats.kv_pages_used, stats.kv_pages_total) == (8, 64)
     assert (stats.prompt_tokens, stats.generated_tokens) == (32, 1)
     assert stats.prefill_tokens_per_second == pytest.approx(32.0)
+    assert (stats.prefix_cache_query_tokens, stats.prefix_cache_hit_tokens) == (32, 0)
     for _ in range(60):
         core.step()
     assert core.stats().decode_tokens_per_second == pytest.approx(2.0, rel=0.01)
@@ -141,6 +142,15 @@ def test_a_cancel_is_answered_and_its_pages_are_free_in_the_same_turn() -> None:
     run_core(EngineCore(FakeRunner(engine_info()), CONFIG), script.receive, script.outputs.append)
     assert [event.finish_reason for event in script.events] == [None, None, FinishReason.CANCELLED]
     assert [output.stats.kv_pages_used for output in script.outputs] == [1, 2, 0, 0]
+
+
+def test_an_idle_loop_does_not_go_on_with_a_page_that_is_lost() -> None:
+    core = EngineCore(FakeRunner(engine_info()), CONFIG)
+    assert core._pool.take(1) is not None
+    script = Script([Submit(request("a", max_tokens=2))], [], [], [])
+    with pytest.raises(AssertionError, match="a page is lost"):
+        run_core(core, script.receive, script.outputs.append)
+    assert [len(output.events) for output in script.outputs] == [1, 1, 0]
 
 
 def test_a_request_that_the_core_refuses_is_answered_all_the_same() -> None:

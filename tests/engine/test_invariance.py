@@ -1,8 +1,8 @@
 """The strongest promise of the engine: a request's tokens depend on the request alone.
 
 Real models, with keys and values in float32 and in FP8; the same requests under every way of scheduling them: alone or
-in a crowd, whole or in chunks, in any order of arrival, on large or small pages, pre-empted or not, in this process or
-another.
+in a crowd, whole or in chunks, in any order of arrival, on large or small pages, pre-empted or not, sharing pages or
+not, in this process or another.
 """
 
 from __future__ import annotations
@@ -34,12 +34,23 @@ STYLES = (
 
 
 def some_requests(vocab_size: int, count: int, longest: int, new_tokens: int, seed: int = 0) -> list[Request]:
-    """Prompts of 1 to `longest` random tokens, in all STYLES."""
+    """Prompts of 1 to `longest` tokens, in all STYLES. They are random; two of three begin with parts of one text."""
     generator = random.Random(seed)
+
+    def tokens(count: int) -> list[int]:
+        return [generator.randrange(3, vocab_size) for _ in range(count)]
+
+    text = tokens(longest)
+
+    def prompt(index: int) -> list[int]:
+        length = generator.randint(1, longest)
+        begin = text[: max(0, length - generator.randint(1, 5))] if index % 3 else []
+        return begin + tokens(length - len(begin))
+
     return [
         Request(
             request_id=str(index),
-            prompt_token_ids=[generator.randrange(3, vocab_size) for _ in range(generator.randint(1, longest))],
+            prompt_token_ids=prompt(index),
             sampling=replace(STYLES[index % len(STYLES)], max_tokens=generator.randint(2, new_tokens), ignore_eos=True),
         )
         for index in range(count)
@@ -48,7 +59,8 @@ def some_requests(vocab_size: int, count: int, longest: int, new_tokens: int, se
 
 @dataclass(frozen=True)
 class Way:
-    """One way of scheduling. `gap` steps pass between arrivals; `pages` None = as many as are needed."""
+    """One way of scheduling. `gap` steps pass between arrivals; `pages` None = as many as are needed; it `shares` a
+    page at least once, where it says so."""
 
     batch: int = 4
     budget: int = 512
@@ -57,9 +69,14 @@ class Way:
     gap: int = 0
     backwards: bool = False
     preempts: bool = False
+    caching: bool = True
+    shares: bool = True
 
 
+UNSHARED = Way(caching=False, shares=False)
 WAYS = {
+    "as expected, with pages of others": Way(),
+    "alone, without them": Way(batch=1, caching=False, shares=False),
     "alone": Way(batch=1),
     "in a crowd": Way(batch=8),
     "in chunks of up to 5": Way(batch=4, budget=5),
@@ -68,7 +85,7 @@ WAYS = {
     "arriving backwards": Way(batch=3, gap=1, backwards=True),
     "pages of 1": Way(page_size=1),
     "pages of 7": Way(batch=8, page_size=7),
-    "pages of 64": Way(batch=8, page_size=64),
+    "pages of 64": Way(batch=8, page_size=64, shares=False),  # no prompt is so long
     "pre-empted": Way(batch=8, page_size=4, pages=24, preempts=True),
     "pre-empted in chunks": Way(batch=8, budget=9, page_size=2, pages=44, gap=1, preempts=True),
 }
@@ -93,6 +110,8 @@ def tokens_of(runner: Runner, config: EngineConfig, requests: list[Request], way
     stats = core.stats()
     assert (stats.kv_pages_used, stats.running, stats.queued) == (0, 0, 0)
     assert (stats.preemptions > 0) == way.preempts
+    assert (stats.prefix_cache_hit_tokens > 0) == way.shares
+    core.check()
     return tokens
 
 
@@ -111,6 +130,7 @@ def config_for(
         kv_precision=kv,
         kv_memory_bytes=pages * way.page_size * kv_bytes_per_token,
         threads=1,
+        prefix_caching=way.caching,
     )
 
 
@@ -132,7 +152,7 @@ def run_tiny(path: Path, way: Way, kv: str) -> dict[str, list[int]]:
 @pytest.fixture(scope="module")
 def expected(tiny: Path) -> dict[str, dict[str, list[int]]]:
     """By precision of keys and values."""
-    found = {kv: run_tiny(tiny, Way(), kv) for kv in TINY_KV_BYTES}
+    found = {kv: run_tiny(tiny, UNSHARED, kv) for kv in TINY_KV_BYTES}
     for tokens in found.values():
         assert len({tuple(each) for each in tokens.values()}) == len(tokens)  # the model is not stuck on one token
     assert found["auto"] != found["fp8"]
@@ -145,6 +165,14 @@ def test_tokens_of_a_random_model_do_not_depend_on_scheduling(
     tiny: Path, expected: dict[str, dict[str, list[int]]], way: Way, kv: str
 ) -> None:
     assert run_tiny(tiny, way, kv) == expected[kv]
+
+
+@pytest.mark.parametrize("kv", TINY_KV_BYTES)
+def test_tokens_of_a_model_with_a_window_do_not_depend_on_pages_of_others(tmp_path: Path, kv: str) -> None:
+    path = write_hf(tmp_path / "windowed", seed=9, sliding_window=11)
+    expected = run_tiny(path, UNSHARED, kv)
+    for way in (Way(batch=8, page_size=4), WAYS["pre-empted in chunks"]):
+        assert run_tiny(path, way, kv) == expected
 
 
 @pytest.mark.parametrize("kind", [LocalEngine, RemoteEngine])
@@ -165,9 +193,9 @@ async def test_tokens_do_not_depend_on_the_process(
 
 
 SMOLLM2_WAYS = {
-    "in a crowd": Way(batch=6, page_size=64),
+    "in a crowd": Way(batch=6, page_size=32),
     "in chunks, arriving late": Way(batch=4, budget=24, gap=2),
-    "pre-empted": Way(batch=6, page_size=8, pages=30, preempts=True),
+    "pre-empted": Way(batch=6, page_size=8, pages=20, preempts=True),
 }
 
 
@@ -181,7 +209,7 @@ def test_tokens_of_the_embedded_model_do_not_depend_on_scheduling(
 ) -> None:
     requests = some_requests(vocab_size=49152, count=6, longest=90, new_tokens=40, seed=1)
     found = {}
-    for name, way in {"alone": Way(batch=1), **SMOLLM2_WAYS}.items():
+    for name, way in {"alone": Way(batch=1, caching=False, shares=False), **SMOLLM2_WAYS}.items():
         config = config_for(smollm2_path, way, kv_bytes, 160, kv, precision)
         found[name] = tokens_of(load_runner(config, lambda phase, fraction: None), config, requests, way)
     assert all(tokens == found["alone"] for tokens in found.values()), found

@@ -134,6 +134,7 @@ def test_every_setting_reaches_the_server(served: list[ServerConfig], folder: Pa
         "--max-batch-size": "3",
         "--max-batch-tokens": "77",
         "--kv-memory": "2Mi",
+        "--prefix-caching": "false",
         "--threads": "1",
         "--drain-timeout": "1.5",
     }
@@ -148,6 +149,7 @@ def test_every_setting_reaches_the_server(served: list[ServerConfig], folder: Pa
         max_batch_size=3,
         max_batch_tokens=77,
         kv_memory_bytes=2 * 2**20,
+        prefix_caching=False,
         threads=1,
     )
     expected = ServerConfig(engine=engine, model_name="bob", grpc_address="[::1]:9000", drain_timeout=1.5)

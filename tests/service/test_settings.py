@@ -26,6 +26,7 @@ def test_a_flag_beats_a_variable_beats_an_alias_beats_the_default() -> None:
         ("kv_memory", "2Gi", 2 * 2**30),
         ("kv_memory", "800M", 800_000_000),
         ("log_json", "yes", True),
+        ("prefix_caching", "0", False),
         ("log_level", "INFO", "info"),
     ],
 )
