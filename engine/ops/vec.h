@@ -1,5 +1,4 @@
-// What every CPU kernel is made of: vectors of 16 floats, storage in bfloat16 and e4m3, exp, and the handing out of work
-// to threads.
+// What every CPU kernel is made of: vectors of 16 floats, storage in bfloat16 and e4m3, and exp.
 //
 // Vectors are GCC vector extensions of 16 floats, which the compiler lowers to AVX-512, AVX2, NEON or scalars.
 // No -ffast-math: NaN must stay NaN, so that a broken sequence is found where it is sampled.
@@ -15,12 +14,15 @@
 #include <immintrin.h>
 #endif
 
+#include "team.h"
+
 namespace {
 
 constexpr int kLanes = 16;
 typedef float Vec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 typedef float Vec4 __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int32_t IntVec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+typedef uint16_t HalfVec __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
 
 struct Bf16 {
     uint16_t bits;
@@ -60,20 +62,65 @@ inline void widen(const T* from, float* to, int64_t n, float scale = 1.0f) {
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) to[i] = load(from[i]) * scale;
 }
+template <typename T>
+inline void narrow(const float* from, T* to, int64_t n, float scale = 1.0f) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) store(to[i], from[i] * scale);
+}
+
+inline Vec load_vec(const float* from) { return *(const Vec*)from; }
+inline Vec load_vec(const Bf16* from) {
+#ifdef __AVX512F__
+    return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16);
+#else
+    return (Vec)(__builtin_convertvector(*(const HalfVec*)from, IntVec) << 16);
+#endif
+}
+
+// The first n of 16 numbers; the others are 0, or are left alone.
+template <typename T>
+inline Vec read_vec(const T* from, int n) {
+    if (n == kLanes) return load_vec(from);
+    Vec x = {};
+    widen(from, (float*)&x, n);
+    return x;
+}
+template <typename T>
+inline void write_vec(Vec x, T* to, int n) {
+    n == kLanes ? narrow((const float*)&x, to, kLanes) : narrow((const float*)&x, to, n);
+}
 
 #ifdef __AVX512BW__
+// 32 codes as halfs, in whose places a code means 2^-8 of it.
+inline __m512i halfs_of(const E4m3* from) {
+    const __m512i wide = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)from));
+    return _mm512_and_si512(_mm512_slli_epi16(wide, 7), _mm512_set1_epi16(int16_t(0xbfff)));
+}
 inline void widen(const E4m3* from, float* to, int64_t n, float scale = 1.0f) {
-    const float by = scale * 256.0f;  // in the places of a half a code means 2^-8 of it
+    const float by = scale * 256.0f;
     int64_t i = 0;
     for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
-        const __m512i wide = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)(from + i)));
-        const __m512i half = _mm512_and_si512(_mm512_slli_epi16(wide, 7), _mm512_set1_epi16(int16_t(0xbfff)));
+        const __m512i half = halfs_of(from + i);
         *(Vec*)(to + i) = (Vec)_mm512_cvtph_ps(_mm512_castsi512_si256(half)) * by;
         *(Vec*)(to + i + kLanes) = (Vec)_mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1)) * by;
     }
     for (; i < n; i++) to[i] = load(from[i]) * scale;
 }
 #endif
+
+// Codes as bfloat16, which has all of their numbers.
+inline void widen(const E4m3* from, Bf16* to, int64_t n) {
+    int64_t i = 0;
+#ifdef __AVX512BF16__
+    for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+        const __m512i half = halfs_of(from + i);
+        const __m512 low = _mm512_cvtph_ps(_mm512_castsi512_si256(half)), by = _mm512_set1_ps(256.0f);
+        const __m512 high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1));
+        _mm512_storeu_si512(to + i, (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(high, by), _mm512_mul_ps(low, by)));
+    }
+#endif
+    for (; i < n; i++) store(to[i], load(from[i]));
+}
 
 // a * b + c, rounded once if the CPU can, where the compiler must not choose: a row's bits would depend on its loop.
 inline Vec multiply_add(Vec a, Vec b, Vec c) {
@@ -102,18 +149,6 @@ inline Vec exp_vec(Vec x) {
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
     return (Vec)((IntVec)p + (__builtin_convertvector(n, IntVec) << 23));
-}
-
-// Run body(i) for i < n on the caller's OpenMP pool, or inline where handing out the work costs more than doing it.
-template <typename Body>
-inline void parallel_for(int64_t n, int64_t work_per_item, int threads, const Body& body) {
-    constexpr int64_t kWorthAThread = 32768;  // elements; about 5 us on one core
-    if (threads <= 1 || n <= 1 || n * work_per_item < 2 * kWorthAThread) {
-        for (int64_t i = 0; i < n; i++) body(i);
-        return;
-    }
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t i = 0; i < n; i++) body(i);
 }
 
 }  // namespace

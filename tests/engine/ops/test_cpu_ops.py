@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import subprocess
 import sys
@@ -187,31 +188,45 @@ def test_attention_survives_scores_of_any_size(ops: CpuOps) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=2e-2)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("window", [None, 37])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), HEADS)
 def test_the_bits_of_a_token_do_not_depend_on_chunk_or_batch(
-    any_ops: CpuOps, heads: int, kv_heads: int, dim: int, window: int | None, fp8: bool
+    any_ops: CpuOps, heads: int, kv_heads: int, dim: int, window: int | None, fp8: bool, dtype: torch.dtype
 ) -> None:
     torch.manual_seed(6)
-    case = make_case([(0, 300)], kv_heads, dim, 7, torch.float32)
+    case = make_case([(0, 300)], kv_heads, dim, 7, torch.float32 if fp8 else dtype)
     cache = in_fp8(case.cache) if fp8 else case.cache
-    query = torch.randn(300, heads, dim)
+    query = torch.randn(300, heads, dim).to(dtype)
     whole = any_ops.attention(query, cache, case.batch, window)
     for cuts in ([0, 1, 2, 70, 130, 299, 300], list(range(0, 301, 20))):
-        spans = list(pairwise(cuts))  # each a sequence of its own in one batch, over the same pages
-        batch = AttentionBatch(
-            positions=case.batch.positions,
-            slots=case.batch.slots,
-            query_starts=torch.tensor(cuts, dtype=torch.int32),
-            context_lens=torch.tensor(cuts[1:], dtype=torch.int32),
-            block_tables=case.batch.block_tables.repeat(len(spans), 1),
-            max_query_len=max(end - start for start, end in spans),
-            max_context_len=300,
-            query_starts_list=cuts,
-            context_lens_list=cuts[1:],
-        )
+        batch = chunks_of(case.batch, cuts)
         assert torch.equal(any_ops.attention(query, cache, batch, window), whole)
+    for last in (0, 127, 128, 299):  # alone, its tiles are shared out to the threads
+        alone = dataclasses.replace(
+            case.batch,
+            query_starts=torch.tensor([0, 1], dtype=torch.int32),
+            context_lens=torch.tensor([last + 1], dtype=torch.int32),
+            max_query_len=1,
+            query_starts_list=[0, 1],
+            context_lens_list=[last + 1],
+        )
+        assert torch.equal(any_ops.attention(query[last : last + 1], cache, alone, window)[0], whole[last])
+
+
+def chunks_of(batch: AttentionBatch, cuts: list[int]) -> AttentionBatch:
+    """The tokens between two cuts of the only sequence as sequences of their own, over the same pages."""
+    spans = list(pairwise(cuts))
+    return dataclasses.replace(
+        batch,
+        query_starts=torch.tensor(cuts, dtype=torch.int32),
+        context_lens=torch.tensor(cuts[1:], dtype=torch.int32),
+        block_tables=batch.block_tables.repeat(len(spans), 1),
+        max_query_len=max(end - start for start, end in spans),
+        query_starts_list=cuts,
+        context_lens_list=cuts[1:],
+    )
 
 
 @pytest.mark.parametrize("fp8", [False, True])

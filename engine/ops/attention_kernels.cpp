@@ -1,0 +1,436 @@
+// Attention over pages. The meaning is engine/ops/interface.py; the specification is reference.py.
+//
+// A task is up to kRows rows (consecutive queries of a sequence x the query heads that share a kv head) against the keys
+// that they may see, in tiles of kTile keys read from their pages:
+//
+//   scores = q Kᵀ of a tile ── peak, exp ──► weights ── weights V ──► a part: peak, sum of weights, weighted sum of values
+//   parts, from the first tile to the last ── fold (arXiv 1805.02867) ──► a row's result
+//
+// Every sum has one order, whatever the task: tiles begin at multiples of kTile, each makes a part of its own, and what a
+// row does not see adds exact zeros to it. So the bits of a token do not depend on its batch or chunk, nor on whether the
+// tiles of a long context were shared out to several threads. FP8 needs that: where a rounded code falls on the other
+// side, the last bit of a float becomes the fourth bit of a key.
+
+#include "pages.h"
+
+namespace {
+
+constexpr int kTile = 128;                    // keys at a time
+constexpr int kRows = 64;                     // query rows of a task
+constexpr int kFewRows = 4;                   // for so few, values are read where they lie and not widened first
+constexpr int64_t kMostPartFloats = 1 << 23;  // 32 MiB: parts of tasks whose tiles are shared out
+
+// What q Kᵀ is computed in: bfloat16 where it has a dot product, which is exact but for the order of its sum.
+#ifdef __AVX512BF16__
+template <typename T>
+using Factor = T;
+#else
+template <typename T>
+using Factor = float;
+#endif
+template <typename X>
+constexpr int kPair = sizeof(X) == 2 ? 2 : 1;  // inputs that lie together in a tile of keys: what fills 32 bits
+
+template <typename T, typename C>
+struct Attention {
+    const T* query;
+    Pages<C> cache;
+    T* out;
+    const int32_t *query_starts, *context_lens, *tables;
+    int64_t query_stride, table_stride, heads, kv_heads, dim, page_size, window;  // window 0: none
+};
+struct Task {
+    int32_t sequence, first, count, kv_head;
+};
+
+// Where the keys and values of one tile lie in the cache, in vectors.
+struct Places {
+    int64_t at[kTile];
+    int n = 0;
+};
+
+// What one tile, or all up to one, make of some rows.
+struct Part {
+    float *peak, *total, *values;  // [rows], [rows], [rows, padded dim]
+};
+
+// Memory of one thread, kept from call to call.
+template <typename X>
+struct Scratch {
+    int64_t dim = 0;  // padded to whole vectors
+    std::vector<X> query, keys, key;
+    std::vector<float> values, scores, part, folded;
+
+    static Scratch& of(int64_t dim, int64_t rows) {
+        thread_local Scratch scratch;
+        scratch.resize((dim + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes), rows);
+        return scratch;
+    }
+    void resize(int64_t padded, int64_t rows) {
+        dim = padded;
+        const auto atLeast = [](auto& memory, int64_t size) {
+            if (int64_t(memory.size()) < size) memory.resize(size);
+        };
+        atLeast(query, rows * dim), atLeast(keys, kTile * dim), atLeast(key, kLanes * dim);
+        atLeast(values, kTile * dim), atLeast(scores, rows * kTile);
+        atLeast(part, rows * (dim + 2)), atLeast(folded, rows * (dim + 2));
+    }
+};
+inline Part part_at(float* memory, int64_t rows) { return {memory, memory + rows, memory + 2 * rows}; }
+
+// ---- products ---------------------------------------------------------------------------------------------------
+// out[r][0..16*NV) = sum_k a[r][k] * b(k)[0..16*NV) for ROWS rows, the sums held in registers. b is called for every
+// kPair-th k, and gives vectors of so many inputs of 16 outputs.
+
+inline Vec multiply_pair(const float* a, Vec b, Vec sum) { return multiply_add(Vec{} + *a, b, sum); }
+#ifdef __AVX512BF16__
+inline Vec multiply_pair(const Bf16* a, Vec b, Vec sum) {
+    int32_t pair;
+    std::memcpy(&pair, a, sizeof pair);
+    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)b);
+}
+#endif
+
+template <int ROWS, int NV, typename X, typename B>
+inline void multiply_block(const X* a, int64_t lda, const B& b, int64_t column, float* out, int64_t ldo, int depth) {
+    Vec sum[ROWS][NV] = {};
+    for (int k = 0; k < depth; k += kPair<X>)
+        for (int v = 0; v < NV; v++) {
+            const Vec row = b(k, column + v * kLanes);
+            for (int r = 0; r < ROWS; r++) sum[r][v] = multiply_pair(a + r * lda + k, row, sum[r][v]);
+        }
+    for (int r = 0; r < ROWS; r++)
+        for (int v = 0; v < NV; v++) *(Vec*)(out + r * ldo + column + v * kLanes) = sum[r][v];
+}
+template <int ROWS, typename X, typename B>
+inline void multiply_rows(const X* a, int64_t lda, const B& b, float* out, int64_t ldo, int depth, int64_t columns) {
+    int64_t c = 0;
+    for (; c + 4 * kLanes <= columns; c += 4 * kLanes) multiply_block<ROWS, 4>(a, lda, b, c, out, ldo, depth);
+    for (; c < columns; c += kLanes) multiply_block<ROWS, 1>(a, lda, b, c, out, ldo, depth);
+}
+template <typename X, typename B>
+void multiply(const X* a, int64_t lda, const B& b, float* out, int64_t ldo, int rows, int depth, int64_t columns) {
+    int r = 0;
+    for (; r + 4 <= rows; r += 4) multiply_rows<4>(a + r * lda, lda, b, out + r * ldo, ldo, depth, columns);
+    if (rows - r == 3) multiply_rows<3>(a + r * lda, lda, b, out + r * ldo, ldo, depth, columns);
+    if (rows - r == 2) multiply_rows<2>(a + r * lda, lda, b, out + r * ldo, ldo, depth, columns);
+    if (rows - r == 1) multiply_rows<1>(a + r * lda, lda, b, out + r * ldo, ldo, depth, columns);
+}
+
+// ---- keys -------------------------------------------------------------------------------------------------------
+
+// Ask for n elements that will be needed soon, so that memory works while something else is computed.
+template <typename T>
+inline void fetch(const T* from, int64_t n) {
+    for (int64_t i = 0; i < n; i += int64_t(64 / sizeof(T))) __builtin_prefetch(from + i, 0, 2);
+}
+
+// Column i of `to`, which has kTile of them, is what rows[i] points to: 16 rows of 16 words of 32 bits.
+inline void transpose(const uint32_t* const* rows, uint32_t* to) {
+#ifdef __AVX512F__
+    __m512i a[16], b[16];
+    for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(rows[i]);
+    for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + j + 2]);
+            a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + j + 2]);
+        }
+    for (int i = 0; i < 16; i += 8)
+        for (int j = 0; j < 4; j++) {
+            b[i + j] = _mm512_shuffle_i32x4(a[i + j], a[i + j + 4], 0x88);
+            b[i + j + 4] = _mm512_shuffle_i32x4(a[i + j], a[i + j + 4], 0xdd);
+        }
+    for (int j = 0; j < 8; j++) {
+        _mm512_storeu_si512(to + j * kTile, _mm512_shuffle_i32x4(b[j], b[j + 8], 0x88));
+        _mm512_storeu_si512(to + (j + 8) * kTile, _mm512_shuffle_i32x4(b[j], b[j + 8], 0xdd));
+    }
+#else
+    for (int i = 0; i < 16; i++)
+        for (int j = 0; j < 16; j++) to[j * kTile + i] = rows[i][j];
+#endif
+}
+
+// The numbers of a key as factors; codes without their scale.
+template <typename C, typename X>
+inline void read_key(const C* from, X* to, int64_t dim) {
+    if constexpr (std::is_same_v<C, X>)
+        std::memcpy(to, from, dim * sizeof(X));
+    else
+        widen(from, to, dim);
+}
+
+// Keys at the places into s.keys [padded dim / pair, kTile, pair]; columns up to the next 16 are the last key. Asks for
+// the values beside them.
+template <typename T, typename C, typename X>
+void read_keys(const Attention<T, C>& a, const Places& places, Scratch<X>& s) {
+    constexpr int kWords = 64 / sizeof(X);  // numbers in a vector
+    const bool in_place = std::is_same_v<C, X> && a.dim % kWords == 0;
+    for (int j = 0; j < places.n; j += kLanes) {
+        const uint32_t* rows[kLanes];
+        for (int i = 0; i < kLanes; i++) {
+            const int64_t at = places.at[std::min(j + i, places.n - 1)] * a.dim;
+            X* key = s.key.data() + i * s.dim;
+            if (!in_place) {
+                read_key(a.cache.keys + at, key, a.dim);
+                std::fill(key + a.dim, key + s.dim, X{});  // not what another model left there
+            }
+            rows[i] = in_place ? (const uint32_t*)(a.cache.keys + at) : (const uint32_t*)key;
+            fetch(a.cache.values + at, a.dim);
+        }
+        for (int64_t d = 0; d < a.dim; d += kWords) {
+            transpose(rows, (uint32_t*)s.keys.data() + d / kPair<X> * kTile + j);
+            for (int i = 0; i < kLanes; i++) rows[i] += kLanes;
+        }
+    }
+}
+
+// ---- one tile -----------------------------------------------------------------------------------------------------
+
+// Scores of one row become weights, and its peak and total; positions outside [low, high] weigh nothing. Without scales
+// (null) keys and values are as they are.
+inline void soften(float* score, float scale, const float* key_scales, const float* value_scales, int64_t low,
+                   int64_t high, int n, float& peak, float& total) {
+    Vec peaks = Vec{} - INFINITY;
+    for (int j = 0; j < n; j += kLanes) {
+        Vec x = *(Vec*)(score + j) * scale;
+        if (key_scales != nullptr) x *= *(const Vec*)(key_scales + j);
+        if (low > j || high < j + kLanes - 1)
+            for (int i = 0; i < kLanes; i++) x[i] = j + i < low || j + i > high ? -INFINITY : x[i];
+        *(Vec*)(score + j) = x;
+        peaks = x > peaks ? x : peaks;
+    }
+    peak = peaks[0];
+    for (int i = 1; i < kLanes; i++) peak = std::max(peak, peaks[i]);
+    const float shift = peak == -INFINITY ? 0.0f : peak;  // all masked: exp(-inf - 0), not exp(-inf + inf)
+    Vec sums = {};
+    for (int j = 0; j < n; j += kLanes) {
+        const Vec x = *(Vec*)(score + j);
+        const Vec y = x == -INFINITY ? Vec{} : exp_vec(x - shift);
+        *(Vec*)(score + j) = value_scales == nullptr ? y : y * *(const Vec*)(value_scales + j);
+        sums += y;
+    }
+    total = 0.0f;
+    for (int i = 0; i < kLanes; i++) total += sums[i];
+}
+
+// All that one sequence's rows need to know of where they stand.
+struct Span {
+    int64_t position, last;  // of the first row, of the last
+    const int32_t* table;
+    int rows, group;
+};
+
+// Positions tile * kTile .. to the end of the tile or of the span.
+template <typename T, typename C>
+void locate(const Attention<T, C>& a, const Span& span, int kv_head, int64_t tile, Places& to) {
+    const int64_t first = tile * kTile;
+    to.n = int(std::min<int64_t>(span.last + 1 - first, kTile));
+    int64_t page = first / a.page_size, offset = first % a.page_size;
+    for (int j = 0; j < to.n; j++) {
+        to.at[j] = (span.table[page] * a.kv_heads + kv_head) * a.page_size + offset;
+        if (++offset == a.page_size) offset = 0, page++;
+    }
+}
+
+// The part of a tile of keys. Asks for the keys of the `next` one on the way.
+template <typename T, typename C, typename X>
+void attend_tile(const Attention<T, C>& a, const Span& span, int64_t tile, const Places& places, const Places& next,
+                 Scratch<X>& s, Part part) {
+    const int n = places.n, columns = (n + kLanes - 1) / kLanes * kLanes;
+    read_keys(a, places, s);
+    const auto keys = [&](int k, int64_t column) {
+        return load_vec((const float*)s.keys.data() + k / kPair<X> * kTile + column);
+    };
+    const int depth = int((a.dim + kPair<X> - 1) / kPair<X> * kPair<X>);
+    multiply(s.query.data(), s.dim, keys, s.scores.data(), kTile, span.rows, depth, columns);
+
+    float key_scales[kTile] = {}, value_scales[kTile] = {};
+    for (int j = 0; kCoded<C> && j < n; j++) {
+        key_scales[j] = a.cache.key_scales[places.at[j]];
+        value_scales[j] = a.cache.value_scales[places.at[j]];
+    }
+    for (int r = 0; r < span.rows; r++) {
+        const int64_t mine = span.position + r / span.group - tile * kTile;
+        soften(s.scores.data() + r * kTile, 1.0f / std::sqrt(float(a.dim)), kCoded<C> ? key_scales : nullptr,
+               kCoded<C> ? value_scales : nullptr, a.window ? mine - a.window + 1 : 0, std::min<int64_t>(mine, n - 1),
+               columns, part.peak[r], part.total[r]);
+    }
+
+    if constexpr (!kCoded<C>) {
+        if (span.rows <= kFewRows && a.dim % kLanes == 0) {
+            const auto values = [&](int k, int64_t column) {
+                if (column == 0 && k < next.n) fetch(a.cache.keys + next.at[k] * a.dim, a.dim);
+                return load_vec(a.cache.values + places.at[k] * a.dim + column);
+            };
+            return multiply(s.scores.data(), kTile, values, part.values, s.dim, span.rows, n, a.dim);
+        }
+    }
+    for (int k = 0; k < n; k++) {
+        if (k < next.n) fetch(a.cache.keys + next.at[k] * a.dim, a.dim);
+        widen(a.cache.values + places.at[k] * a.dim, s.values.data() + k * s.dim, a.dim);
+        std::fill_n(s.values.data() + k * s.dim + a.dim, s.dim - a.dim, 0.0f);
+    }
+    const auto values = [&](int k, int64_t column) { return load_vec(s.values.data() + k * s.dim + column); };
+    multiply(s.scores.data(), kTile, values, part.values, s.dim, span.rows, n, s.dim);
+}
+
+// ---- all tiles ------------------------------------------------------------------------------------------------------
+
+// The next part of one row joins what was folded before it.
+inline void fold(const Part& part, const Part& into, int r, int64_t dim) {
+    const float peak = part.peak[r], before = into.peak[r];
+    if (peak == -INFINITY && part.total[r] == 0.0f) return;  // it sees nothing of this tile
+    const float keep = peak > before ? std::exp(before - peak) : 1.0f;
+    const float gain = peak > before ? 1.0f : std::exp(peak - before);
+    into.peak[r] = std::max(before, peak);
+    into.total[r] = into.total[r] * keep + part.total[r] * gain;
+    float* to = into.values + r * dim;
+    const float* from = part.values + r * dim;
+    for (int64_t d = 0; d < dim; d += kLanes) {
+        const Vec kept = *(Vec*)(to + d) * keep;
+        *(Vec*)(to + d) = multiply_add(*(const Vec*)(from + d), Vec{} + gain, kept);
+    }
+}
+
+inline void clear(const Part& part, int64_t rows, int64_t dim) {
+    std::fill_n(part.peak, rows, -INFINITY);
+    std::fill_n(part.total, rows, 0.0f);
+    std::fill_n(part.values, rows * dim, 0.0f);
+}
+
+template <typename T, typename C>
+struct Attend {
+    using X = Factor<T>;
+    const Attention<T, C>& a;
+
+    Span span_of(const Task& task) const {
+        const int64_t length = a.query_starts[task.sequence + 1] - a.query_starts[task.sequence];
+        const int64_t position = a.context_lens[task.sequence] - length + task.first;
+        const int group = int(a.heads / a.kv_heads);
+        return {position, position + task.count - 1, a.tables + task.sequence * a.table_stride, task.count * group, group};
+    }
+
+    int64_t first_tile(const Span& span) const {
+        return a.window ? std::max<int64_t>(0, span.position - a.window + 1) / kTile : 0;
+    }
+    int64_t tiles(const Span& span) const { return span.last / kTile + 1 - first_tile(span); }
+
+    void read_query(const Task& task, const Span& span, Scratch<X>& s) const {
+        for (int r = 0; r < span.rows; r++) {
+            const T* from = a.query + (a.query_starts[task.sequence] + task.first + r / span.group) * a.query_stride;
+            X* to = s.query.data() + r * s.dim;
+            read_key(from + (task.kv_head * span.group + r % span.group) * a.dim, to, a.dim);
+            std::fill(to + a.dim, to + s.dim, X{});
+        }
+    }
+
+    void write(const Task& task, const Span& span, const Part& part, int64_t dim) const {
+        for (int r = 0; r < span.rows; r++) {
+            const int64_t token = a.query_starts[task.sequence] + task.first + r / span.group;
+            const int64_t head = task.kv_head * span.group + r % span.group;
+            narrow(part.values + r * dim, a.out + (token * a.heads + head) * a.dim, a.dim, 1.0f / part.total[r]);
+        }
+    }
+
+    void locate_first(const Task* task, Places& to) const {
+        to.n = 0;
+        if (task != nullptr) locate(a, span_of(*task), task->kv_head, first_tile(span_of(*task)), to);
+    }
+
+    // A task from the first tile to the last; `next` is what this thread is likely to do after it, or null.
+    void whole(const Task& task, const Task* next) const {
+        const Span span = span_of(task);
+        auto& s = Scratch<X>::of(a.dim, span.rows);
+        const Part part = part_at(s.part.data(), span.rows), folded = part_at(s.folded.data(), span.rows);
+        read_query(task, span, s);
+        clear(folded, span.rows, s.dim);
+        const int64_t first = first_tile(span), last = span.last / kTile;
+        Places places[2];
+        locate(a, span, task.kv_head, first, places[0]);
+        for (int64_t tile = first; tile <= last; tile++) {
+            Places &here = places[(tile - first) & 1], &there = places[(tile - first + 1) & 1];
+            tile < last ? locate(a, span, task.kv_head, tile + 1, there) : locate_first(next, there);
+            attend_tile(a, span, tile, here, there, s, part);
+            for (int r = 0; r < span.rows; r++) fold(part, folded, r, s.dim);
+        }
+        write(task, span, folded, s.dim);
+    }
+
+    // The same for few tasks of many tiles: the tiles are shared out, and their parts folded when all are there.
+    void split(const std::vector<Task>& tasks, int64_t part_floats, int64_t all_tiles, int threads) const {
+        struct Piece {
+            const Task* task;
+            int64_t tile;
+        };
+        std::vector<Piece> pieces;
+        for (const Task& task : tasks)
+            for (int64_t i = 0; i < tiles(span_of(task)); i++) pieces.push_back({&task, first_tile(span_of(task)) + i});
+        std::vector<float> memory(all_tiles * part_floats);
+        parallel_for(all_tiles, INT32_MAX, threads, [&](int64_t p) {
+            const Task& task = *pieces[p].task;
+            const Span span = span_of(task);
+            auto& s = Scratch<X>::of(a.dim, span.rows);
+            read_query(task, span, s);
+            Places here, there;
+            locate(a, span, task.kv_head, pieces[p].tile, here);
+            if (p + 1 < all_tiles) {
+                const Piece& next = pieces[p + 1];
+                locate(a, span_of(*next.task), next.task->kv_head, next.tile, there);
+            }
+            attend_tile(a, span, pieces[p].tile, here, there, s, part_at(memory.data() + p * part_floats, span.rows));
+        });
+        int64_t p = 0;
+        for (const Task& task : tasks) {
+            const Span span = span_of(task);
+            auto& s = Scratch<X>::of(a.dim, span.rows);
+            const Part folded = part_at(s.folded.data(), span.rows);
+            clear(folded, span.rows, s.dim);
+            for (int64_t i = 0; i < tiles(span); i++, p++)
+                for (int r = 0; r < span.rows; r++)
+                    fold(part_at(memory.data() + p * part_floats, span.rows), folded, r, s.dim);
+            write(task, span, folded, s.dim);
+        }
+    }
+
+    void all(int64_t sequences, int threads) const {
+        const int32_t queries = int32_t(std::max<int64_t>(1, kRows / (a.heads / a.kv_heads)));
+        std::vector<Task> tasks;
+        int64_t all_tiles = 0, rows = 0;
+        for (int32_t s = 0; s < sequences; s++)
+            for (int32_t length = a.query_starts[s + 1] - a.query_starts[s], first = 0; first < length; first += queries)
+                for (int32_t h = 0; h < a.kv_heads; h++) {
+                    tasks.push_back({s, first, std::min(queries, length - first), h});
+                    const Span span = span_of(tasks.back());
+                    all_tiles += tiles(span);
+                    rows = std::max<int64_t>(rows, span.rows);
+                }
+        const int64_t part_floats = rows * (Scratch<X>::of(a.dim, rows).dim + 2);
+        const bool few = int64_t(tasks.size()) < 4 * threads && all_tiles > int64_t(tasks.size());
+        if (threads > 1 && few && all_tiles * part_floats <= kMostPartFloats)
+            return split(tasks, part_floats, all_tiles, threads);
+        parallel_for(int64_t(tasks.size()), INT32_MAX, threads, [&](int64_t i) {
+            whole(tasks[i], i + 1 < int64_t(tasks.size()) ? &tasks[i + 1] : nullptr);
+        });
+    }
+};
+
+}  // namespace
+
+extern "C" {
+
+void nemo_attention(int dtype, const void* query, void* keys, void* values, float* key_scales, float* value_scales,
+                    void* out, const int32_t* query_starts, const int32_t* context_lens, const int32_t* tables,
+                    int64_t query_stride, int64_t table_stride, int64_t sequences, int64_t heads, int64_t kv_heads,
+                    int64_t dim, int64_t page_size, int64_t window, int threads) {
+    with_types(dtype, key_scales != nullptr, [&]<typename T, typename C>() {
+        const Pages<C> cache = {(C*)keys, (C*)values, key_scales, value_scales};
+        const Attention<T, C> a = {(const T*)query, cache, (T*)out, query_starts, context_lens, tables, query_stride,
+                                   table_stride, heads, kv_heads, dim, page_size, window};
+        Attend<T, C>{a}.all(sequences, threads);
+    });
+}
+}
