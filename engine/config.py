@@ -86,6 +86,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         prefix_caching: pages stay known when their request has ended, and requests that begin alike share them.
         threads: intra-op CPU threads; None = all cores.
         seed: basis of the random streams of requests that bring no seed; None = a new one at each start.
+        tensor_parallel_size: devices that share every matrix of the model, one process for each; on a CPU processes.
         max_loras: LoRA adapters whose requests can run at the same time; each has a slot of device memory of its own,
             taken at the start. 0 = no adapters, no memory.
         max_cpu_loras: adapters that can be loaded, all of which stay in host memory.
@@ -105,6 +106,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     prefix_caching: bool = True  # the tokens are the same, and a hash per page costs nothing beside computing it
     threads: int | None = None
     seed: int | None = None
+    tensor_parallel_size: int = 1  # a model that fits on one device makes more tokens as several engines of one
     max_loras: int = 0
     max_cpu_loras: int = 64  # of rank 32 on every matrix of NeMo they are 14 GiB; most change fewer
     max_lora_rank: int = 32  # few adapters have more; a slot for NeMo takes 218 MiB on a GPU

@@ -59,6 +59,9 @@ class StepRunner(Protocol):
 
     def run(self, plan: StepPlan) -> StepResult: ...
 
+    def close(self) -> None:
+        """End what it has started beside itself."""
+
 
 class EngineCore:
     """Requests in, TokenEvents out, one `step` at a time."""
@@ -174,6 +177,10 @@ class EngineCore:
             AssertionError: the books are wrong, and with them what comes next.
         """
         self._scheduler.check()
+
+    def close(self) -> None:
+        """No step will come any more."""
+        self._runner.close()
 
     def stats(self) -> EngineStats:
         """Load as of now."""

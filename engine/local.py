@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from engine.config import EngineConfig
 from engine.core import EngineCore, StepRunner
+from engine.errors import EngineError
 from engine.face import LoadProgress
 from engine.loop import Command, StepOutput, run_core
 from engine.mailbox import MailboxEngine
@@ -38,13 +39,13 @@ class LocalEngine(MailboxEngine):
         """Load a model and start its core.
 
         Args:
-            load: makes the runner; None = `engine.runner.Runner.load`.
+            load: makes the runner; None = `engine.parallel.leader.load_runner`.
 
         Raises:
             CheckpointError, EngineConfigError: the model cannot be loaded.
         """
         if load is None:
-            from engine.runner import load_runner  # torch is imported by who needs it
+            from engine.parallel.leader import load_runner  # torch is imported by who needs it
 
             load = load_runner
         loop = asyncio.get_running_loop()
@@ -66,7 +67,7 @@ class LocalEngine(MailboxEngine):
             run_core(self._core, self._receive, self._emit)
         except Exception as error:  # whatever the runner raised ends the engine, and every request learns of it
             log.exception("the engine failed")
-            reason = f"the engine failed: {type(error).__name__}"
+            reason = str(error) if isinstance(error, EngineError) else f"the engine failed: {type(error).__name__}"
         self._in_loop(lambda: self._die(reason))
 
     def _receive(self, timeout: float) -> list[Command] | None:

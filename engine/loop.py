@@ -75,7 +75,8 @@ Receive = Callable[[float], list[Command] | None]
 
 
 def run_core(core: EngineCore, receive: Receive, emit: Callable[[StepOutput], None]) -> None:
-    """Serve commands until `receive` says that there will be no more. What the runner raises passes through."""
+    """Serve commands until `receive` says that there will be no more, and close the core. What the runner raises passes
+    through."""
     reading = Reading(core)
     try:
         while True:
@@ -91,6 +92,7 @@ def run_core(core: EngineCore, receive: Receive, emit: Callable[[StepOutput], No
             emit(StepOutput(events, core.stats(), answers))
     finally:
         reading.close()
+        core.close()
 
 
 def _obey(core: EngineCore, reading: Reading, command: Command) -> TokenEvent | None:

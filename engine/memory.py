@@ -103,6 +103,7 @@ def plan_memory(model: ModelConfig, engine: EngineConfig, device: Device, weight
     """Divide the free memory of a device.
 
     Args:
+        model: what this device has of it (`engine.parallel.share`).
         weights: bytes of all weights, where the file was looked at; None = what engine.precision makes of a
             checkpoint in the compute dtype.
     """
@@ -208,11 +209,14 @@ def step_bytes(model: ModelConfig, engine: EngineConfig, device: Device) -> int:
 
     That is in the MLP (float32 residual, hidden states, the queries' storage, gate | up and their product), in
     attention where it is plain torch (compiled kernels keep their scores on the chip), or at the end (the draw from the
-    logits of all rows).
+    logits of all rows, whichever rank made them).
     """
     tokens, rows, floats = engine.max_batch_tokens, engine.max_batch_size, device.float_bytes
-    width, inner, vocab = model.hidden_size, model.intermediate_size, model.vocab_size
+    ranks, width, inner = engine.tensor_parallel_size, model.hidden_size, model.intermediate_size
+    vocab = model.vocab_size * ranks
     stream = tokens * (width * (4 + floats) + (model.q_size + 2 * model.kv_size) * floats + 6 * 8)
+    if ranks > 1 and device.kind == "cpu":
+        stream += tokens * width * (ranks * floats + 4)  # the parts of a sum side by side, and their float32 sum
     draw = rows * vocab * _DRAW_BYTES
     if not device.plain:
         return max(stream + tokens * 3 * inner * floats, draw)

@@ -9,6 +9,8 @@ contiguous, nothing exceeds `info`.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from dataclasses import astuple
 from functools import partial
 
 import torch
@@ -17,13 +19,16 @@ from engine.checkpoint import open_checkpoint
 from engine.config import EngineConfig, ModelConfig
 from engine.face import Done, LoadProgress
 from engine.machine import choose_device, choose_dtype, free_memory, usable_cores
-from engine.memory import Device, plan_memory
+from engine.memory import Device, parameter_count, plan_memory
 from engine.model.cache import KVCache
 from engine.model.decoder import Decoder
 from engine.model.footprint import checkpoint_bytes
 from engine.model.load import load_decoder
 from engine.model.lora import LoraPool
 from engine.ops import load_kernels
+from engine.parallel.checkpoint import RankCheckpoint
+from engine.parallel.communicator import Communicator
+from engine.parallel.layers import join_ranks
 from engine.request import EngineInfo, SamplingParams
 from engine.rows import Rows
 from engine.sampler import Sampler
@@ -39,11 +44,19 @@ READ_SHARE = 0.8  # of the time to load; the rest is one step of each kind
 class Runner:
     """One loaded model on one device. All methods belong to one thread."""
 
-    def __init__(self, config: EngineConfig, decoder: Decoder, size: CacheSize, load_seconds: float = 0.0) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        decoder: Decoder,
+        size: CacheSize,
+        load_seconds: float = 0.0,
+        whole: ModelConfig | None = None,
+    ) -> None:
         """Use `load`; this is for a decoder that is there already.
 
         Args:
             size: pages to allocate and the context length that they serve.
+            whole: the model that `decoder` is one rank's share of; None = it is all of it.
         """
         device, dtype, model = decoder.device, decoder.dtype, decoder.config
         self._decoder = decoder
@@ -54,11 +67,12 @@ class Runner:
         lora_dtype = torch.float32 if device.type == "cpu" else dtype
         self.adapters = LoraPool(model, *loras, lora_dtype, device) if config.max_loras else None
         self._rows = Rows(config.max_batch_size, size.pages_per_sequence, config.page_size, device)
+        whole = whole or model
         # A file may name tokens that its embedding has not. They never come, and nothing may look for their logits.
-        self.eos_token_ids = tuple(token for token in model.eos_token_ids if 0 <= token < model.vocab_size)
-        self._sampler = Sampler(model.vocab_size, config.max_batch_size, device, self.eos_token_ids)
+        self.eos_token_ids = tuple(token for token in whole.eos_token_ids if 0 <= token < whole.vocab_size)
+        self._sampler = Sampler(whole.vocab_size, config.max_batch_size, device, self.eos_token_ids)
         self.info = EngineInfo(
-            vocab_size=model.vocab_size,
+            vocab_size=whole.vocab_size,
             max_model_len=size.max_model_len,
             max_batch_size=config.max_batch_size,
             max_batch_tokens=config.max_batch_tokens,
@@ -67,15 +81,18 @@ class Runner:
             dtype=str(dtype).removeprefix("torch."),
             device=device.type,
             architecture=model.architecture,
-            num_parameters=decoder.weights.parameters,
+            num_parameters=parameter_count(whole),
             weight_bytes=decoder.weights.nbytes,
             load_seconds=load_seconds,
             max_loras=config.max_loras,
         )
 
     @classmethod
-    def load(cls, config: EngineConfig, progress: LoadProgress) -> Runner:
+    def load(cls, config: EngineConfig, progress: LoadProgress, communicator: Communicator | None = None) -> Runner:
         """Read the checkpoint, choose device, dtype and sizes, allocate everything that will ever be needed.
+
+        Args:
+            communicator: to the other ranks that share the model; None = there are none.
 
         Raises:
             CheckpointError: the model file is missing, broken or of a kind that we do not run.
@@ -83,20 +100,30 @@ class Runner:
         """
         began = time.monotonic()
         check_config(config)
-        device = choose_device(config.device)
+        ranks = 1 if communicator is None else communicator.size
+        device = choose_device(config.device) if communicator is None else communicator.device
         dtype = choose_dtype(config.dtype, device)
-        threads = config.threads or usable_cores()
+        threads = max(1, (config.threads or usable_cores()) // ranks)
         scheme = SCHEMES[config.precision]
         torch.set_num_threads(threads)
         with torch.inference_mode(), open_checkpoint(config.model_path) as checkpoint:
-            model: ModelConfig = checkpoint.config
+            source = checkpoint if communicator is None else RankCheckpoint(checkpoint, communicator.rank, ranks)
+            model: ModelConfig = source.config
             # Sized before the weights are read, so that what cannot fit fails in a second and not in minutes.
-            weights = checkpoint_bytes(checkpoint, scheme, dtype)
+            weights = checkpoint_bytes(source, scheme, dtype)
             plain = device.type != "cpu" or load_kernels(threads) is None
-            on = Device(kind=device.type, free=free_memory(device), float_bytes=dtype.itemsize, plain=plain)
+            free = free_memory(device) // (ranks if device.type == "cpu" else 1)  # which ranks on a CPU share
+            on = Device(kind=device.type, free=free, float_bytes=dtype.itemsize, plain=plain)
             size = size_cache(config, model, plan_memory(model, config, on, weights), device.type)
-            decoder = load_decoder(checkpoint, dtype, device, size.max_model_len, threads, progress, scheme)
-            return cls(config, decoder, size, time.monotonic() - began)
+            if communicator is not None:  # a page has its share of every token on every rank
+                size = CacheSize(*communicator.least(astuple(size)))
+            decoder = load_decoder(source, dtype, device, size.max_model_len, threads, progress, scheme)
+            if communicator is not None:
+                decoder.weights = join_ranks(decoder.weights, checkpoint.config.vocab_size, communicator)
+            return cls(config, decoder, size, time.monotonic() - began, checkpoint.config)
+
+    def close(self) -> None:
+        """There is nothing that does not end with it."""
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
@@ -149,10 +176,18 @@ class Runner:
         self.run(StepPlan(work=[], released=list(range(rows))))
 
 
-def load_runner(config: EngineConfig, progress: LoadProgress) -> Runner:
+def load_runner(
+    config: EngineConfig,
+    progress: LoadProgress,
+    communicator: Communicator | None = None,
+    meet: Callable[[], None] = lambda: None,
+) -> Runner:
     """A runner that is loaded and warm, as the core wants it. Raises what `Runner.load` raises.
 
     Reading counts as READ_SHARE of the whole, so that progress never goes back.
+
+    Args:
+        meet: waits, before the first step, for the other ranks to have loaded.
     """
     done = Done(0.0)
 
@@ -161,7 +196,8 @@ def load_runner(config: EngineConfig, progress: LoadProgress) -> Runner:
         done = read._replace(fraction=read.fraction * READ_SHARE)
         progress(phase, done)
 
-    runner = Runner.load(config, reading)
+    runner = Runner.load(config, reading, communicator)
+    meet()
     progress("warm up", done)
     runner.warm_up()
     progress("warm up", done._replace(fraction=1.0))

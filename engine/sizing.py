@@ -23,9 +23,22 @@ class CacheSize:
 
 def check_config(engine: EngineConfig) -> None:
     """Raises EngineConfigError for a size that is not positive or not possible together with the others."""
-    for field in ("max_batch_size", "max_batch_tokens", "page_size", "max_cpu_loras", "max_lora_rank"):
+    for field in (
+        "max_batch_size",
+        "max_batch_tokens",
+        "page_size",
+        "tensor_parallel_size",
+        "max_cpu_loras",
+        "max_lora_rank",
+    ):
         _require(getattr(engine, field) >= 1, field, getattr(engine, field), "must be at least 1")
     _require(engine.max_loras >= 0, "max_loras", engine.max_loras, "must be 0 (no adapters) or positive")
+    _require(
+        engine.max_loras == 0 or engine.tensor_parallel_size == 1,
+        "max_loras",
+        engine.max_loras,
+        f"must be 0 with a tensor_parallel_size of {engine.tensor_parallel_size}: adapters are served by one device",
+    )
     for field in ("kv_memory_bytes", "threads"):
         value = getattr(engine, field)
         _require(value is None or value >= 1, field, value, "must be at least 1")

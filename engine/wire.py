@@ -59,7 +59,11 @@ def encode(message: ToWorker | FromWorker) -> bytes:
     Raises:
         ValueError: the message is longer than MAX_FRAME_BYTES.
     """
-    body = _encoder.encode(message)
+    return frame(_encoder.encode(message))
+
+
+def frame(body: bytes) -> bytes:
+    """A message with its length before it. Raises ValueError if it is longer than MAX_FRAME_BYTES."""
     if len(body) > MAX_FRAME_BYTES:
         raise ValueError(f"a message of {len(body)} bytes is longer than {MAX_FRAME_BYTES}")
     return len(body).to_bytes(HEADER_BYTES, "big") + body

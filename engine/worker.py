@@ -141,7 +141,7 @@ def _run(config: EngineConfig, inbox: Inbox, outbox: Outbox) -> None:
     from engine.core import EngineCore
 
     with LoadingBeat(outbox) as beat:
-        from engine.runner import load_runner  # torch: seconds of import, under the beat
+        from engine.parallel.leader import load_runner  # torch: seconds of import, under the beat
 
         core = EngineCore(load_runner(config, beat.report), config)
     outbox.send(Ready(core.info))

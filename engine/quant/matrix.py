@@ -107,3 +107,25 @@ def concat(pieces: Sequence[Matrix]) -> Matrix:
     if isinstance(first, Fp8Matrix):
         return replace(first, codes=joined("codes"), scales=joined("scales"))
     return replace(first, codes=joined("codes"), scales=joined("scales"), mins=joined("mins"))
+
+
+def groups_of(matrix: Matrix) -> int | None:
+    """Inputs that share a scale; None where there is none, or one for the row."""
+    if isinstance(matrix, FloatMatrix):
+        return None
+    if isinstance(matrix, Fp8Matrix):
+        return matrix.block
+    return None if matrix.group == matrix.shape[1] else matrix.group
+
+
+def columns(matrix: Matrix, start: int, stop: int) -> Matrix:
+    """Inputs start .. stop - 1 in memory of their own, whole groups or blocks of them (the last block may be short)."""
+    cut, group = slice(start, stop), groups_of(matrix)
+    scales = slice(None) if group is None else slice(start // group, -(-stop // group))
+    if isinstance(matrix, FloatMatrix):
+        return FloatMatrix(matrix.values[:, cut].contiguous())
+    codes, kept = matrix.codes[:, cut].contiguous(), matrix.scales[:, scales].contiguous()
+    if isinstance(matrix, Fp8Matrix):
+        return replace(matrix, codes=codes, scales=kept)
+    group = group or stop - start
+    return replace(matrix, codes=codes, group=group, scales=kept, mins=matrix.mins[:, scales].contiguous())

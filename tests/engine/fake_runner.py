@@ -140,6 +140,10 @@ class FakeRunner:
         self._rows: dict[int, Row] = {}
         self.adapters = FakePool() if info.max_loras else None
         self.slots: list[str | None] = [None] * info.max_loras
+        self.closed = False
+
+    def close(self) -> None:
+        self.closed = True
 
     def run(self, plan: StepPlan) -> StepResult:
         self._on_run(plan)
