@@ -231,6 +231,13 @@ SETTINGS = (
     ),
     Setting(name="threads", parse=_count(1, 1024), default=None, why="CPU threads of the engine; by default all cores"),
     Setting(
+        name="tensor_parallel_size",
+        parse=_count(1, 64),
+        default=1,
+        why="GPUs that share the model, a process each; for models that one cannot hold, or answers sooner than from one",
+        alias="NIM_TENSOR_PARALLEL_SIZE",
+    ),
+    Setting(
         name="lora_dir",
         parse=_folder,
         default=None,
@@ -316,6 +323,7 @@ def resolve(flags: Mapping[str, str | None], environ: Mapping[str, str]) -> dict
     _check_address(settings["host"], settings["allow_anonymous"])
     _check_precisions(settings["dtype"], settings["precision"], settings["kv_precision"])
     _check_batch(settings["max_batch_size"], settings["max_batch_tokens"])
+    _check_ranks(settings["tensor_parallel_size"], settings["lora_dir"])
     return settings
 
 
@@ -345,6 +353,14 @@ def _check_batch(size: Resolved, tokens: Resolved) -> None:
         raise SettingError(f"{named.source}: {named.value} must be {rule}: a token for each running request")
 
 
+def _check_ranks(ranks: Resolved, lora_dir: Resolved) -> None:
+    if ranks.value > 1 and lora_dir.value:
+        raise SettingError(
+            f"{ranks.source}: {ranks.value} does not go with the adapters of {lora_dir.source}, which are served by one "
+            "device; leave out one of the two"
+        )
+
+
 def engine_config(model: Path, values: Mapping[str, Any]) -> EngineConfig:
     """What the resolved values say to the engine."""
     dtypes = {"auto": "auto", "bf16": "bfloat16", "fp32": "float32"}
@@ -360,6 +376,7 @@ def engine_config(model: Path, values: Mapping[str, Any]) -> EngineConfig:
         kv_memory_bytes=values["kv_memory"],
         prefix_caching=values["prefix_caching"],
         threads=values["threads"],
+        tensor_parallel_size=values["tensor_parallel_size"],
         max_loras=values["max_loras"] if values["lora_dir"] else 0,
         max_cpu_loras=values["max_cpu_loras"],
         max_lora_rank=values["max_lora_rank"],

@@ -9,7 +9,15 @@ import pytest
 from click.testing import CliRunner
 
 from service.cli import main
-from service.settings import SETTINGS, Resolved, SettingError, join_address, resolve, unknown_variables
+from service.settings import (
+    SETTINGS,
+    Resolved,
+    SettingError,
+    engine_config,
+    join_address,
+    resolve,
+    unknown_variables,
+)
 
 
 def test_a_flag_beats_a_variable_beats_an_alias_beats_the_default() -> None:
@@ -142,6 +150,18 @@ def test_a_folder_is_taken_from_where_the_server_is_started(tmp_path: Path, monk
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path)
     assert resolve({"lora_dir": "here"}, {})["lora_dir"].value == str(tmp_path / "here")
+
+
+def test_the_name_of_nim_for_ranks_is_understood_and_adapters_are_refused_beside_it(tmp_path: Path) -> None:
+    ranks = {"NIM_TENSOR_PARALLEL_SIZE": "4"}
+    settings = resolve({}, ranks)
+    assert settings["tensor_parallel_size"] == Resolved(4, "NIM_TENSOR_PARALLEL_SIZE")
+    values = {name: each.value for name, each in settings.items()}
+    assert engine_config(Path("-"), values).tensor_parallel_size == 4
+    assert unknown_variables(ranks) == []
+    with pytest.raises(SettingError, match=r"^NIM_TENSOR_PARALLEL_SIZE: 4 does not go with the adapters of --lora-dir"):
+        resolve({"lora_dir": str(tmp_path)}, ranks)
+    assert resolve({"lora_dir": str(tmp_path), "tensor_parallel_size": "1"}, ranks)["lora_dir"].source == "--lora-dir"
 
 
 def test_misspelt_variables_are_named() -> None:
