@@ -234,7 +234,7 @@ SETTINGS = (
         name="tensor_parallel_size",
         parse=_count(1, 64),
         default=1,
-        why="GPUs that share the model, a process each; for models that one cannot hold, or answers sooner than from one",
+        why="GPUs that share the model, a process each: for a model that one cannot hold, or to have answers sooner",
         alias="NIM_TENSOR_PARALLEL_SIZE",
     ),
     Setting(
@@ -356,8 +356,8 @@ def _check_batch(size: Resolved, tokens: Resolved) -> None:
 def _check_ranks(ranks: Resolved, lora_dir: Resolved) -> None:
     if ranks.value > 1 and lora_dir.value:
         raise SettingError(
-            f"{ranks.source}: {ranks.value} does not go with the adapters of {lora_dir.source}, which are served by one "
-            "device; leave out one of the two"
+            f"{ranks.source}: {ranks.value} does not go with the adapters of {lora_dir.source}, which one device must "
+            "serve alone; leave out one of the two"
         )
 
 
