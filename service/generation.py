@@ -22,7 +22,7 @@ from service.text.detokenize import StreamDecoder
 from service.text.stop import StopMatcher
 from service.text.tokenizer import TextModel
 
-MAX_COMPLETIONS = 32  # of one request; each takes a place in the batch
+MAX_COMPLETIONS = 128  # of one request, as the OpenAI API; they share the pages of the prompt
 INLINE_CHARACTERS = 4096  # encoded within a few milliseconds; longer texts go to a thread
 
 
@@ -34,7 +34,9 @@ class GenerationRequest:
         prompt: raw text, token ids, or a conversation.
         sampling: engine-level parameters, not yet validated.
         until_context: ignore sampling.max_tokens and generate until the model stops or the context is full.
-        n: independent completions; they share nothing but the prompt.
+        n: independent completions; they share nothing but the prompt. With a seed, number i has the stream of seed + i.
+        priority: a class; see `engine.Request`.
+        cache_salt: keeps what is computed of the prompt from requests with another salt.
         adapter: name of a LoRA adapter; tokenizer and chat format are the model's own.
         stop: strings that end a completion; the match is cut off unless include_stop.
     """
@@ -48,6 +50,7 @@ class GenerationRequest:
     include_stop: bool = False
     priority: int = 0
     adapter: str | None = None
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,6 +174,7 @@ class Generator:
             sampling=sampling,
             priority=request.priority,
             adapter=request.adapter,
+            cache_salt=request.cache_salt,
         )
 
     async def _complete(

@@ -197,13 +197,8 @@ def to_generation(request: pb.GenerateRequest, request_id: str, adapter: str | N
     Raises:
         ServiceError: UNIMPLEMENTED for a field that is not served yet, INVALID_ARGUMENT for a missing input.
     """
-    unserved = {
-        "response_format": request.HasField("response_format"),
-        "cache_salt": bool(request.cache_salt),
-    }
-    for field, wanted in unserved.items():
-        if wanted:
-            raise ServiceError(Code.UNIMPLEMENTED, f"{field}: not served by this version")
+    if request.HasField("response_format"):
+        raise ServiceError(Code.UNIMPLEMENTED, "response_format: not served by this version")
     sampling = request.sampling
     return GenerationRequest(
         request_id=request_id,
@@ -215,6 +210,7 @@ def to_generation(request: pb.GenerateRequest, request_id: str, adapter: str | N
         include_stop=sampling.include_stop,
         priority=request.priority,
         adapter=adapter,
+        cache_salt=request.cache_salt,
     )
 
 

@@ -59,6 +59,24 @@ def test_the_same_seed_gives_the_same_text_in_any_company(typed: rpc.GenerationS
     assert again == alone
 
 
+def test_completions_of_one_prompt_share_it_and_are_those_of_their_seeds(typed: rpc.GenerationServiceStub) -> None:
+    def request(n: int, seed: int, salt: str) -> pb.GenerateRequest:
+        sampling = pb.SamplingParameters(max_tokens=12, temperature=1.0, ignore_eos=True, n=n, seed=seed)
+        return pb.GenerateRequest(prompt="Say it again. " * 50, sampling=sampling, cache_salt=salt)
+
+    events = list(typed.Generate(request(4, 2**64 - 2, "together"), timeout=120))
+    ends = {event.finished.index: event.finished for event in events if event.HasField("finished")}
+    texts = ["".join(event.delta.text for event in events if event.delta.index == index) for index in range(4)]
+    alone = [answer(typed, request(1, (2**64 - 2 + index) % 2**64, f"alone {index}")) for index in range(4)]
+    assert texts == [text for text, _ in alone]
+    assert len(set(texts)) == 4
+    assert sorted(ends) == [0, 1, 2, 3]
+    [usage, *shared] = sorted((end.usage for end in ends.values()), key=lambda usage: usage.cached_tokens)
+    pages = (usage.prompt_tokens - 1) // 64 * 64
+    assert (usage.cached_tokens, [each.cached_tokens for each in shared]) == (0, [pages] * 3)
+    assert [end.usage.cached_tokens for _, end in alone] == [0] * 4  # each has a salt of its own
+
+
 def test_32_concurrent_streams_all_finish(typed: rpc.GenerationServiceStub) -> None:
     with ThreadPoolExecutor(32) as pool:
         requests = [ask(f"Write about the number {i}.", max_tokens=24, ignore_eos=True) for i in range(32)]

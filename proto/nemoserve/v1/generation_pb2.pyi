@@ -98,9 +98,13 @@ class GenerateRequest(google.protobuf.message.Message):
     adapter: builtins.str
     """LoRA adapter by name; the name of one in `model` means the same."""
     priority: builtins.int
-    """Lower runs first; 0 is normal."""
+    """A class: lower runs first, 0 is normal. One that waits takes the place of one of a higher number, which goes on
+    later with the tokens it has, however late: deadlines bound that.
+    """
     cache_salt: builtins.str
-    """Requests share cached prefixes only with requests of the same salt."""
+    """Requests share what is computed of their prompts only with requests of the same salt, so that nobody can tell by the
+    time what others have asked. At most 256 characters.
+    """
     @property
     def token_ids(self) -> Global___TokenIds: ...
     @property
@@ -292,7 +296,9 @@ class SamplingParameters(google.protobuf.message.Message):
     frequency_penalty: builtins.float
     seed: builtins.int
     n: builtins.int
-    """How many independent completions; index tells them apart."""
+    """How many independent completions of one prompt, at most 128; index tells them apart. With a seed, completion number
+    index is what a request with n = 1 and seed + index (modulo 2^64) gets.
+    """
     include_stop: builtins.bool
     """Keep the matched stop string in the text."""
     logprobs: builtins.int
@@ -432,7 +438,7 @@ class Started(google.protobuf.message.Message):
     model: builtins.str
     prompt_tokens: builtins.int
     cached_tokens: builtins.int
-    """Prompt tokens that needed no computation."""
+    """Prompt tokens that needed no computation: another request, or an earlier turn, began with them."""
     queue_seconds: builtins.float
     def __init__(
         self,

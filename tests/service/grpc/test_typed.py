@@ -103,10 +103,10 @@ async def test_every_sampling_field_reaches_the_engine(engine: FakeEngine, port:
         "ignore_eos": True,
     }
     request = ask(**given)
-    request.priority = -3
+    request.priority, request.cache_salt = -3, "tenant"
     await generate(port, request)
     assert engine.requests[0].sampling == SamplingParams(**given | {"stop_token_ids": (98,)})
-    assert engine.requests[0].priority == -3
+    assert (engine.requests[0].priority, engine.requests[0].cache_salt) == (-3, "tenant")
 
 
 async def test_zero_is_a_value_and_unset_is_the_default(engine: FakeEngine, port: Port) -> None:
@@ -220,7 +220,7 @@ def chat(**fields: Any) -> pb.Chat:
         (pb.GenerateRequest(prompt="x", request_id="a\nb"), "INVALID_ARGUMENT", ["request_id", "printable"]),
         (pb.GenerateRequest(prompt="x", request_id="x" * 257), "INVALID_ARGUMENT", ["request_id", "257", "256"]),
         (pb.GenerateRequest(prompt="x", adapter="a"), "NOT_FOUND", ["adapter: 'a' is not loaded; loaded are none"]),
-        (pb.GenerateRequest(prompt="x", cache_salt="s"), "UNIMPLEMENTED", ["cache_salt"]),
+        (pb.GenerateRequest(prompt="x", cache_salt="é" * 257), "INVALID_ARGUMENT", ["cache_salt: 257", "256"]),
         (
             pb.GenerateRequest(prompt="x", response_format=pb.ResponseFormat(json=True)),
             "UNIMPLEMENTED",
@@ -232,7 +232,7 @@ def chat(**fields: Any) -> pb.Chat:
         (pb.GenerateRequest(chat=pb.Chat()), "INVALID_ARGUMENT", ["messages", "empty"]),
         (pb.GenerateRequest(chat=chat(role="wizard")), "INVALID_ARGUMENT", ["messages[0].role", "wizard"]),
         (ask(max_tokens=-1), "INVALID_ARGUMENT", ["max_tokens", "-1"]),
-        (ask(n=-1), "INVALID_ARGUMENT", ["n: -1", "32"]),
+        (ask(n=-1), "INVALID_ARGUMENT", ["n: -1", "128"]),
         (ask(top_p=float("nan")), "INVALID_ARGUMENT", ["top_p", "nan"]),
         (ask(logit_bias={97: float("inf")}), "INVALID_ARGUMENT", ["logit_bias[97]", "inf", "100"]),
         (ask(stop=["é" * 100_000]), "INVALID_ARGUMENT", ["stop[0]", "100000", "1024"]),

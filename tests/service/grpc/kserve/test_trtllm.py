@@ -255,7 +255,7 @@ async def test_what_is_not_served_is_refused_by_name_unless_it_asks_for_nothing(
         (trtllm(top_p=1.5), "top_p: 1.5 must be greater than 0 and at most 1"),
         (trtllm(top_k=-5), "top_k: -5 must be 0 (off) or positive"),
         (trtllm(end_id=10**6), "stop_token_ids: 1000000 must be between 0 and 1255"),
-        (trtllm(num_return_sequences=0), "num_return_sequences: 0 must be between 1 and 32"),
+        (trtllm(num_return_sequences=0), "num_return_sequences: 0 must be between 1 and 128"),
         (trtllm(bad_words=["two words"]), "bad_words: 'two words' takes 9 tokens; only words of one token can be"),
         (trtllm(parameters={"stream": True}), "stream: is no parameter of this server; there are "),
         (trtllm(parameters={"banana": 1}), "banana: is no parameter of this server; there are bad_words, "),
