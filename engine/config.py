@@ -80,6 +80,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             the KV cache holds.
         max_batch_size: sequences that run at the same time.
         max_batch_tokens: token budget of one step; prefill chunks fill what decodes leave.
+        max_draft_tokens: guesses at a sequence's next tokens that one step may compute beside its last known token
+            (prompt-lookup speculative decoding); how many it does compute adapts to how often they are right. 0 = none.
         page_size: tokens per KV page.
         kv_memory_bytes: size of the KV cache; None = on a GPU all that is left; on a CPU, where others live too, what
             max_batch_size sequences of 2,048 tokens need (at least one of max_model_len), at most half of what is left.
@@ -101,6 +103,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int | None = None
     max_batch_size: int = 32  # beyond it two CPU cores gain nothing, and GPU owners set their own
     max_batch_tokens: int = 512  # about 4 decode steps of work on a CPU, so that a long prompt cannot freeze the others
+    max_draft_tokens: int = 0  # off
     page_size: int = 64  # one page of one head is a contiguous 16 KiB tile at head_dim 128 in bf16
     kv_memory_bytes: int | None = None
     prefix_caching: bool = True  # the tokens are the same, and a hash per page costs nothing beside computing it

@@ -19,6 +19,7 @@ from engine.errors import AdapterLimitError, EngineConfigError
 from engine.kv.pages import PagePool
 from engine.request import AdapterInfo, EngineInfo, EngineStats, Request, TokenEvent, validate_request
 from engine.scheduler import Scheduler
+from engine.speculate import speculation_of
 from engine.step import StepPlan, StepResult
 
 RATE_SECONDS = 5.0  # of work, over which tokens per second are averaged
@@ -83,6 +84,7 @@ class EngineCore:
             eos_token_ids=runner.eos_token_ids,
             adapters=self._adapters,
             prefix_caching=config.prefix_caching,
+            speculation=speculation_of(config, info.device),
         )
         self._seeds = random.Random(config.seed if config.seed is not None else secrets.randbits(64))
         self._steps = 0
@@ -200,6 +202,8 @@ class EngineCore:
             preemptions=scheduler.preemptions,
             prefix_cache_query_tokens=scheduler.prefix_query_tokens,
             prefix_cache_hit_tokens=scheduler.prefix_hit_tokens,
+            draft_tokens=scheduler.draft_tokens,
+            accepted_draft_tokens=scheduler.accepted_draft_tokens,
             prefill_tokens_per_second=self._prefill_rate.value,
             decode_tokens_per_second=self._decode_rate.value,
         )

@@ -211,7 +211,8 @@ def step_bytes(model: ModelConfig, engine: EngineConfig, device: Device) -> int:
     attention where it is plain torch (compiled kernels keep their scores on the chip), or at the end (the draw from the
     logits of all rows, whichever rank made them).
     """
-    tokens, rows, floats = engine.max_batch_tokens, engine.max_batch_size, device.float_bytes
+    tokens, floats = engine.max_batch_tokens, device.float_bytes
+    rows = min(tokens, max(engine.max_batch_size, 1 + engine.max_draft_tokens))
     ranks, width, inner = engine.tensor_parallel_size, model.hidden_size, model.intermediate_size
     vocab = model.vocab_size * ranks
     stream = tokens * (width * (4 + floats) + (model.q_size + 2 * model.kv_size) * floats + 6 * 8)

@@ -69,6 +69,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: int | None = None
     prompt_logprobs: int | None = None
 
+    @property
+    def has_penalties(self) -> bool:
+        """Whether logits depend on the tokens that came before, beyond what the model makes of them."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
     def validate(self, vocab_size: int) -> None:
         """Check every field against its range.
 
@@ -206,6 +211,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
         kv_pages_used: those that requests hold; what is kept for later ones is free.
         prefix_cache_query_tokens, prefix_cache_hit_tokens: tokens of the prompts that have been started, and how many
             of them needed no computation. Pre-empted requests do not count again.
+        draft_tokens, accepted_draft_tokens: guesses that were computed beside a known token, and those that were right.
         prefill_tokens_per_second, decode_tokens_per_second: moving averages over the last seconds of work.
     """
 
@@ -222,6 +228,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     preemptions: int = 0
     prefix_cache_query_tokens: int = 0
     prefix_cache_hit_tokens: int = 0
+    draft_tokens: int = 0
+    accepted_draft_tokens: int = 0
     prefill_tokens_per_second: float = 0.0
     decode_tokens_per_second: float = 0.0
 

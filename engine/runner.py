@@ -35,6 +35,7 @@ from engine.sampler import Sampler
 from engine.sampling.prompt import score_targets
 from engine.schemes import SCHEMES
 from engine.sizing import CacheSize, check_config, size_cache
+from engine.speculate import standing
 from engine.step import RowInit, RowWork, StepPlan, StepResult
 
 CPU_WARM_UP_TOKENS = 32  # more than the row counts that kernels treat as few
@@ -148,13 +149,16 @@ class Runner:
         head = partial(self._decoder.logits, hidden)
         targets = score_targets(work, batch.query_starts_list[:-1], head, self.info.vocab_size, self._device)
 
-        sampling = [(each.row, end) for each, end in zip(work, batch.query_starts_list[1:], strict=True) if each.sample]
-        if not sampling:
+        last, rows, positions = [], [], []
+        for each, end in zip(work, batch.query_starts_list[1:], strict=True):
+            for back in range(each.drafts, -1, -1) if each.sample else ():
+                last.append(end - 1 - back)
+                rows.append(each.row)
+                positions.append(each.start + len(each.token_ids) - back)
+        if not last:
             return StepResult([], targets)
-        last = torch.tensor([end - 1 for _, end in sampling], device=self._device)
-        positions = [each.start + len(each.token_ids) for each in work if each.sample]
-        logits = head(last)
-        return StepResult(self._sampler.sample(logits, [row for row, _ in sampling], positions), targets)
+        logits = head(torch.tensor(last, device=self._device))
+        return StepResult(standing(work, self._sampler.sample(logits, rows, positions)), targets)
 
     def warm_up(self) -> None:
         """A prefill and the largest decode, so that no request pays for first uses.

@@ -55,7 +55,7 @@ class Sampler:
 
         Args:
             logits: float32 [S, vocab_size]; overwritten.
-            rows: the S rows that they belong to, each at most once.
+            rows: the S rows that they belong to; one without penalties may stand there several times, with drafts.
             positions: where each new token will stand in its sequence, counting the prompt from 0.
 
         Returns:

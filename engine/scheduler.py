@@ -25,6 +25,7 @@ ends.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from bisect import insort
 from collections.abc import Iterable
@@ -38,11 +39,12 @@ from engine.kv.pages import PagePool
 from engine.kv.prefix import Prefix
 from engine.request import FinishReason, Request, Timings, TokenEvent, TokenLogprob
 from engine.sequence import Sequence, WaitingLine
+from engine.speculate import Drafter, Speculation, Step
 from engine.step import RowInit, RowWork, SampledToken, StepPlan, StepResult, Targets
 
 
 @dataclass(slots=True)
-class Draft:
+class Agenda:
     """A step's plan while it is made."""
 
     budget: int
@@ -64,11 +66,14 @@ class Scheduler:
         eos_token_ids: Iterable[int],
         adapters: Adapters | None = None,
         prefix_caching: bool = True,
+        speculation: Speculation | None = None,
     ) -> None:
         self._pool = pool
         self._page_size = page_size
         self._budget = max_batch_tokens
         self._max_model_len = max_model_len
+        self._speculation = speculation
+        self._max_logits = max_batch_size if speculation is None else max(max_batch_size, 1 + speculation.max_tokens)
         self._eos = frozenset(eos_token_ids)
         self._prefix_caching = prefix_caching
         self._adapters = adapters if adapters is not None else Adapters(slots=0)
@@ -85,6 +90,8 @@ class Scheduler:
         self.generated_tokens = 0
         self.prefix_query_tokens = 0  # of prompts that were started
         self.prefix_hit_tokens = 0  # of these: found
+        self.draft_tokens = 0
+        self.accepted_draft_tokens = 0
 
     @property
     def has_work(self) -> bool:
@@ -137,21 +144,23 @@ class Scheduler:
     def plan(self, now: float) -> StepPlan:
         """Choose the next step's work within the budget, taking rows and pages for it."""
         self._make_way(now)
-        draft = Draft(self._budget)
+        agenda = Agenda(self._budget)
         # Decodes first: a long prompt must not hold up the streams that are already flowing.
         decoding = [sequence for sequence in self._running if sequence.behind == 1]
         prefilling = [sequence for sequence in self._running if sequence.behind > 1]
         for sequence in decoding:
-            self._catch_up(draft, sequence, now)
+            self._catch_up(agenda, sequence, now)
         for sequence in prefilling:
-            while (newcomer := self._next(draft)) is not None and newcomer.outranks(sequence):
-                self._admit(draft, newcomer, now)
-            self._catch_up(draft, sequence, now)
-        while (newcomer := self._next(draft)) is not None:
-            self._admit(draft, newcomer, now)
+            while (newcomer := self._next(agenda)) is not None and newcomer.outranks(sequence):
+                self._admit(agenda, newcomer, now)
+            self._catch_up(agenda, sequence, now)
+        while (newcomer := self._next(agenda)) is not None:
+            self._admit(agenda, newcomer, now)
+        if self._speculation is not None:
+            self._speculate(agenda, self._speculation)
         released, self._released = self._released, []
-        self._planned = {item.row: sequence for sequence, item in draft.work.items()}
-        return StepPlan(list(draft.work.values()), draft.admitted, released, self._adapters.take_fills())
+        self._planned = {item.row: sequence for sequence, item in agenda.work.items()}
+        return StepPlan(list(agenda.work.values()), agenda.admitted, released, self._adapters.take_fills())
 
     def _make_way(self, now: float) -> None:
         """Pre-empt lower classes, the last first, for those of higher ones that this step can admit then.
@@ -178,32 +187,32 @@ class Scheduler:
             if rows < 0 or budget <= 0:
                 return
 
-    def _catch_up(self, draft: Draft, sequence: Sequence, now: float) -> None:
+    def _catch_up(self, agenda: Agenda, sequence: Sequence, now: float) -> None:
         """Plan work for one that runs, pre-empting the last in (priority, arrival) while pages lack.
 
         Not after an admission: the newcomer may count on pages that the last one fills in this very step. The next step
         finds it planned.
         """
-        while draft.budget and sequence.row is not None:
-            if count := self._room(sequence, draft.budget):
-                self._advance(draft, sequence, count)
+        while agenda.budget and sequence.row is not None:
+            if count := self._room(sequence, agenda.budget):
+                self._advance(agenda, sequence, count)
                 return
-            if draft.admitted:
+            if agenda.admitted:
                 return
             victim = self._running[-1]
-            if (lost := draft.work.pop(victim, None)) is not None:
-                draft.budget += len(lost.token_ids)
+            if (lost := agenda.work.pop(victim, None)) is not None:
+                agenda.budget += len(lost.token_ids)
                 self._pool.forget(victim.pages[lost.start // self._page_size :])
             self._preempt(victim, now)
 
-    def _next(self, draft: Draft) -> Sequence | None:
+    def _next(self, agenda: Agenda) -> Sequence | None:
         """Who is admitted now: the first that waits, if there are a row and pages for all its tokens. Nobody overtakes
         it for being smaller, or for finding its pages; while it waits for a slot, the first without an adapter does.
 
         One page is left for each that runs: without it the newcomer would soon be pre-empted by those who grow, and
         computed twice. The rule cannot block: an empty batch needs no such reserve, and uses no slot.
         """
-        if not (draft.budget and self.waiting and self._rows):
+        if not (agenda.budget and self.waiting and self._rows):
             return None
         first: Sequence | None = self.waiting.first
         if first is not None and first.adapter is not None and not self._adapters.has_room(first.adapter):
@@ -236,7 +245,7 @@ class Scheduler:
         pages = len(sequence.pages) + self._pool.num_free
         return min(sequence.behind, budget, pages * self._page_size - sequence.computed)
 
-    def _advance(self, draft: Draft, sequence: Sequence, count: int, found: Iterable[int] = ()) -> None:
+    def _advance(self, agenda: Agenda, sequence: Sequence, count: int, found: Iterable[int] = ()) -> None:
         """Plan the next `count` tokens of a sequence and take pages for them, behind those `found`; there is room."""
         end = sequence.computed + count
         new_pages = self._pool.take(self._pages_for(end) - len(sequence.pages))
@@ -247,8 +256,8 @@ class Scheduler:
         sample = end == len(sequence.tokens)
         targets = self._targets(sequence, end)
         work = RowWork(sequence.row, sequence.computed, tokens, [*found, *new_pages], sample, targets)
-        draft.work[sequence] = work
-        draft.budget -= count
+        agenda.work[sequence] = work
+        agenda.budget -= count
         self._name_pages(sequence, end)
 
     def _name_pages(self, sequence: Sequence, end: int) -> None:
@@ -259,6 +268,33 @@ class Scheduler:
                 self._pool.name(sequence.pages[number], sequence.prefix.key(number))
             sequence.named = full
 
+    def _speculate(self, agenda: Agenda, speculation: Speculation) -> None:
+        """Put drafts behind the known tokens of rows that decode, as far as they pay, out of what all others left."""
+        step = Step(sum(len(work.token_ids) for work in agenda.work.values()), speculation.reading)
+        logits = self._max_logits - sum(work.sample for work in agenda.work.values())
+        for sequence, work in agenda.work.items():
+            if sequence.drafter is None or not work.sample or len(work.token_ids) > 1:
+                continue
+            known, spare = len(sequence.tokens), max(0, self._pool.num_free - len(self._running))  # as for a newcomer
+            room = (len(sequence.pages) + spare) * self._page_size - known
+            limit = min(speculation.max_tokens, agenda.budget, logits, room, self._tokens_left(sequence) - 1)
+            drafts = sequence.drafter.propose(sequence.tokens, limit, step) if limit > 0 else []
+            if not drafts:
+                continue
+            pages = self._pool.take(max(0, self._pages_for(known + len(drafts)) - len(sequence.pages)))
+            assert pages is not None
+            sequence.pages += pages
+            agenda.work[sequence] = dataclasses.replace(
+                work, token_ids=work.token_ids + drafts, new_pages=work.new_pages + pages, drafts=len(drafts)
+            )
+            agenda.budget -= len(drafts)
+            logits -= len(drafts)
+
+    def _tokens_left(self, sequence: Sequence) -> int:
+        """How many may still come."""
+        room = self._max_model_len - len(sequence.tokens)
+        return min(sequence.request.sampling.max_tokens - sequence.num_output, room)
+
     def _targets(self, sequence: Sequence, end: int) -> Targets | None:
         """The prompt's tokens whose logprobs are known, and not said yet, when `end` tokens are computed: what is
         computed again after a pre-emption is not said again."""
@@ -266,7 +302,7 @@ class Scheduler:
         token_ids = sequence.tokens[sequence.scored : min(end + 1, sequence.num_prompt)]
         return None if top is None or not token_ids else Targets(sequence.scored, token_ids, top)
 
-    def _admit(self, draft: Draft, sequence: Sequence, now: float) -> None:
+    def _admit(self, agenda: Agenda, sequence: Sequence, now: float) -> None:
         """Give a row to one that waits, and the pages that it finds; plan its first work."""
         self.waiting.remove(sequence)
         sequence.row = self._rows.pop()
@@ -277,13 +313,20 @@ class Scheduler:
         if sequence.started is None:
             sequence.started = now
             sequence.cached = sequence.computed
+            sequence.drafter = self._drafter(sequence)
             self.prefix_query_tokens += sequence.num_prompt
             self.prefix_hit_tokens += sequence.cached
         insort(self._running, sequence)
         prompt, output = sequence.tokens[: sequence.num_prompt], sequence.tokens[sequence.num_prompt :]
         slot = None if sequence.adapter is None else self._adapters.enter(sequence.adapter)
-        draft.admitted.append(RowInit(sequence.row, sequence.request.sampling, sequence.seed, prompt, output, slot))
-        self._advance(draft, sequence, self._room(sequence, draft.budget), found)
+        agenda.admitted.append(RowInit(sequence.row, sequence.request.sampling, sequence.seed, prompt, output, slot))
+        self._advance(agenda, sequence, self._room(sequence, agenda.budget), found)
+
+    def _drafter(self, sequence: Sequence) -> Drafter | None:
+        """None where penalties make logits depend on the tokens that are chosen: then no guess can run ahead."""
+        if self._speculation is None or sequence.request.sampling.has_penalties:
+            return None
+        return Drafter(self._speculation.source(len(sequence.tokens) + self._tokens_left(sequence)))
 
     def _preempt(self, sequence: Sequence, now: float) -> None:
         self._free(sequence)
@@ -306,28 +349,33 @@ class Scheduler:
 
     def commit(self, plan: StepPlan, result: StepResult, now: float) -> list[TokenEvent]:
         """Take note of what the step computed, and say what it did to each request that got a token or logprobs."""
-        sampled = {each.row: each for each in result.sampled}
+        sampled: dict[int, list[SampledToken]] = {}
+        for each in result.sampled:
+            sampled.setdefault(each.row, []).append(each)
         events = []
         for work in plan.work:
-            sequence = self._planned[work.row]
-            sequence.computed += len(work.token_ids)
+            sequence, tokens = self._planned[work.row], sampled.get(work.row, [])
+            accepted = len(tokens) - 1 if work.drafts else 0
+            sequence.computed += len(work.token_ids) - work.drafts + accepted
+            self.draft_tokens += work.drafts
+            self.accepted_draft_tokens += accepted
             self.prompt_tokens += min(sequence.computed, sequence.num_prompt) - min(work.start, sequence.num_prompt)
             logprobs = None if work.targets is None else result.targets[work.row]
-            event = self._note(sequence, logprobs, sampled.get(work.row), now)
+            event = self._note(sequence, logprobs, tokens, now)
             if event is not None:
                 events.append(event if logprobs is None else replace(event, prompt_logprobs=logprobs))
         self._planned = {}
         return events
 
     def _note(
-        self, sequence: Sequence, logprobs: list[TokenLogprob] | None, sampled: SampledToken | None, now: float
+        self, sequence: Sequence, logprobs: list[TokenLogprob] | None, sampled: list[SampledToken], now: float
     ) -> TokenEvent | None:
         """What a step did to one request: logprobs of its prompt are added by the caller."""
         if logprobs is not None:
             sequence.scored += len(logprobs)
             if not all(math.isfinite(each.logprob) for each in logprobs):
                 return self._end(sequence, FinishReason.ERROR, now, error="the logits of the prompt are not numbers")
-        if sampled is not None:
+        if sampled:
             return self._take(sequence, sampled, now)
         if logprobs is None:
             return None
@@ -337,27 +385,36 @@ class Scheduler:
             cached_tokens=sequence.cached,
         )
 
-    def _take(self, sequence: Sequence, sampled: SampledToken, now: float) -> TokenEvent:
-        """Append one sampled token, or end the request."""
-        if sampled.failed is not None:
-            return self._end(sequence, FinishReason.ERROR, now, error=sampled.failed)
-        if sequence.first_token is None:
-            sequence.first_token = now
-        params, token = sequence.request.sampling, sampled.token_id
-        if self._stops(sequence, token):
-            return self._end(sequence, FinishReason.STOP, now, stop_token_id=token)
-        sequence.tokens.append(token)
-        self.generated_tokens += 1
-        logprobs = None if sampled.logprob is None else [sampled.logprob]
-        if sequence.num_output >= params.max_tokens or len(sequence.tokens) >= self._max_model_len:
-            return self._end(sequence, FinishReason.LENGTH, now, token_ids=[token], logprobs=logprobs)
+    def _take(self, sequence: Sequence, sampled: list[SampledToken], now: float) -> TokenEvent:
+        """Append sampled tokens one by one, or end the request with the first that ends it: the rest never was."""
+        first = sequence.num_output == 0
+        token_ids: list[int] = []
+        logprobs: list[TokenLogprob] | None = None if sequence.request.sampling.logprobs is None else []
+
+        def end(reason: FinishReason, **details: object) -> TokenEvent:
+            return self._end(sequence, reason, now, token_ids=token_ids, logprobs=logprobs or None, **details)
+
+        for each in sampled:
+            if each.failed is not None:
+                return end(FinishReason.ERROR, error=each.failed)
+            if sequence.first_token is None:
+                sequence.first_token = now
+            if self._stops(sequence, each.token_id):
+                return end(FinishReason.STOP, stop_token_id=each.token_id)
+            sequence.tokens.append(each.token_id)
+            self.generated_tokens += 1
+            token_ids.append(each.token_id)
+            if logprobs is not None and each.logprob is not None:
+                logprobs.append(each.logprob)
+            if self._tokens_left(sequence) <= 0:
+                return end(FinishReason.LENGTH)
         return TokenEvent(
             request_id=sequence.request.request_id,
-            token_ids=[token],
+            token_ids=token_ids,
             logprobs=logprobs,
             prompt_tokens=sequence.num_prompt,
             cached_tokens=sequence.cached,
-            timings=self._timings(sequence, now) if sequence.num_output == 1 else None,
+            timings=self._timings(sequence, now) if first else None,
         )
 
     def _stops(self, sequence: Sequence, token: int) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from engine.adapters import LoadedAdapter
 from engine.kv.prefix import Prefix
 from engine.request import Request
+from engine.speculate import Drafter
 
 
 @dataclass(slots=True, eq=False)
@@ -23,6 +24,7 @@ class Sequence:
         adapter: what it runs with, None = the model as it is.
         named: how many of its pages have been given their keys.
         cached: how many tokens of the prompt needed no computation.
+        drafter: guesses its next tokens; None = not to be done.
         scored: position of the first token of the prompt whose logprob is not said yet; the very first has none.
     """
 
@@ -41,6 +43,7 @@ class Sequence:
     started: float | None = None
     first_token: float | None = None
     scored: int = 1
+    drafter: Drafter | None = None
 
     @property
     def num_prompt(self) -> int:

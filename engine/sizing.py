@@ -39,6 +39,7 @@ def check_config(engine: EngineConfig) -> None:
         engine.max_loras,
         f"must be 0 with a tensor_parallel_size of {engine.tensor_parallel_size}: adapters are served by one device",
     )
+    _require(engine.max_draft_tokens >= 0, "max_draft_tokens", engine.max_draft_tokens, "must be 0 (none) or positive")
     for field in ("kv_memory_bytes", "threads"):
         value = getattr(engine, field)
         _require(value is None or value >= 1, field, value, "must be at least 1")

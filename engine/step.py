@@ -51,7 +51,10 @@ class RowWork:
     Attributes:
         new_pages: KV pages appended to the row's block table before this step. With the first work of a row that starts
             behind position 0 come the pages of what lies before: they are full, or another row fills them in this step.
-        sample: the last of token_ids is the last known token, so its logits choose the next one.
+        sample: the last of token_ids, but for the drafts, is the last known token, so its logits choose the next one.
+        drafts: how many of token_ids, the last ones, are guesses at what follows the last known token. Each one's
+            logits choose a token too, which counts as far as the guesses before it were right. Only where `sample`,
+            and never of a row with penalties: its logits depend on the tokens that were chosen before.
         targets: each stands one behind one of token_ids, whose logits say how likely it was.
     """
 
@@ -61,6 +64,7 @@ class RowWork:
     new_pages: list[int]
     sample: bool
     targets: Targets | None = None
+    drafts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +104,8 @@ class StepResult:
     """What a step computed.
 
     Attributes:
-        sampled: one for each RowWork with `sample`.
+        sampled: the next tokens of each RowWork with `sample`, side by side in their order: one, and one more for each
+            draft that was right, up to the first that was not.
         targets: by row, one for each of its targets, in order.
     """
 

@@ -25,12 +25,12 @@ class Adjustment:
         self._banned_before = len(init.prompt_token_ids) + params.min_tokens if stops else 0
         self._bias_ids = torch.tensor([*params.logit_bias], dtype=torch.int64, device=device)
         self._bias = torch.tensor([*params.logit_bias.values()], dtype=torch.float32, device=device)
-        self._penalties = _Penalties(init, device) if _penalised(params) else None
+        self._penalties = _Penalties(init, device) if params.has_penalties else None
 
     @staticmethod
     def wanted(params: SamplingParams) -> bool:
         """Whether a request needs an Adjustment at all."""
-        return bool(params.logit_bias) or params.min_tokens > 0 or _penalised(params)
+        return bool(params.logit_bias) or params.min_tokens > 0 or params.has_penalties
 
     def apply(self, logits: Tensor, position: int) -> None:
         """Adjust float32 [V], which choose the token that will stand at `position`, counting the prompt from 0."""
@@ -45,10 +45,6 @@ class Adjustment:
         """The token was chosen: penalties count it from now on."""
         if self._penalties is not None:
             self._penalties.add(token_id)
-
-
-def _penalised(params: SamplingParams) -> bool:
-    return params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
 
 
 class _Penalties:

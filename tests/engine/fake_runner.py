@@ -124,7 +124,8 @@ class Cell:
 class Row:
     init: RowInit
     pages: list[int]
-    computed: int = 0
+    computed: int = 0  # of known tokens
+    written: int = 0  # with drafts that were wrong, whose places are written again
 
 
 class FakeRunner:
@@ -162,7 +163,7 @@ class FakeRunner:
             self._rows[init.row] = Row(init, [])
         for work in plan.work:
             self._write(work)
-        return StepResult([self._sample(work.row) for work in plan.work if work.sample])
+        return StepResult([token for work in plan.work if work.sample for token in self._sample(work)])
 
     def _write(self, work: RowWork) -> None:
         row, size = self._rows[work.row], self.info.page_size
@@ -171,9 +172,12 @@ class FakeRunner:
             row.computed = work.start
         assert work.token_ids, "work without tokens"
         assert work.start == row.computed, "a row's work is not contiguous"
+        assert work.drafts < len(work.token_ids), "drafts without a known token"
+        assert not work.drafts or work.sample, "drafts behind a token that is not the last known one"
         row.pages += work.new_pages
-        row.computed += len(work.token_ids)
-        assert len(row.pages) == -(-row.computed // size), "a row has too few or too many pages"
+        row.computed += len(work.token_ids) - work.drafts
+        row.written = max(row.written, row.computed + work.drafts)
+        assert len(row.pages) == -(-row.written // size), "a row has too few or too many pages"
         assert len(set(row.pages)) == len(row.pages), "a row has a page twice"
         written = set(row.pages[work.start // size :])
         for number, other in self._rows.items():
@@ -190,7 +194,17 @@ class FakeRunner:
         assert cell is not None, "a page was never written"
         return cell
 
-    def _sample(self, number: int) -> SampledToken:
+    def _sample(self, work: RowWork) -> list[SampledToken]:
+        """The next token, and one more for each draft that is what the one before it says."""
+        row, found = self._rows[work.row], [self._next(work.row)]
+        for draft in work.token_ids[len(work.token_ids) - work.drafts :]:
+            if found[-1].token_id != draft:
+                break
+            row.computed += 1
+            found.append(self._next(work.row))
+        return found
+
+    def _next(self, number: int) -> SampledToken:
         row = self._rows[number]
         adapter = None if row.init.adapter is None else self.slots[row.init.adapter]
         known, past = [], 0

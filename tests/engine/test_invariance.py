@@ -2,12 +2,13 @@
 
 Real models, with keys and values in float32 and in FP8; the same requests under every way of scheduling them: alone or
 in a crowd, whole or in chunks, in any order of arrival, on large or small pages, pre-empted or not, sharing pages or
-not, in this process or another.
+not, with drafts or without, in this process or another.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
+from engine import speculate
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.face import Engine
@@ -22,6 +24,7 @@ from engine.local import LocalEngine
 from engine.remote import RemoteEngine
 from engine.request import FinishReason, Request, SamplingParams
 from engine.runner import Runner, load_runner
+from engine.speculate import Guess
 from tests.tiny_models import write_hf
 
 STYLES = (
@@ -60,7 +63,7 @@ def some_requests(vocab_size: int, count: int, longest: int, new_tokens: int, se
 @dataclass(frozen=True)
 class Way:
     """One way of scheduling. `gap` steps pass between arrivals; `pages` None = as many as are needed; it `shares` a
-    page at least once, where it says so."""
+    page at least once, where it says so; `drafts` at most, wherever something can be guessed."""
 
     batch: int = 4
     budget: int = 512
@@ -71,6 +74,7 @@ class Way:
     preempts: bool = False
     caching: bool = True
     shares: bool = True
+    drafts: int = 0
 
 
 UNSHARED = Way(caching=False, shares=False)
@@ -88,7 +92,17 @@ WAYS = {
     "pages of 64": Way(batch=8, page_size=64, shares=False),  # no prompt is so long
     "pre-empted": Way(batch=8, page_size=4, pages=24, preempts=True),
     "pre-empted in chunks": Way(batch=8, budget=9, page_size=2, pages=44, gap=1, preempts=True),
+    "with drafts, alone": Way(batch=1, drafts=7),
+    "with drafts, in a crowd": Way(batch=8, page_size=64, shares=False, drafts=3),
+    "with drafts, on pages of 1": Way(page_size=1, drafts=15),
+    "with drafts, in chunks, arriving late": Way(batch=16, budget=20, gap=2, drafts=5),
+    "with drafts, pre-empted": Way(batch=8, page_size=4, pages=24, preempts=True, drafts=4),
 }
+
+
+@pytest.fixture(autouse=True)
+def drafts_always_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speculate, "CPU_READING", math.inf)
 
 
 def tokens_of(runner: Runner, config: EngineConfig, requests: list[Request], way: Way) -> dict[str, list[int]]:
@@ -112,6 +126,8 @@ def tokens_of(runner: Runner, config: EngineConfig, requests: list[Request], way
     assert (stats.preemptions > 0) == way.preempts
     assert (stats.prefix_cache_hit_tokens > 0) == way.shares
     core.check()
+    assert (stats.accepted_draft_tokens > 0) == (way.drafts > 0)
+    assert (stats.draft_tokens > stats.accepted_draft_tokens) == (way.drafts > 0)
     return tokens
 
 
@@ -131,6 +147,7 @@ def config_for(
         kv_memory_bytes=pages * way.page_size * kv_bytes_per_token,
         threads=1,
         prefix_caching=way.caching,
+        max_draft_tokens=way.drafts,
     )
 
 
@@ -159,11 +176,25 @@ def expected(tiny: Path) -> dict[str, dict[str, list[int]]]:
     return found
 
 
+class Foreseen:
+    """Knows what comes, and is mistaken now and then: random models never repeat themselves."""
+
+    def __init__(self, outputs: dict[str, list[int]]) -> None:
+        self._texts = [request.prompt_token_ids + outputs[request.request_id] for request in TINY_REQUESTS]
+        self._random = random.Random(5)
+
+    def propose(self, tokens: list[int], limit: int) -> Guess:
+        [text] = [text for text in self._texts if text[: len(tokens)] == tokens]
+        guess = text[len(tokens) : len(tokens) + limit]
+        return Guess([token if self._random.random() < 0.8 else 3 for token in guess], kind=0)
+
+
 @pytest.mark.parametrize("kv", TINY_KV_BYTES)
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
 def test_tokens_of_a_random_model_do_not_depend_on_scheduling(
-    tiny: Path, expected: dict[str, dict[str, list[int]]], way: Way, kv: str
+    tiny: Path, expected: dict[str, dict[str, list[int]]], way: Way, kv: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(speculate, "PromptLookup", lambda longest: Foreseen(expected[kv]))
     assert run_tiny(tiny, way, kv) == expected[kv]
 
 
@@ -196,6 +227,7 @@ SMOLLM2_WAYS = {
     "in a crowd": Way(batch=6, page_size=32),
     "in chunks, arriving late": Way(batch=4, budget=24, gap=2),
     "pre-empted": Way(batch=6, page_size=8, pages=20, preempts=True),
+    "with drafts": Way(batch=4, page_size=32, drafts=7),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from dataclasses import dataclass
 
@@ -23,14 +24,21 @@ from engine.request import (
     validate_request,
 )
 from engine.scheduler import Scheduler
+from engine.speculate import PromptLookup, Speculation
 from engine.step import SampledToken, StepPlan, StepResult
+from tests.engine.fake_drafts import SOURCES
 from tests.engine.fake_runner import EOS, NAN, FakeAdapter, FakeRunner, engine_info, expected
 
 ADAPTERS = ("a", "b", "c", "d")
 BEGINNINGS = ([1, 2, 3, 4, 5, 6] * 4, [1, 2, 3, 4] * 6)  # of prompts; equal up to the fourth token
 
 
-def make(info: EngineInfo, adapters: Adapters | None = None, prefix_caching: bool = True) -> tuple[Scheduler, PagePool]:
+def make(
+    info: EngineInfo,
+    adapters: Adapters | None = None,
+    prefix_caching: bool = True,
+    speculation: Speculation | None = None,
+) -> tuple[Scheduler, PagePool]:
     pool = PagePool(info.kv_pages)
     scheduler = Scheduler(
         pool,
@@ -41,6 +49,7 @@ def make(info: EngineInfo, adapters: Adapters | None = None, prefix_caching: boo
         eos_token_ids=[EOS],
         adapters=adapters,
         prefix_caching=prefix_caching,
+        speculation=speculation,
     )
     return scheduler, pool
 
@@ -261,6 +270,13 @@ def engines(draw: st.DrawFn) -> EngineInfo:
 
 
 @st.composite
+def speculations(draw: st.DrawFn) -> Speculation | None:
+    """None, or drafts wherever there is room for them, right or wrong."""
+    source = draw(st.sampled_from([None, PromptLookup, *SOURCES]))
+    return None if source is None else Speculation(draw(st.integers(1, 9)), math.inf, source)
+
+
+@st.composite
 def arrivals(draw: st.DrawFn) -> list[Arrival]:
     made = []
     for number in range(draw(st.integers(1, 10))):
@@ -295,10 +311,12 @@ def arrivals(draw: st.DrawFn) -> list[Arrival]:
 class Run:
     """All arrivals through a scheduler and the fake runner, which checks rows, pages and the budget of every plan."""
 
-    def __init__(self, info: EngineInfo, all_arrivals: list[Arrival], prefix_caching: bool) -> None:
+    def __init__(
+        self, info: EngineInfo, all_arrivals: list[Arrival], prefix_caching: bool, speculation: Speculation | None
+    ) -> None:
         self.info = info
         self.adapters = Adapters(info.max_loras)
-        self.scheduler, self.pool = make(info, self.adapters, prefix_caching)
+        self.scheduler, self.pool = make(info, self.adapters, prefix_caching, speculation)
         self.events: dict[str, list[TokenEvent]] = {}
         self.submitted: list[Arrival] = []
         runner = FakeRunner(info)
@@ -320,6 +338,9 @@ class Run:
             if step > 40 and not self.scheduler.has_work:
                 return
             plan = self.scheduler.plan(float(step))
+            drafts = 0 if speculation is None else speculation.max_tokens
+            logits = sum(1 + work.drafts for work in plan.work if work.sample)
+            assert logits <= max(info.max_batch_size, 1 + drafts), "more logits than there is memory for"
             self._note(self.scheduler.commit(plan, runner.run(plan), float(step)))
             self.scheduler.check()
         raise AssertionError("it does not end")
@@ -337,11 +358,11 @@ class Run:
 
 
 @settings(max_examples=400, deadline=None)
-@given(info=engines(), all_arrivals=arrivals(), prefix_caching=st.booleans())
+@given(info=engines(), all_arrivals=arrivals(), prefix_caching=st.booleans(), speculation=speculations())
 def test_whatever_arrives_nothing_leaks_all_end_once_in_turn_and_with_the_same_tokens(
-    info: EngineInfo, all_arrivals: list[Arrival], prefix_caching: bool
+    info: EngineInfo, all_arrivals: list[Arrival], prefix_caching: bool, speculation: Speculation | None
 ) -> None:
-    run = Run(info, all_arrivals, prefix_caching)
+    run = Run(info, all_arrivals, prefix_caching, speculation)
 
     assert run.pool.num_used == 0
     assert (run.scheduler.num_running, len(run.scheduler.waiting), run.scheduler.waiting.num_tokens) == (0, 0, 0)
