@@ -17,7 +17,7 @@ from torch import Tensor
 
 from engine.config import ModelConfig
 from engine.model.cache import KVCache
-from engine.ops import AttentionBatch, Ops
+from engine.ops import AttentionBatch, Ops, floats
 from engine.quant import Linear, Table
 
 
@@ -79,13 +79,13 @@ class Decoder:
         residual = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         layers = self.weights.layers if layers is None else layers
         for layer, pages in zip(layers, cache.layers, strict=True):
-            x = ops.add_rms_norm(x, residual, layer.attention_norm, eps)
-            query = ops.rope_and_write(layer.qkv(x), self._rope_table, pages, batch)
+            normed = ops.add_rms_norm(x, residual, layer.attention_norm, eps, layer.qkv.rounding)
+            query = ops.rope_and_write(layer.qkv(normed), self._rope_table, pages, batch)
             x = layer.attention_output(ops.attention(query, pages, batch, window))
 
-            x = ops.add_rms_norm(x, residual, layer.mlp_norm, eps)
-            x = layer.down(ops.silu_mul(layer.gate_up(x)))
-        return ops.add_rms_norm(x, residual, self.weights.norm, eps)
+            normed = ops.add_rms_norm(x, residual, layer.mlp_norm, eps, layer.gate_up.rounding)
+            x = layer.down(ops.silu_mul(layer.gate_up(normed), layer.down.rounding))
+        return floats(ops.add_rms_norm(x, residual, self.weights.norm, eps))
 
     def logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
         """Scores of the next token after the given rows of `hidden`: float32 [len(rows), vocab_size]."""

@@ -18,7 +18,7 @@ from engine.face import Done, LoadProgress
 from engine.model.decoder import Decoder, Layer, Weights
 from engine.model.rope import rope_table
 from engine.ops import load_kernels, select_ops
-from engine.quant import Linear, Matrix, Part, Table, Target, build_linear, build_table, has_fp8_units
+from engine.quant import Linear, Matrix, Part, Table, Target, build_linear, build_table, find_products, has_fp8_units
 from engine.schemes import SCHEMES, Kept, Scheme
 
 
@@ -61,7 +61,9 @@ def load_decoder(
     config = checkpoint.config
     kernels = load_kernels(threads) if device.type == "cpu" else None
     as_stored = scheme.linear is Kept.STORED
-    target = Target(dtype, device, kernels, scheme.quantise_inputs or (as_stored and has_fp8_units(device)))
+    units = has_fp8_units(device)
+    quantise = scheme.quantise_inputs or (as_stored and units)
+    target = Target(dtype, device, kernels, quantise, find_products(device), units)
     weights = _Reader(checkpoint, scheme, target, progress).read()
     return Decoder(config, weights, select_ops(kernels, device), rope_table(config, max_model_len, device))
 

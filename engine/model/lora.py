@@ -28,6 +28,7 @@ from engine.config import ModelConfig
 from engine.errors import AdapterLimitError
 from engine.machine import free_memory
 from engine.model.decoder import Layer
+from engine.ops import Activations, floats
 from engine.quant import Linear
 
 
@@ -177,11 +178,14 @@ class LoraPool:
 class _Adapted:
     """A linear map, and what adapters add to it for some of its tokens. See `engine.quant.linear.Linear`."""
 
+    rounding = None  # adapters are trained on floats; the map rounds its own input, to the same codes
+
     def __init__(self, linear: Linear, deltas: list[tuple[slice, Delta]]) -> None:
         self._linear, self._deltas = linear, deltas
         self.nbytes = linear.nbytes
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Activations) -> Tensor:
+        x = floats(x)
         y = self._linear(x)
         for tokens, delta in self._deltas:
             delta.add(x[tokens], y[tokens])

@@ -8,11 +8,24 @@ from importlib.util import find_spec
 import torch
 
 from engine.ops.cpu import CpuOps
-from engine.ops.interface import AttentionBatch, LayerCache, Ops
+from engine.ops.interface import Activations, AttentionBatch, CodedWeight, LayerCache, Ops, Quantised, Rounding
 from engine.ops.native import Kernels, find_compiler, load_kernels
-from engine.ops.reference import ReferenceOps
+from engine.ops.reference import ReferenceOps, floats
 
-__all__ = ["AttentionBatch", "Kernels", "LayerCache", "Ops", "find_compiler", "load_kernels", "select_ops"]
+__all__ = [
+    "Activations",
+    "AttentionBatch",
+    "CodedWeight",
+    "Kernels",
+    "LayerCache",
+    "Ops",
+    "Quantised",
+    "Rounding",
+    "find_compiler",
+    "floats",
+    "load_kernels",
+    "select_ops",
+]
 
 
 def select_ops(kernels: Kernels | None, device: torch.device) -> Ops:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.ops.interface import AttentionBatch, LayerCache
+from engine.ops.interface import AttentionBatch, LayerCache, Rounding
 from engine.ops.native import Kernels
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -14,14 +14,18 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 class CpuOps:
     """`Ops` over the compiled kernels, for contiguous float32 and bfloat16 CPU tensors; keys and values may be e4m3.
 
-    The arguments are what the decoder made itself; shapes are its contract and are not checked on each call.
+    The arguments are what the decoder made itself; shapes are its contract and are not checked on each call. Codes are
+    not asked for: the linear kernel of a CPU rounds its input itself.
     """
 
     def __init__(self, kernels: Kernels) -> None:
         self._library = kernels.library
         self._threads = kernels.threads
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, rounding: Rounding | None = None
+    ) -> Tensor:
+        assert rounding is None
         out = torch.empty_like(x)
         self._library.nemo_add_rms_norm(
             DTYPES[x.dtype],
@@ -79,7 +83,8 @@ class CpuOps:
         )
         return out
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
+    def silu_mul(self, gate_up: Tensor, rounding: Rounding | None = None) -> Tensor:
+        assert rounding is None
         tokens, width = gate_up.shape
         out = gate_up.new_empty(tokens, width // 2)
         self._library.nemo_silu_mul(

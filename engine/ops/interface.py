@@ -26,6 +26,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -74,15 +75,77 @@ class LayerCache:
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """What FP8 weights want of their input: e4m3 codes, and a scale of each token's own, or `scale` for all of them."""
+
+    scale: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Quantised:
+    """Activations as matrix units of FP8 take them: x ≈ codes * scales.
+
+    Attributes:
+        codes: float8_e4m3fn [T, width].
+        scales: float32 [T]; where a token is not all finite, its codes or its scale are not numbers.
+        dtype: that x had, and that products get.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    dtype: torch.dtype
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+
+Activations = Tensor | Quantised
+
+
+@dataclass(frozen=True, slots=True)
+class CodedWeight:
+    """A weight matrix [outputs, inputs] in codes, as GPU kernels read it: weight = (codes - zero) * scales - mins.
+
+        e4m3           codes [outputs, inputs], zero 0                             rows along the inputs, as matrix
+                                                                                   units of FP8 want them
+        8 bits         codes [inputs, outputs], zero 128                           along the outputs, so that the few
+        4, 5, 6 bits   codes [inputs / 2, outputs] and, above the fourth bit,      inputs of a group are whole lines
+                       high [inputs * (bits - 4) / 8, outputs]; zero 32 at 6 bits  of memory
+
+    Of each 32 inputs, byte j of 16 has the lower bits of input j in its lower half and those of input 16 + j in its
+    upper half; byte i % m of the m = 4 * (bits - 4) in the high plane has the others of input i, at bit
+    (i // m) * (bits - 4).
+
+    Attributes:
+        codes: float8_e4m3fn or uint8. high: uint8, of 5 and 6 bits.
+        scales, mins: float32 or float16 [groups, outputs]; mins of 4 and 5 bits.
+        bits: 0 (e4m3), 4, 5, 6 or 8.
+        group: inputs per scale; 0 = all of an output.
+    """
+
+    codes: Tensor
+    high: Tensor | None
+    scales: Tensor
+    mins: Tensor | None
+    bits: int
+    group: int
+    outputs: int
+    inputs: int
+
+
 class Ops(Protocol):
     """What a device must offer. Tensors of a call share one floating dtype unless said otherwise; x is [T, width]."""
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, rounding: Rounding | None = None
+    ) -> Activations:
         """Adds x to `residual` in place and returns residual / rms(residual) * weight (arXiv 1910.07467), in x's dtype.
 
         Args:
             residual: float32 [T, width]. Kept wide, the sum of all layers loses nothing: in bfloat16 this alone halves
                 the divergence from a float32 model.
+            rounding: what the linear map behind it wants; the result is then that tensor quantised. None = a tensor.
         """
 
     def rope_and_write(self, qkv: Tensor, rope_table: Tensor, cache: LayerCache, batch: AttentionBatch) -> Tensor:
@@ -107,5 +170,5 @@ class Ops(Protocol):
             [T, heads * head_dim].
         """
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
-        """silu(gate) * up of [T, 2 * width] = gate | up (SwiGLU, arXiv 2002.05202); returns [T, width]."""
+    def silu_mul(self, gate_up: Tensor, rounding: Rounding | None = None) -> Activations:
+        """silu(gate) * up of [T, 2 * width] = gate | up (SwiGLU, arXiv 2002.05202); [T, width], rounded likewise."""

@@ -6,17 +6,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from engine.ops.interface import AttentionBatch, LayerCache
+from engine.ops.interface import Activations, AttentionBatch, LayerCache, Quantised, Rounding
 from engine.schemes import E4M3_MAX, LEAST_SCALE, SCORE_SLAB
 
 
 class ReferenceOps:
     """`Ops` in plain torch: one sequence at a time, pages gathered, everything in float32."""
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, rounding: Rounding | None = None
+    ) -> Activations:
         residual.add_(x)
         inverse = torch.rsqrt(residual.square().mean(-1, keepdim=True) + eps)
-        return (residual * inverse * weight.float()).to(x.dtype)
+        return rounded((residual * inverse * weight.float()).to(x.dtype), rounding)
 
     def rope_and_write(self, qkv: Tensor, rope_table: Tensor, cache: LayerCache, batch: AttentionBatch) -> Tensor:
         _, kv_heads, page_size, head_dim = cache.keys.shape
@@ -54,9 +56,29 @@ class ReferenceOps:
                 out[some] = torch.einsum("hgqk,hkd->qhgd", weights, value).reshape(-1, *query.shape[1:]).to(out.dtype)
         return out.flatten(1)
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
+    def silu_mul(self, gate_up: Tensor, rounding: Rounding | None = None) -> Activations:
         gate, up = gate_up.float().chunk(2, dim=-1)
-        return (functional.silu(gate) * up).to(gate_up.dtype)
+        return rounded((functional.silu(gate) * up).to(gate_up.dtype), rounding)
+
+
+def rounded(x: Tensor, rounding: Rounding | None) -> Activations:
+    return x if rounding is None else quantise_tokens(x, rounding)
+
+
+def quantise_tokens(x: Tensor, rounding: Rounding) -> Quantised:
+    """x [T, width] as codes, each token's largest number at 448 or all with one scale."""
+    numbers = x.float()
+    if rounding.scale is None:
+        scales = (numbers.abs().amax(dim=-1) / E4M3_MAX).clamp(min=LEAST_SCALE)
+    else:
+        scales = torch.full((len(x),), rounding.scale, device=x.device)
+    codes = (numbers * scales.reciprocal().unsqueeze(-1)).clamp(-E4M3_MAX, E4M3_MAX)
+    return Quantised(codes.to(torch.float8_e4m3fn), scales, x.dtype)
+
+
+def floats(x: Activations) -> Tensor:
+    """[T, width] in the compute dtype, for a linear map that takes no codes."""
+    return x if isinstance(x, Tensor) else (x.codes.float() * x.scales.unsqueeze(-1)).to(x.dtype)
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from engine.model.decoder import Weights
+from engine.ops import Activations
 from engine.parallel.communicator import Communicator
 from engine.parallel.share import vocabulary
 from engine.quant import Linear, Table
@@ -17,9 +18,9 @@ class SummedLinear:
 
     def __init__(self, linear: Linear, communicator: Communicator) -> None:
         self._linear, self._communicator = linear, communicator
-        self.nbytes = linear.nbytes
+        self.nbytes, self.rounding = linear.nbytes, linear.rounding
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Activations) -> Tensor:
         return self._communicator.all_reduce(self._linear(x))
 
 
@@ -53,9 +54,9 @@ class DividedHead(_Vocabulary):
     def __init__(self, linear: Linear, vocab_size: int, communicator: Communicator) -> None:
         super().__init__(vocab_size, communicator)
         self._linear = linear
-        self.nbytes = linear.nbytes
+        self.nbytes, self.rounding = linear.nbytes, linear.rounding
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Activations) -> Tensor:
         return self._communicator.gather_logits(self._linear(x), self._widths)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.ops import Kernels
+from engine.ops import Kernels, Rounding
 from engine.ops.cpu import DTYPES
-from engine.schemes import E4M3_MAX, LEAST_SCALE
+from engine.ops.reference import quantise_tokens
 
 
 def quantise_rows(x: Tensor, scale: float | None, kernels: Kernels | None = None) -> tuple[Tensor, Tensor]:
@@ -21,8 +21,8 @@ def quantise_rows(x: Tensor, scale: float | None, kernels: Kernels | None = None
         codes [rows, width], numbers that e4m3 has, in x's dtype, which holds them exactly; scales float32 [rows].
     """
     if kernels is None:
-        codes, scales = to_e4m3(x, scale)
-        return codes.to(x.dtype), scales
+        quantised = quantise_tokens(x, Rounding(scale))
+        return quantised.codes.to(x.dtype), quantised.scales
     codes, scales = torch.empty_like(x), torch.empty(len(x))
     kernels.library.nemo_quantise_rows(
         DTYPES[x.dtype],
@@ -34,14 +34,3 @@ def quantise_rows(x: Tensor, scale: float | None, kernels: Kernels | None = None
         kernels.threads,
     )
     return codes, scales
-
-
-def to_e4m3(x: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
-    """The same with codes in float8_e4m3fn, as matrix units take them: the plain form, on any device."""
-    x = x.float()
-    if scale is None:
-        scales = (x.abs().amax(dim=-1) / E4M3_MAX).clamp(min=LEAST_SCALE)
-    else:
-        scales = torch.full((len(x),), scale, device=x.device)
-    codes = (x * scales.reciprocal().unsqueeze(-1)).clamp(-E4M3_MAX, E4M3_MAX)
-    return codes.to(torch.float8_e4m3fn), scales

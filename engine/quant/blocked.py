@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from engine.ops import Kernels
+from engine.ops import Activations, Kernels, floats
 from engine.ops.cpu import DTYPES
 from engine.quant.activations import quantise_rows
 from engine.quant.form import Form
@@ -52,6 +52,8 @@ class BlockedLinear:
         wide: give float32 results.
         quantise_inputs: round the inputs to e4m3 too, with a scale per token (or the form's own): W8A8.
     """
+
+    rounding = None  # the kernel wants codes in the input's own dtype, and makes them itself
 
     def __init__(
         self,
@@ -105,7 +107,8 @@ class BlockedLinear:
             assert isinstance(matrix, GroupMatrix)
             self._mins[where] = _in_blocks(matrix.mins)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Activations) -> Tensor:
+        x = floats(x)
         if self._width != self._inputs:
             x = functional.pad(x, (0, 1))
         scales = None

@@ -20,7 +20,7 @@ from torch import Tensor
 from engine.errors import CheckpointError
 from engine.ops import Kernels
 from engine.quant.blocked import BLOCK, BlockedLinear
-from engine.quant.coded import CodedLinear
+from engine.quant.coded import CodedLinear, Products
 from engine.quant.form import Form
 from engine.quant.linear import DenseLinear, JoinedLinear, Linear, PackedLinear, Table
 from engine.quant.matrix import FloatMatrix, Fp8Matrix, GroupMatrix, Matrix, concat
@@ -48,12 +48,16 @@ class Target:
         dtype: compute dtype.
         kernels: the engine's own, on a CPU that has them.
         quantise_inputs: inputs of FP8 weights are rounded to e4m3 as well.
+        products: our kernels on a GPU that has them.
+        units: the device has matrix units of FP8.
     """
 
     dtype: torch.dtype
     device: torch.device
     kernels: Kernels | None
     quantise_inputs: bool = False
+    products: Products | None = None
+    units: bool = False
 
 
 class _Format(Linear, Table, Protocol):
@@ -131,7 +135,15 @@ def _filled(
         )
     else:
         linear = CodedLinear(
-            form, outputs, inputs, bias=bias, wide=wide, quantise_inputs=quantise, device=target.device
+            form,
+            outputs,
+            inputs,
+            bias=bias,
+            wide=wide,
+            quantise_inputs=quantise,
+            device=target.device,
+            products=target.products,
+            units=target.units,
         )
     for start, slab in _slabs(parts, inputs):
         linear.fill(start, slab)

@@ -1,22 +1,48 @@
-"""Coded weights in plain torch, for a GPU and for a CPU without a compiler: decoded for each product, a slab at a time.
+"""Coded weights on a GPU, and on a CPU without a compiler: which product serves which number of rows.
 
-FP8 with FP8 activations is the exception: GPUs that multiply e4m3 do it without decoding.
+Matrix ──fill──► CodedWeight ─┬─ Triton: few rows stream the codes, many decode tiles    on CUDA
+                              ├─ torch._scaled_mm: matrix units of FP8                   there, many rows of W8A8
+                              ├─ decoded a slab at a time, then F.linear                 anywhere: the reference
+                              └─ rows of an embedding table
 """
 
 from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from engine.quant.activations import quantise_rows, to_e4m3
+from engine.ops import Activations, CodedWeight, Quantised, Rounding
+from engine.ops.reference import quantise_tokens
 from engine.quant.form import Form
+from engine.quant.linear import nbytes
 from engine.quant.matrix import FloatMatrix, GroupMatrix, Matrix
 from engine.schemes import DECODE_SLAB
 
+# Rows from which on the matrix units of FP8 serve W8A8. Below, a product is the bytes of its weight, which our kernel
+# streams in whole; cuBLAS has its tiles of 64 rows mostly empty, and up to 16 is known to be slow (vLLM pads to 17).
+UNITS_FROM = 17
+_CHUNK = 32  # inputs that CodedWeight packs together
+
+
+class Products(Protocol):
+    """What a device brings: `engine.ops.triton.linear.TritonProducts`."""
+
+    def takes(self, weight: CodedWeight) -> bool:
+        """Whether `multiply` can."""
+
+    def multiply(self, x: Activations, weight: CodedWeight, bias: Tensor | None, wide: bool) -> Tensor:
+        """x · weightᵀ + bias: [rows, outputs] in x's dtype, or in float32 if `wide`."""
+
+    def quantise(self, x: Tensor, rounding: Rounding) -> Quantised:
+        """`reference.quantise_tokens`."""
+
 
 class CodedLinear:
-    """Codes row by row as [outputs, bytes], the bits above the fourth in a plane of their own.
+    """`Linear` over codes in the layout of `CodedWeight`.
 
     Args:
         form: how the weights are coded.
@@ -24,6 +50,8 @@ class CodedLinear:
         bias: [outputs] on the device, or None.
         wide: give float32 results.
         quantise_inputs: round the inputs to e4m3 too, with a scale per token (or the form's own): W8A8.
+        products: of the device; None = plain torch.
+        units: the device has matrix units of FP8.
     """
 
     def __init__(
@@ -36,86 +64,109 @@ class CodedLinear:
         wide: bool,
         quantise_inputs: bool,
         device: torch.device,
+        products: Products | None = None,
+        units: bool = False,
     ) -> None:
-        self._form, self._bias, self._wide, self._quantise_inputs = form, bias, wide, quantise_inputs
-        self._inputs = inputs
-        packed, high = form.bits in (4, 5, 6), form.bits in (5, 6)
-        stored = torch.float8_e4m3fn if form.bits == 0 else torch.uint8
-        self._codes = torch.empty(outputs, -(-inputs // 2) if packed else inputs, dtype=stored, device=device)
-        planes = (outputs, -(-inputs * (form.bits - 4) // 8))
-        self._high = torch.empty(planes, dtype=torch.uint8, device=device) if high else None
-        scales = (outputs, form.groups(inputs))
-        self._scales = torch.empty(scales, dtype=form.scale_dtype, device=device)
-        self._mins = torch.empty(scales, dtype=form.scale_dtype, device=device) if form.has_mins else None
-        tensors = (self._codes, self._high, self._scales, self._mins, bias)
-        self.nbytes = sum(tensor.nbytes for tensor in tensors if tensor is not None)
-        whole_rows = form.bits == 0 and form.group == 0
-        self._multiplies = (
-            quantise_inputs and whole_rows and has_fp8_units(device) and not (outputs % 16 or inputs % 16)
+        self._form, self._bias, self._wide = form, bias, wide
+        self.rounding = Rounding(form.input_scale) if quantise_inputs else None
+        high = form.bits - 4 if form.bits in (5, 6) else 0
+        chunks = -(-inputs // _CHUNK)
+        if form.bits == 0:
+            codes = torch.empty(outputs, inputs, dtype=torch.float8_e4m3fn, device=device)
+        else:
+            depth = inputs if form.bits == 8 else chunks * _CHUNK // 2
+            codes = torch.empty(depth, outputs, dtype=torch.uint8, device=device)
+        scales = (form.groups(inputs), outputs)
+        self._weight = CodedWeight(
+            codes=codes,
+            high=torch.empty(chunks * 4 * high, outputs, dtype=torch.uint8, device=device) if high else None,
+            scales=torch.empty(scales, dtype=form.scale_dtype, device=device),
+            mins=torch.empty(scales, dtype=form.scale_dtype, device=device) if form.has_mins else None,
+            bits=form.bits,
+            group=form.group,
+            outputs=outputs,
+            inputs=inputs,
         )
+        self._products = products if products is not None and products.takes(self._weight) else None
+        self._units = units and form.bits == 0 and form.group == 0 and not (outputs % 16 or inputs % 16)
+        weight = self._weight
+        self.nbytes = nbytes(weight.codes, weight.high, weight.scales, weight.mins, bias)
 
     def fill(self, start: int, matrix: Matrix) -> None:
         """Put the rows of a slab in place."""
         assert not isinstance(matrix, FloatMatrix)
-        where = slice(start, start + len(matrix.codes))
-        codes = matrix.codes.to(self._codes.device)
-        self._codes[where] = _pack(codes, 0, 4) if self._form.bits in (4, 5, 6) else codes
-        if self._high is not None:
-            self._high[where] = _pack(codes, 4, self._form.bits - 4)
-        self._scales[where] = matrix.scales.to(self._scales)
-        if self._mins is not None:
+        weight, where = self._weight, slice(start, start + len(matrix.codes))
+        codes = matrix.codes.to(weight.codes.device)
+        if weight.bits == 0:
+            weight.codes[where] = codes
+        elif weight.bits == 8:
+            weight.codes[:, where] = codes.t()
+        else:
+            chunks = functional.pad(codes, (0, -weight.inputs % _CHUNK)).t().reshape(-1, _CHUNK, len(codes))
+            weight.codes[:, where] = _pack(chunks & 15, 4)
+            if weight.high is not None:
+                weight.high[:, where] = _pack(chunks >> 4, weight.bits - 4)
+        weight.scales[:, where] = matrix.scales.to(weight.scales).t()
+        if weight.mins is not None:
             assert isinstance(matrix, GroupMatrix)
-            self._mins[where] = matrix.mins.to(self._mins)
+            weight.mins[:, where] = matrix.mins.to(weight.mins).t()
 
-    def __call__(self, x: Tensor) -> Tensor:
-        if self._multiplies:
+    def __call__(self, x: Activations) -> Tensor:
+        """See the picture above. Whoever rounds x, the codes are the same."""
+        if self.rounding is not None and isinstance(x, Tensor):
+            x = (self._products.quantise if self._products else quantise_tokens)(x, self.rounding)
+        if self._units and isinstance(x, Quantised) and (self._products is None or len(x) >= UNITS_FROM):
             return self._multiply_fp8(x)
-        dtype, scales = x.dtype, None
-        if self._quantise_inputs:
-            x, scales = quantise_rows(x, self._form.input_scale)
-        step = max(1, DECODE_SLAB // self._inputs)
-        slabs = [
-            functional.linear(x, self._decode(slice(at, at + step)).to(x.dtype)) for at in range(0, len(self), step)
-        ]
-        y = (torch.cat(slabs, dim=-1) if len(slabs) > 1 else slabs[0]).float()
-        if scales is not None:
-            y = y * scales.unsqueeze(-1)
-        if self._bias is not None:
-            y = y + self._bias
-        return y if self._wide else y.to(dtype)
+        if self._products is not None:
+            return self._products.multiply(x, self._weight, self._bias, self._wide)
+        return self._multiply_decoded(x)
 
-    def _multiply_fp8(self, x: Tensor) -> Tensor:
-        codes, scales = to_e4m3(x, self._form.input_scale)
+    def _multiply_fp8(self, x: Quantised) -> Tensor:
         y = torch._scaled_mm(
-            codes,
-            self._codes.t(),
-            scale_a=scales.unsqueeze(-1),
-            scale_b=self._scales.t(),
+            x.codes,
+            self._weight.codes.t(),
+            scale_a=x.scales.unsqueeze(-1),
+            scale_b=self._weight.scales,
             out_dtype=torch.bfloat16,
         )
         if self._bias is not None:
             y = y + self._bias
         return y.float() if self._wide else y.to(x.dtype)
 
-    def __len__(self) -> int:
-        return len(self._codes)
+    def _multiply_decoded(self, x: Activations) -> Tensor:
+        numbers, scales = (x, None) if isinstance(x, Tensor) else (x.codes.to(x.dtype), x.scales)
+        step = max(1, DECODE_SLAB // self._weight.inputs)
+        slabs = [
+            functional.linear(numbers, self._decode(slice(at, at + step)).to(x.dtype))
+            for at in range(0, self._weight.outputs, step)
+        ]
+        y = (torch.cat(slabs, dim=-1) if len(slabs) > 1 else slabs[0]).float()
+        if scales is not None:
+            y = y * scales.unsqueeze(-1)
+        if self._bias is not None:
+            y = y + self._bias
+        return y if self._wide else y.to(x.dtype)
 
     def rows(self, index: Tensor) -> Tensor:
         """Rows of the weight, decoded: int64 [n] -> float32 [n, inputs]."""
-        return self._decode(index)
+        return self._decode(index).contiguous()
 
     def _decode(self, where: Tensor | slice) -> Tensor:
         """float32 [rows, inputs]."""
-        form = self._form
-        codes = self._codes.view(torch.uint8)[where].view(self._codes.dtype)  # as bytes: CUDA gathers no float8
-        numbers = (_unpack(codes, 4) if form.bits in (4, 5, 6) else codes).float()[:, : self._inputs]
-        if self._high is not None:
-            numbers += 16 * _unpack(self._high[where], form.bits - 4)[:, : self._inputs]
-        scales = self._scales[where].float()
-        zero = 128.0 if form.bits == 8 else form.zero  # bytes are unsigned here
-        mins = zero * scales if self._mins is None else self._mins[where].float()
+        form, weight = self._form, self._weight
+        scales = weight.scales[:, where].float().t()
+        mins = form.zero * scales if weight.mins is None else weight.mins[:, where].float().t()
+        if form.bits == 0:
+            numbers = weight.codes.view(torch.uint8)[where].view(torch.float8_e4m3fn).float()  # CUDA gathers no float8
+        elif form.bits == 8:
+            numbers = weight.codes[:, where].t().float() - 128  # bytes are unsigned here
+        else:
+            numbers = _unpack(weight.codes[:, where], 4)
+            if weight.high is not None:
+                numbers = numbers + 16 * _unpack(weight.high[:, where], form.bits - 4)
+            numbers = numbers[: weight.inputs].t().float()
         if form.group:
-            scales, mins = (each.repeat_interleave(form.group, 1)[:, : self._inputs] for each in (scales, mins))
+            scales, mins = (each.repeat_interleave(form.group, 1)[:, : weight.inputs] for each in (scales, mins))
         return numbers * scales - mins
 
 
@@ -124,18 +175,27 @@ def has_fp8_units(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
-def _pack(codes: Tensor, first: int, count: int) -> Tensor:
-    """uint8 [n, width] -> uint8 [n, width * count / 8]: `count` bits from bit `first` on, the first code lowest."""
-    per_byte = 8 // count
-    codes = functional.pad(codes, (0, -codes.shape[1] % per_byte))
-    out = torch.zeros(len(codes), codes.shape[1] // per_byte, dtype=torch.uint8, device=codes.device)
-    for i in range(per_byte):
-        out |= ((codes[:, i::per_byte] >> first) & (2**count - 1)) << (i * count)
-    return out
+def find_products(device: torch.device) -> Products | None:
+    """Our kernels, on a card that has bfloat16 (Ampere and later) and with Triton beside torch."""
+    if device.type != "cuda" or find_spec("triton") is None or torch.cuda.get_device_capability(device) < (8, 0):
+        return None
+    from engine.ops.triton.linear import TritonProducts  # needs Triton, which is not everywhere
+
+    return TritonProducts.on(device)
+
+
+def _pack(chunks: Tensor, count: int) -> Tensor:
+    """Values below 2 ** count, uint8 [chunks, 32, n] -> uint8 [chunks * 4 * count, n], as `CodedWeight` has them."""
+    parts = chunks.reshape(len(chunks), 8 // count, 4 * count, -1)
+    out = torch.zeros_like(parts[:, 0])
+    for i in range(8 // count):
+        out |= parts[:, i] << (i * count)
+    return out.flatten(0, 1)
 
 
 def _unpack(packed: Tensor, count: int) -> Tensor:
-    """uint8 [n, m] -> uint8 [n, m * 8 / count], undoing `_pack`."""
+    """uint8 [chunks * 4 * count, n] -> uint8 [chunks * 32, n], undoing `_pack`."""
     shifts = torch.arange(0, 8, count, dtype=torch.uint8, device=packed.device)
-    codes: Tensor = (packed.unsqueeze(-1) >> shifts) & (2**count - 1)
-    return codes.flatten(1)
+    codes: Tensor = packed.reshape(-1, 1, 4 * count, packed.shape[1]) >> shifts[:, None, None]
+    codes &= 2**count - 1
+    return codes.flatten(0, 2)

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from engine.ops import Activations, Rounding, floats
+
 PACK_ROWS = 32  # the row count that oneDNN packs for; the layout it picks is as good from 1 to 512 rows (measured)
 
 
@@ -27,10 +29,14 @@ class Linear(Protocol):
     """
 
     @property
+    def rounding(self) -> Rounding | None:
+        """How x is best rounded by who makes it, in one pass; None = not at all. Floats are always understood."""
+
+    @property
     def nbytes(self) -> int:
         """Bytes that the weight (and bias) takes."""
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Activations) -> Tensor:
         """[rows, in_features] -> [rows, out_features]."""
 
 
@@ -44,6 +50,8 @@ class Table(Protocol):
 class DenseLinear:
     """weight: [out_features, in_features], float32 or bfloat16, on its device; bias: [out_features] or None."""
 
+    rounding = None
+
     def __init__(self, weight: Tensor, bias: Tensor | None = None, wide: bool = False) -> None:
         self._weight, self._bias = weight, bias
         # Only CUDA multiplies bfloat16 into float32; elsewhere the result is widened after its rounding.
@@ -51,7 +59,8 @@ class DenseLinear:
         self._wide = wide
         self.nbytes = nbytes(weight, bias)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Activations) -> Tensor:
+        x = floats(x)
         if self._mixed:
             return torch.mm(x, self._weight.t(), out_dtype=torch.float32)
         y = functional.linear(x, self._weight, self._bias)
@@ -64,6 +73,8 @@ class DenseLinear:
 class PackedLinear:
     """The arguments of DenseLinear; the row-major weight is given up."""
 
+    rounding = None
+
     def __init__(self, weight: Tensor, bias: Tensor | None = None, wide: bool = False) -> None:
         self.nbytes = nbytes(weight, bias)
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, PACK_ROWS)
@@ -71,8 +82,8 @@ class PackedLinear:
         self._wide = wide
         self._multiply = torch.ops.mkldnn._linear_pointwise.default
 
-    def __call__(self, x: Tensor) -> Tensor:
-        y: Tensor = self._multiply(x, self._weight, self._bias, "none", [], "")
+    def __call__(self, x: Activations) -> Tensor:
+        y: Tensor = self._multiply(floats(x), self._weight, self._bias, "none", [], "")
         return y.float() if self._wide else y
 
 
@@ -81,9 +92,11 @@ class JoinedLinear:
 
     def __init__(self, parts: list[Linear]) -> None:
         self._parts = parts
+        roundings = {part.rounding for part in parts}
+        self.rounding = roundings.pop() if len(roundings) == 1 else None
         self.nbytes = sum(part.nbytes for part in parts)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Activations) -> Tensor:
         return torch.cat([part(x) for part in self._parts], dim=-1)
 
 

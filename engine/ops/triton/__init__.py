@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from engine.ops.interface import AttentionBatch, LayerCache
+from engine.ops.interface import Activations, AttentionBatch, LayerCache, Rounding
 from engine.ops.reference import ReferenceOps
+from engine.ops.triton.activation import silu_mul
+from engine.ops.triton.norm import add_rms_norm
 from engine.ops.triton.rope import rope_and_write
 
 LEAST_CAPABILITY = (8, 0)  # the first with bfloat16 matrix units
@@ -29,8 +31,10 @@ class TritonOps:
         self._capability = capability
         self._reference = ReferenceOps()
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return self._reference.add_rms_norm(x, residual, weight, eps)
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, rounding: Rounding | None = None
+    ) -> Activations:
+        return add_rms_norm(x, residual, weight, eps, rounding)
 
     def rope_and_write(self, qkv: Tensor, rope_table: Tensor, cache: LayerCache, batch: AttentionBatch) -> Tensor:
         return rope_and_write(qkv, rope_table, cache, batch)
@@ -38,5 +42,5 @@ class TritonOps:
     def attention(self, query: Tensor, cache: LayerCache, batch: AttentionBatch, window: int | None) -> Tensor:
         return self._reference.attention(query, cache, batch, window)
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
-        return self._reference.silu_mul(gate_up)
+    def silu_mul(self, gate_up: Tensor, rounding: Rounding | None = None) -> Activations:
+        return silu_mul(gate_up, rounding)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from engine.errors import CheckpointError
-from engine.ops import Kernels, load_kernels
+from engine.ops import Kernels, Rounding, load_kernels
 from engine.ops.cpu import CpuOps
-from engine.ops.reference import ReferenceOps
-from engine.quant.activations import quantise_rows, to_e4m3
+from engine.ops.reference import ReferenceOps, quantise_tokens
+from engine.quant.activations import quantise_rows
 from engine.quant.blocked import BlockedLinear
 from engine.quant.build import Part, Target, build_linear, build_table, form_of
 from engine.quant.coded import CodedLinear
@@ -184,8 +184,8 @@ def test_w8a8_rounds_each_token_to_e4m3(kernels: Kernels, dtype: torch.dtype, wi
     target = Target(dtype, CPU, kernels if with_kernels else None, quantise_inputs=True)
     linear = build_linear([part(matrix)], 96, Kept.STORED, target, wide=True)
     x = (torch.randn(7, 96) * torch.logspace(-3, 3, 7).unsqueeze(1)).to(dtype)
-    codes, scales = to_e4m3(x, None)
-    exact = (codes.double() * scales.double().unsqueeze(1)) @ matrix.dequantise().double().t()
+    expected = quantise_tokens(x, Rounding(None))
+    exact = (expected.codes.double() * expected.scales.double().unsqueeze(1)) @ matrix.dequantise().double().t()
     rounding = 2**-7 if not with_kernels and dtype == torch.bfloat16 else 1e-5
     torch.testing.assert_close(linear(x).double(), exact, rtol=rounding, atol=rounding * exact.abs().max().item())
 
@@ -199,11 +199,11 @@ def test_the_kernel_rounds_activations_as_torch_does(kernels: Kernels, dtype: to
     x[4, 5] = torch.nan
     x = x.to(dtype)
     codes, scales = quantise_rows(x, scale, kernels)
-    expected, expected_scales = to_e4m3(x, scale)
+    expected = quantise_tokens(x, Rounding(scale))
     clean = torch.arange(9) != 4
-    torch.testing.assert_close(scales[clean], expected_scales[clean], rtol=1e-6, atol=0)
+    torch.testing.assert_close(scales[clean], expected.scales[clean], rtol=1e-6, atol=0)
     # Where the two scales differ in their last bit, a number half way between two codes may fall to either side.
-    differs = (codes.float() != expected.float())[clean]
+    differs = (codes.float() != expected.codes.float())[clean]
     assert differs.float().mean() < 0.01
     assert codes[4, 5].isnan()
 
