@@ -82,9 +82,10 @@ class GroupCommunicator:
         self.abort()
         dist.destroy_process_group()
 
-    def _gather(self, x: Tensor) -> list[Tensor]:
-        parts = [torch.empty_like(x) for _ in range(self.size)]
-        dist.all_gather(parts, x.contiguous())
+    def _gather(self, x: Tensor) -> Tensor:
+        """Those of all ranks, one after the other: [size, *x.shape]."""
+        parts = x.new_empty(self.size, *x.shape)
+        dist.all_gather(list(parts), x.contiguous())
         return parts
 
 
