@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from engine.checkpoint import Checkpoint
+    from engine.model.load import TensorSource
 
 # That the kernels are compiled for, or that oneDNN uses, where a CPU has them; as /proc/cpuinfo spells them.
 INSTRUCTIONS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd")
@@ -65,7 +66,7 @@ class Weights(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         parameters: numbers stored, a tied head counted once.
-        nbytes: what the weights take in each precision of `engine.schemes.SCHEMES`.
+        nbytes: what the weights of a rank take in each precision of `engine.schemes.SCHEMES`.
         refused: precision -> why this file cannot be kept so.
     """
 
@@ -85,21 +86,22 @@ def main() -> int:
     parser.add_argument("--model", help="a checkpoint to open")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--ranks", type=int, default=1, help="that share the model")
     arguments = parser.parse_args()
     answer: Found | Failed
     try:
-        answer = probe(arguments.device, arguments.dtype, arguments.model)
+        answer = probe(arguments.device, arguments.dtype, arguments.model, arguments.ranks)
     except EngineError as error:
         answer = Failed(type(error).__name__, str(error))
     sys.stdout.buffer.write(msgspec.json.encode(answer))
     return 0
 
 
-def probe(device_name: str, dtype_name: str, model: str | None) -> Found:
+def probe(device_name: str, dtype_name: str, model: str | None, ranks: int = 1) -> Found:
     """Look at this machine, and into the files of a model. Imports torch.
 
     Raises:
-        EngineConfigError: there is no such device or dtype here.
+        EngineConfigError: there is no such device or dtype here, or so many ranks cannot share the model.
         CheckpointError: the model cannot be opened.
     """
     from engine.checkpoint import open_checkpoint
@@ -110,7 +112,7 @@ def probe(device_name: str, dtype_name: str, model: str | None) -> Found:
     weights = None
     if model is not None:
         with open_checkpoint(model) as checkpoint:
-            weights = _weights(checkpoint, dtype)
+            weights = _weights(checkpoint, dtype, ranks)
     return Found(_machine(device, dtype), weights)
 
 
@@ -149,10 +151,11 @@ def _gpu(index: int) -> Gpu:
     )
 
 
-def _weights(checkpoint: Checkpoint, dtype: torch.dtype) -> Weights:
+def _weights(checkpoint: Checkpoint, dtype: torch.dtype, ranks: int) -> Weights:
     from engine.model.footprint import checkpoint_bytes
+    from engine.parallel.checkpoint import RankCheckpoint
 
-    source = _FirstRows(checkpoint)
+    source = _FirstRows(checkpoint if ranks == 1 else RankCheckpoint(checkpoint, 0, ranks))
     nbytes, refused = {}, {}
     for precision, scheme in SCHEMES.items():
         try:
@@ -165,7 +168,7 @@ def _weights(checkpoint: Checkpoint, dtype: torch.dtype) -> Weights:
 class _FirstRows:
     """A checkpoint whose matrices are looked at once, however many precisions are asked about."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: TensorSource) -> None:
         self.config = checkpoint.config
         self.read, self.stored_bytes = checkpoint.read, checkpoint.stored_bytes
         self.matrix = functools.cache(checkpoint.matrix)

@@ -45,7 +45,7 @@ def main() -> None:
 
 PLANNED = (
     *("precision", "kv_precision", "dtype", "max_model_len", "max_batch_size", "max_batch_tokens", "kv_memory"),
-    *("lora_dir", "max_loras", "max_lora_rank"),
+    *("tensor_parallel_size", "lora_dir", "max_loras", "max_lora_rank"),
 )
 """Settings that decide what fits."""
 
@@ -274,7 +274,7 @@ def doctor(gpu: str | None, memory: float | None, as_json: bool, **flags: str | 
 def profiles(model: str | None, gpu: str | None, as_json: bool, **flags: str | None) -> None:
     """Profiles of MODEL, or of every model that has a name: what fits here, and which one `serve` takes.
 
-    An id reads MODEL/DEVICE-PRECISION-tp1; run one with `nemoserve serve --profile ID`.
+    An id reads MODEL/DEVICE-PRECISION-tpN; run one with `nemoserve serve --profile ID`.
     """
     from service.doctor import list_profiles, places_of
     from service.report import profile_table

@@ -105,7 +105,8 @@ def examine(values: Mapping[str, Any], elsewhere: Place | None) -> Examination:
     """
     store = ModelStore.default()
     path = _path(store, values["model"])
-    found = look(path, *_device(values, elsewhere)) if elsewhere is None or path else None
+    ranks = values["tensor_parallel_size"]
+    found = look(path, *_device(values, elsewhere), ranks) if elsewhere is None or path else None
     subject = _subject(values["model"], found.weights if found else None)
     place = _place(elsewhere, found, values)
     options = engine_config(path or Path("-"), values)
@@ -120,7 +121,7 @@ def examine(values: Mapping[str, Any], elsewhere: Place | None) -> Examination:
     if elsewhere is None and found is not None:
         entry = catalog.find(values["model"])
         checks = [
-            *check_machine(found.machine),
+            *check_machine(found.machine, ranks),
             check_port(values["host"], values["grpc_port"]),
             check_store(store.root, entry.num_bytes if entry is not None and path is None else 0),
             *([check_disk(path)] if path is not None else []),
@@ -136,7 +137,8 @@ def list_profiles(models: Sequence[str], elsewhere: Sequence[Place | None], valu
     listed = []
     for model in models:
         path = _path(store, model)
-        subject = _subject(model, look(path, *_device(values, elsewhere[0])).weights if path else None)
+        ranks = options.tensor_parallel_size
+        subject = _subject(model, look(path, *_device(values, elsewhere[0]), ranks).weights if path else None)
         for each in elsewhere:
             listed += profiles(subject, _place(each, here, values), options)
     return listed

@@ -47,7 +47,8 @@ def memory_table(subject: Subject, place: Place, fits: Mapping[str, Sequence[Fit
     per_token = ", ".join(f"{each.plan.token_bytes / 1024:.4g} in {kv}" for each, kv in zip(first, kvs, strict=True))
     lines = [
         f"{subject.name} on {place.name}: {subject.parameters:,} parameters, {place.free / GIB:.2f} GiB free",
-        f"Parts in GiB; tokens that the KV cache can hold in {' and '.join(kvs)}, and sequences of {context} tokens.",
+        f"Parts{_of_ranks(first[0])} in GiB; tokens that the KV cache can hold in {' and '.join(kvs)}, and sequences of "
+        f"{context} tokens.",
         f"A token takes KiB: {per_token}.",
         "",
         table(rows, left=(0, 1)),
@@ -55,6 +56,10 @@ def memory_table(subject: Subject, place: Place, fits: Mapping[str, Sequence[Fit
         *_reasons(fits, kvs),
     ]
     return "\n".join(lines)
+
+
+def _of_ranks(fit: Fit) -> str:
+    return f" of each of {fit.ranks} ranks" if fit.ranks > 1 else ""
 
 
 def _kv_name(fit: Fit, place: Place) -> str:
@@ -105,7 +110,7 @@ def profile_table(profiles: Sequence[Profile]) -> str:
     places = {each.place.name: each.place for each in profiles}
     kv = _kv_name(profiles[0].fit, profiles[0].place)
     lines = [
-        f"Weights and KV cache in GiB, tokens that the cache can hold in {kv}.",
+        f"Weights and KV cache{_of_ranks(profiles[0].fit)} in GiB, tokens that the cache can hold in {kv}.",
         "-> is what serve takes: a file is kept as it is unless --precision says otherwise.",
     ]
     if len(places) == 1:

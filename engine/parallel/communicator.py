@@ -56,9 +56,9 @@ class GroupCommunicator:
             return x
         # A ring adds in an order that depends on where a number stands in x, and so on the batch. On a CPU no bit of a
         # token depends on its batch: the parts are added in the order of the ranks, in float32, and rounded once.
-        first, *others = self._gather(x)
-        total = first.float()
-        for part in others:
+        parts = self._gather(x)
+        total = parts[0].float()
+        for part in parts[1:]:
             total += part
         return total.to(x.dtype)
 

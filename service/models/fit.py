@@ -13,6 +13,7 @@ from typing import Any
 
 from engine import EngineConfig, EngineConfigError, ModelConfig
 from engine.memory import CUDA_CONTEXT, Device, MemoryPlan, context_limit, parameter_count, plan_memory, weight_bytes
+from engine.parallel.share import share_of
 from engine.probe import Machine, Weights
 from engine.schemes import SCHEMES
 from engine.sizing import check_config, size_cache
@@ -82,8 +83,9 @@ class Subject:
     """A model to plan for.
 
     Attributes:
+        shape: of all of it.
         stored: the precision that its file is nearest to; None where the file itself was looked at.
-        nbytes: weights in each precision, where the file was looked at; else they follow from the shape.
+        nbytes: weights of a rank in each precision, where the file was looked at; else they follow from the shape.
         refused: precision -> why the file cannot be kept so.
     """
 
@@ -105,12 +107,16 @@ class Subject:
     def parameters(self) -> int:
         return parameter_count(self.shape)
 
-    def weight_bytes(self, precision: str, float_bytes: int) -> int:
-        """0 for a precision that is refused."""
+    def weight_bytes(self, precision: str, float_bytes: int, share: ModelConfig) -> int:
+        """What a rank has to hold; 0 for a precision that is refused.
+
+        Args:
+            share: the rank's, of the shape.
+        """
         if self.nbytes is not None:
             return self.nbytes.get(precision, 0)
         kept = self.stored if precision == "auto" and self.stored else precision
-        return weight_bytes(self.shape, SCHEMES[kept], float_bytes)
+        return weight_bytes(share, SCHEMES[kept], float_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +124,7 @@ class Fit:
     """One model in one precision at one place.
 
     Attributes:
+        ranks: that share the model; the plan is of each of them.
         context: tokens of the longest sequence that is wanted.
         taken: tokens of the KV cache that `serve` would allocate: on a GPU all that fit, on a CPU what it needs.
         reason: why it does not fit; None if it does.
@@ -125,6 +132,7 @@ class Fit:
 
     precision: str
     kv_precision: str
+    ranks: int
     plan: MemoryPlan
     context: int
     taken: int
@@ -151,6 +159,7 @@ class Fit:
         return {
             "precision": self.precision,
             "kv_precision": self.kv_precision,
+            "tensor_parallel_size": self.ranks,
             "fits": self.reason is None,
             "reason": self.reason,
             "free_bytes": plan.free,
@@ -169,24 +178,31 @@ class Fit:
 
 
 def fit(subject: Subject, place: Place, options: EngineConfig) -> Fit:
-    """Plan as the engine does at its start; `options` may ask for a precision, a context and a batch.
+    """Plan as the engine does at its start; `options` may ask for a precision, a context, a batch and several ranks, of
+    each of which the plan is.
 
     Raises:
         EngineConfigError: the options are wrong for any model.
     """
     check_config(options)
-    device = Device(kind=place.kind, free=place.free, float_bytes=place.float_bytes, plain=not place.kernels)
-    weights = subject.weight_bytes(options.precision, place.float_bytes)
-    plan = plan_memory(subject.shape, options, device, weights)
-    taken, reason = 0, subject.refused.get(options.precision)
+    ranks = options.tensor_parallel_size
+    free = place.free // ranks if place.kind == "cpu" else place.free
+    device = Device(kind=place.kind, free=free, float_bytes=place.float_bytes, plain=not place.kernels)
+    share, taken, reason = subject.shape, 0, subject.refused.get(options.precision)
+    try:
+        share = share_of(subject.shape, ranks)
+    except EngineConfigError as error:
+        reason = str(error)
+    plan = plan_memory(share, options, device, subject.weight_bytes(options.precision, place.float_bytes, share))
     if reason is None:
         try:
-            taken = size_cache(options, subject.shape, plan, place.kind).num_pages * plan.page_size
+            taken = size_cache(options, share, plan, place.kind).num_pages * plan.page_size
         except EngineConfigError as error:
             reason = _lack(plan) if plan.missing else str(error)
     return Fit(
         precision=options.precision,
         kv_precision=options.kv_precision,
+        ranks=ranks,
         plan=plan,
         context=options.max_model_len or context_limit(subject.shape),
         taken=taken,

@@ -27,18 +27,20 @@ SAMPLE_SECONDS = 1.0
 _CHUNK = 8 * 2**20
 
 
-def look(model: Path | None = None, device: str = "auto", dtype: str = "auto") -> Found:
+def look(model: Path | None = None, device: str = "auto", dtype: str = "auto", ranks: int = 1) -> Found:
     """What there is here, and what a model's weights would take.
 
     Args:
         device, dtype: as in EngineConfig.
+        ranks: that share the model; it is the weights of one of them that are looked at.
 
     Raises:
-        EngineConfigError: there is no such device here.
+        EngineConfigError: there is no such device here, or so many ranks cannot share the model.
         CheckpointError: the model cannot be opened.
         EngineDeadError: torch cannot be loaded, or the probe does not end.
     """
-    command = [*PROBE, f"--device={device}", f"--dtype={dtype}", *([f"--model={model}"] if model else [])]
+    command = [*PROBE, f"--device={device}", f"--dtype={dtype}", f"--ranks={ranks}"]
+    command += [f"--model={model}"] if model else []
     try:
         done = subprocess.run(command, capture_output=True, timeout=PROBE_SECONDS, check=False)
         answer = msgspec.json.decode(done.stdout, type=Found | Failed)
@@ -61,8 +63,8 @@ class Check:
     detail: str
 
 
-def check_machine(machine: Machine) -> list[Check]:
-    """Processor, memory, kernels, torch, GPUs."""
+def check_machine(machine: Machine, ranks: int = 1) -> list[Check]:
+    """Processor, memory, kernels, torch, GPUs, of which each rank that shares a model needs one."""
     cores = f"{machine.cores} core{'s' if machine.cores > 1 else ''}"
     sets = ", ".join(machine.instructions) or "no vector instructions that the kernels know"
     limit = f", the container's limit is {machine.limit_bytes / GIB:.1f}" if machine.limit_bytes else ""
@@ -76,7 +78,13 @@ def check_machine(machine: Machine) -> list[Check]:
             Check("GPU", True, f"{gpu.name}, {gpu.free_bytes / GIB:.1f} of {gpu.memory_bytes / GIB:.1f} GiB free")
             for gpu in machine.gpus
         ),
+        *([_gpus(machine, ranks)] if ranks > 1 and machine.device == "cuda" else []),
     ]
+
+
+def _gpus(machine: Machine, ranks: int) -> Check:
+    count = len(machine.gpus)
+    return Check("ranks", count >= ranks, f"{ranks} ranks need a GPU each, {count} are here")
 
 
 def _kernels(machine: Machine) -> Check:

@@ -1,6 +1,6 @@
-"""Profiles in NIM's manner, `MODEL/DEVICE-PRECISION-tp1`: what of a model can run on what, and what `serve` would take.
+"""Profiles in NIM's manner, `MODEL/DEVICE-PRECISION-tpN`: what of a model can run on what, and what `serve` would take.
 
-Only what the engine runs is listed: one device (tp1), and the precisions that make sense on it.
+Only what the engine runs is listed: N devices, one unless more are asked for, and the precisions that make sense there.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from service.models.gpus import KNOWN_GPUS
 
 _ID = re.compile(
     r"(?P<model>[^/\s]+)/(?P<device>[a-z0-9][a-z0-9-]*?)-"
-    r"(?P<precision>stored|bf16|fp8|fp8-weight-only|int8|int4)(?P<kv>-kvfp8)?-tp1"
+    r"(?P<precision>stored|bf16|fp8|fp8-weight-only|int8|int4)(?P<kv>-kvfp8)?-tp(?P<ranks>[1-9]\d?)"
 )
 
 
@@ -53,12 +53,13 @@ def settings_of(profile: str) -> dict[str, str]:
     """
     match = _ID.fullmatch(profile)
     if match is None or match["device"] not in ("cpu", "gpu", *(gpu.slug for gpu in KNOWN_GPUS)):
-        raise ValueError("must be MODEL/DEVICE-PRECISION-tp1, as `nemoserve profiles MODEL --gpu all` lists them")
+        raise ValueError("must be MODEL/DEVICE-PRECISION-tpN, as `nemoserve profiles MODEL --gpu all` lists them")
     return {
         "model": match["model"],
         "device": "cpu" if match["device"] == "cpu" else "cuda",
         "precision": "auto" if match["precision"] == "stored" else match["precision"],
         "kv_precision": "fp8" if match["kv"] else "auto",
+        "tensor_parallel_size": match["ranks"],
     }
 
 
@@ -78,9 +79,10 @@ def profiles(subject: Subject, place: Place, options: EngineConfig) -> list[Prof
         stored = precisions(place)[1]
     names = precisions(place) if stored != "auto" else ("auto", *precisions(place))
     kv = "-kvfp8" if options.kv_precision == "fp8" else ""
+    ranks = f"tp{options.tensor_parallel_size}"
     return [
         Profile(
-            id=f"{subject.name}/{place.slug}-{'stored' if name == 'auto' else name}{kv}-tp1",
+            id=f"{subject.name}/{place.slug}-{'stored' if name == 'auto' else name}{kv}-{ranks}",
             precision=name,
             place=place,
             fit=fit(subject, place, msgspec.structs.replace(options, precision="auto" if name == stored else name)),

@@ -151,6 +151,15 @@ def test_a_machine_without_a_compiler_is_told_what_to_install() -> None:
     assert checks["GPU"].detail == "NVIDIA H100, 79.0 of 80.0 GiB free"
 
 
+def test_ranks_need_a_gpu_each() -> None:
+    gpu = Gpu(name="NVIDIA H100", capability=(9, 0), memory_bytes=80 * 2**30, free_bytes=79 * 2**30)
+    machine = msgspec.structs.replace(MACHINE, device="cuda", gpus=(gpu, gpu))
+    checks = {ranks: check_machine(machine, ranks)[-1] for ranks in (2, 4)}
+    assert checks[2].ok
+    assert (checks[4].ok, checks[4].detail) == (False, "4 ranks need a GPU each, 2 are here")
+    assert check_machine(MACHINE, 2)[-1].name != "ranks"
+
+
 def test_the_limit_of_a_container_is_told() -> None:
     limited = msgspec.structs.replace(MACHINE, limit_bytes=12 * 2**30)
     [memory] = [check for check in check_machine(limited) if check.name == "memory"]

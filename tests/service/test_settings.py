@@ -87,13 +87,16 @@ def test_a_profile_decides_what_nothing_else_does() -> None:
     assert found["device"] == Resolved("cpu", "--device")
     assert found["kv_precision"] == Resolved("auto", "NEMOSERVE_KV_PRECISION")
     assert found["dtype"] == Resolved("auto", "default")
+    assert found["tensor_parallel_size"] == Resolved(1, source)
+    assert resolve({"profile": "m/h100-fp8-tp8"}, {})["tensor_parallel_size"].value == 8
 
 
 @pytest.mark.parametrize(
     "profile",
     [
         "h100-fp8-tp1",
-        "m/h100-fp8-tp2",
+        "m/h100-fp8-tp0",
+        "m/h100-fp8-tp",
         "m/h100-fp4-tp1",
         "m/mi300x-fp8-tp1",
         "m/h100-tp1",
@@ -102,7 +105,7 @@ def test_a_profile_decides_what_nothing_else_does() -> None:
     ],
 )
 def test_what_is_no_profile_is_refused(profile: str) -> None:
-    with pytest.raises(SettingError, match=r"--profile: .* must be MODEL/DEVICE-PRECISION-tp1"):
+    with pytest.raises(SettingError, match=r"--profile: .* must be MODEL/DEVICE-PRECISION-tpN"):
         resolve({"profile": profile}, {})
 
 

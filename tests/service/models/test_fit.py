@@ -22,6 +22,8 @@ from service.models.fit import GIB, Fit, Place, Subject, fit
 from service.models.gpus import KNOWN_GPUS, find_gpu, recognise
 from service.models.machine import look
 from service.models.profiles import profiles, settings_of
+from service.report import profile_table
+from tests.engine.parallel.threads import load_rank, on_ranks
 from tests.tiny_models import MID, write_gguf, write_hf
 
 OPTIONS = EngineConfig(model_path="-")
@@ -114,7 +116,8 @@ def test_a_file_and_its_shape_take_the_same(models: Mapping[str, Path], seen: Ma
     by_file = Subject.of_file("a", seen["safetensors"])
     by_shape = Subject(name="b", shape=by_file.shape, stored="bf16")
     for precision in SCHEMES:
-        assert by_file.weight_bytes(precision, 2) == by_shape.weight_bytes(precision, 2)
+        shape = by_file.shape
+        assert by_file.weight_bytes(precision, 2, shape) == by_shape.weight_bytes(precision, 2, shape)
     assert by_file.parameters == seen["safetensors"].parameters
 
 
@@ -262,3 +265,49 @@ def test_a_file_of_its_own_precision_comes_first_and_kv_precision_is_in_the_name
     assert [each.id for each in found][:2] == ["mine/h100-stored-kvfp8-tp1", "mine/h100-bf16-kvfp8-tp1"]
     assert [each.taken for each in found] == [True, False, False, False, False]
     assert found[0].fit.plan.weights == seen["Q4_0"].nbytes["auto"]
+
+
+# -- ranks -------------------------------------------------------------------------------------------------------------
+
+
+def test_each_rank_has_its_part_of_weights_and_cache() -> None:
+    whole, eighth = on("h100"), on("h100", tensor_parallel_size=8)
+    norms = (2 * NEMO.shape.num_layers + 1) * NEMO.shape.hidden_size * 2
+    assert eighth.plan.weights == (whole.plan.weights - norms) // 8 + norms
+    assert eighth.plan.token_bytes == whole.plan.token_bytes // 8
+    assert eighth.tokens > 10 * whole.tokens
+    assert on("h100", tensor_parallel_size=16).plan.token_bytes == eighth.plan.token_bytes  # two ranks have one kv head
+
+
+def test_what_is_too_large_for_one_gpu_fits_on_two() -> None:
+    assert on("rtx4090").reason is not None
+    assert on("rtx4090", tensor_parallel_size=2).reason is None
+
+
+def test_a_model_that_cannot_be_divided_so_does_not_fit() -> None:
+    reason = on("h100", tensor_parallel_size=7).reason
+    assert reason is not None
+    assert reason.startswith("tensor_parallel_size: 7 must divide the model's 32 attention heads")
+
+
+@pytest.mark.parametrize("name", ["safetensors", "Q8_0"])
+def test_a_file_is_looked_at_as_a_rank_reads_it(models: Mapping[str, Path], name: str) -> None:
+    path = models[name]
+    looked = look(path, "cpu", "bfloat16", ranks=2).weights
+    assert looked is not None
+    subject, place = Subject.of_file("mine", looked), Place(slug="cpu", name="a CPU", kind="cpu", free=2**34)
+    found = fit(subject, place, msgspec.structs.replace(OPTIONS, tensor_parallel_size=2))
+    assert (found.plan.free, found.reason) == (2**33, None)
+    [first, _] = on_ranks(2, lambda each: load_rank(path, each, dtype=torch.bfloat16).weights.nbytes)
+    assert found.plan.weights == pytest.approx(first, rel=0.01)
+    with pytest.raises(EngineConfigError, match="tensor_parallel_size: 3 must divide"):
+        look(path, ranks=3)
+
+
+def test_profiles_carry_the_number_of_ranks() -> None:
+    options = msgspec.structs.replace(OPTIONS, tensor_parallel_size=4)
+    found = profiles(Subject.of_entry(NEMO), Place.of_gpu(find_gpu("h100")), options)
+    assert [each.id.rpartition("-")[2] for each in found] == ["tp4"] * len(found)
+    assert {settings_of(each.id)["tensor_parallel_size"] for each in found} == {"4"}
+    table = profile_table(found)
+    assert "Weights and KV cache of each of 4 ranks in GiB" in table
