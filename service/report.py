@@ -47,8 +47,8 @@ def memory_table(subject: Subject, place: Place, fits: Mapping[str, Sequence[Fit
     per_token = ", ".join(f"{each.plan.token_bytes / 1024:.4g} in {kv}" for each, kv in zip(first, kvs, strict=True))
     lines = [
         f"{subject.name} on {place.name}: {subject.parameters:,} parameters, {place.free / GIB:.2f} GiB free",
-        f"Parts{_of_ranks(first[0])} in GiB; tokens that the KV cache can hold in {' and '.join(kvs)}, and sequences of "
-        f"{context} tokens.",
+        f"Parts{_of_ranks(first[0])} in GiB; tokens that the KV cache can hold in {' and '.join(kvs)}, and sequences "
+        f"of {context} tokens.",
         f"A token takes KiB: {per_token}.",
         "",
         table(rows, left=(0, 1)),
