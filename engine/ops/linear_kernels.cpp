@@ -2,18 +2,35 @@
 //
 // Their layout is described in weight.h.
 //
-// Decoding tokens is mostly the reading of weights: a block is read from memory once and serves all rows. Tiles of it are
-// widened to bfloat16 (or float) in the first-level cache without their scales, where every code is exact, and the sum of
-// each group is scaled in float. So no weight is ever rounded, and a row's result does not depend on its neighbours.
+// Decoding tokens is mostly the reading of weights: a block of 64 outputs is read from memory once and serves all rows, in
+// tiles of 128 inputs. For a few rows its codes become bfloat16 in registers, on their way to the multiplication; for more
+// rows a tile is widened in the first-level cache, once. Either way codes are exact and the sum of each group of inputs is
+// scaled in float, so no weight is ever rounded.
+//
+//     rows, up to 6 at a time ─┐
+//     tile: 128 inputs × 64 ───┴─► sums of a group, in registers ──· scale − min──► totals [rows][64] ──► y
+//
+// A total adds up the same numbers in the same order however many rows there are: the bits of a row depend on it alone.
 
-#include "weight.h"
+#include "widen.h"
 
 namespace {
 
-constexpr int kTileInputs = 128;  // 16 KiB of bfloat16: half of the smallest first-level cache
-constexpr int kTileRows = 32;     // rows per widening of a tile, which costs about as much as one of them
+constexpr int kTileInputs = 128;  // 16 KiB of bfloat16: a third of a first-level cache
+constexpr int kChunkRows = 128;   // that share the widening of a tile, their inputs in the second-level cache
 constexpr int kMostSegments = kTileInputs / 16;
-constexpr float kOffset = 128.0f;  // of 4- to 6-bit codes as bfloat16, see widen_code
+constexpr int64_t kAhead = 4096;   // bytes between what is read and what is asked for
+constexpr float kOffset = 128.0f;  // of 4- to 6-bit codes as bfloat16, see Packed
+
+// Rows whose sums fill the registers: 24 of 32 vectors; and fewer where the compiler may have only 16.
+template <typename X>
+constexpr int kMostRows = sizeof(X) == 2 ? 6 : 4;
+
+// Up to this many rows codes are widened for each row block anew; at 4 to 6 bits the registers hold no more.
+template <typename X>
+constexpr int direct_rows(Codes kind) {
+    return sizeof(X) == 4 ? 0 : kind == kBF16 ? kChunkRows : kind <= kU6 ? 4 : kMostRows<X>;
+}
 
 inline float half_to_float(uint16_t h) {  // IEEE 754 binary16, subnormals included
     const uint32_t sign = uint32_t(h & 0x8000) << 16, rest = uint32_t(h & 0x7fff) << 13;
@@ -21,134 +38,58 @@ inline float half_to_float(uint16_t h) {  // IEEE 754 binary16, subnormals inclu
     return __builtin_bit_cast(float, __builtin_bit_cast(uint32_t, magnitude) | sign);
 }
 
-// The planes of one block of 64 outputs.
-struct Planes {
-    const void *codes, *high;
+inline Vec splat(float x) { return x - Vec{}; }  // x + 0 would be an addition: it makes 0 of -0
+
+// What the memory shall bring meanwhile: `lines` cache lines for each pair of inputs that is multiplied.
+struct Ahead {
+    const char* at;
+    int lines;
 };
-
-// One code as a number; pair = input / 2, lane = 2 * output + input % 2. Slow and obvious.
-template <Codes KIND>
-inline float code_at(const Planes& from, int64_t pair, int lane) {
-    if (KIND == kBF16) return load(((const Bf16*)from.codes)[pair * 2 * kBlock + lane]);
-    if (KIND == kI8) return float(((const int8_t*)from.codes)[pair * 2 * kBlock + lane]);
-    if (KIND == kE4M3) return load(((const E4m3*)from.codes)[pair * 2 * kBlock + lane]);
-    int code = ((const uint16_t*)from.codes)[pair / 4 * 2 * kBlock + lane] >> (pair % 4 * 4) & 15;
-    if (KIND == kU5) code |= (((const uint16_t*)from.high)[pair / 16 * 2 * kBlock + lane] >> pair % 16 & 1) << 4;
-    if (KIND == kU6) code |= (((const uint16_t*)from.high)[pair / 8 * 2 * kBlock + lane] >> pair % 8 * 2 & 3) << 4;
-    return float(code);
+inline void fetch(const char* from, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
 }
 
-// The inputs start .. start + n of a block, [k][64].
-template <Codes KIND>
-const float* widen_tile(const Planes& from, int64_t start, int n, float* tile) {
-    for (int k = 0; k < n; k++)
-        for (int o = 0; o < kBlock; o++)
-            tile[k * kBlock + o] = code_at<KIND>(from, (start + k) / 2, 2 * o + (k & 1));
-    return tile;
-}
-
-// sums[r][64] = x[r][0..n) · tile
-template <int ROWS>
-inline void sum_products(const float* x, int64_t stride, const float* tile, int n, Vec (*sums)[kBlockVecs]) {
-    Vec sum[ROWS][kBlockVecs] = {};
-    for (int k = 0; k < n; k++, tile += kBlock)
+// sum[r] += x[r][0 .. 2 pairs) · the pairs of a tile of floats from the pair `first` on
+template <Codes, int ROWS>
+inline void add_products(const float* x, int64_t stride, const Planes& tile, int64_t first, int pairs, Ahead&,
+                         Vec (&sum)[ROWS][kBlockVecs]) {
+    const float* weights = (const float*)tile.codes + first * 2 * kBlock;
+    for (int k = 0; k < 2 * pairs; k++, weights += kBlock)
         for (int v = 0; v < kBlockVecs; v++) {
-            const Vec weight = *(const Vec*)(tile + v * kLanes);
-            for (int r = 0; r < ROWS; r++) sum[r][v] += x[r * stride + k] * weight;
+            const Vec weight = *(const Vec*)(weights + v * kLanes);
+            for (int r = 0; r < ROWS; r++) sum[r][v] = multiply_add(splat(x[r * stride + k]), weight, sum[r][v]);
         }
-    std::memcpy(sums, sum, sizeof sum);
 }
 
 #ifdef __AVX512BF16__
-inline __m512bh pair_of(const Bf16* x) {  // the same two numbers in every lane
-    int32_t pair;
-    std::memcpy(&pair, x, sizeof pair);
-    return (__m512bh)_mm512_set1_epi32(pair);
-}
-
-constexpr int kAndOr = 0xea;  // ternary logic: (a & b) | c
-
-// A 4- to 6-bit code c becomes 128 + c in bfloat16 by an OR: 0x4300 is 128, and the last bit of its mantissa is 1.
-template <int STEP, int I>
-inline __m512i widen_code(__m512i four, __m512i high) {
-    const __m512i low = _mm512_ternarylogic_epi32(_mm512_srli_epi16(four, 4 * I), _mm512_set1_epi16(15),
-                                                  _mm512_set1_epi16(0x4300), kAndOr);
-    if (STEP == 0) return low;
-    constexpr int kShift = 4 - STEP * I;  // from where the bits are to bit 4
-    const __m512i moved = kShift >= 0 ? _mm512_slli_epi16(high, kShift >= 0 ? kShift : 0)
-                                      : _mm512_srli_epi16(high, kShift >= 0 ? 0 : -kShift);
-    return _mm512_ternarylogic_epi32(moved, _mm512_set1_epi16(STEP == 1 ? 0x10 : 0x30), low, kAndOr);
-}
-
-// Eight inputs (4 pairs) of 64 outputs.
-template <Codes KIND>
-inline void widen_octet(const Planes& from, int64_t pair, Bf16* tile) {
-    constexpr int kStep = KIND == kU5 ? 1 : KIND == kU6 ? 2 : 0;
-    for (int v = 0; v < kBlockVecs; v++, tile += 2 * kLanes) {
-        const int64_t lane = v * 2 * kLanes;
-        const __m512i four = _mm512_loadu_si512((const uint16_t*)from.codes + pair / 4 * 2 * kBlock + lane);
-        __m512i high = {};
-        if (KIND == kU5) {
-            high = _mm512_loadu_si512((const uint16_t*)from.high + pair / 16 * 2 * kBlock + lane);
-            high = _mm512_srl_epi16(high, _mm_cvtsi32_si128(int(pair % 16)));
-        }
-        if (KIND == kU6) {
-            high = _mm512_loadu_si512((const uint16_t*)from.high + pair / 8 * 2 * kBlock + lane);
-            high = _mm512_srl_epi16(high, _mm_cvtsi32_si128(int(pair % 8 * 2)));
-        }
-        _mm512_storeu_si512(tile + 0 * 2 * kBlock, widen_code<kStep, 0>(four, high));
-        _mm512_storeu_si512(tile + 1 * 2 * kBlock, widen_code<kStep, 1>(four, high));
-        _mm512_storeu_si512(tile + 2 * 2 * kBlock, widen_code<kStep, 2>(four, high));
-        _mm512_storeu_si512(tile + 3 * 2 * kBlock, widen_code<kStep, 3>(four, high));
+// The same with codes of any kind, widened on their way; kBF16 is also what a tile is widened to.
+template <Codes KIND, int ROWS>
+inline void add_products(const Bf16* x, int64_t stride, const Planes& from, int64_t first, int pairs, Ahead& ahead,
+                         Vec (&sum)[ROWS][kBlockVecs]) {
+    constexpr int kPairs = Packed<KIND>::kPairs;
+    Ahead next = ahead;  // in registers
+    for (int p = 0; p < pairs; p += kPairs) {
+        const Packed<KIND> packed(from, first + p);
+        unrolled<kPairs>([&]<int I>() {
+            for (int i = 0; i < next.lines; i++, next.at += 64) __builtin_prefetch(next.at);
+            __m512bh weights[kBlockVecs];
+            for (int v = 0; v < kBlockVecs; v++) weights[v] = (__m512bh)packed.template widen<I>(v);
+#pragma GCC unroll 8
+            for (int r = 0; r < ROWS; r++) {
+                int32_t two;  // the same two inputs for every output
+                std::memcpy(&two, x + r * stride + 2 * (p + I), sizeof two);
+                const __m512bh inputs = (__m512bh)_mm512_set1_epi32(two);
+#pragma GCC unroll 4
+                for (int v = 0; v < kBlockVecs; v++)
+                    sum[r][v] = (Vec)_mm512_dpbf16_ps((__m512)sum[r][v], inputs, weights[v]);
+            }
+        });
     }
-}
-
-inline __m512i widen_int8(const int8_t* from) {
-    const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
-    const __m512 top = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from + 1)));
-    return (__m512i)_mm512_cvtne2ps_pbh(top, low);
-}
-
-// Exponent and fraction move to their places and the bias is added; the eight subnormals come from a table.
-inline __m512i widen_e4m3(const uint8_t* from) {
-    alignas(64) static constexpr uint16_t kSubnormals[2 * kLanes] = {0,      0x3b00, 0x3b80, 0x3bc0,
-                                                                     0x3c00, 0x3c20, 0x3c40, 0x3c60};
-    const __m512i code = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)from));
-    const __m512i magnitude = _mm512_and_si512(code, _mm512_set1_epi16(0x7f));
-    __m512i value = _mm512_add_epi16(_mm512_slli_epi16(magnitude, 4), _mm512_set1_epi16(120 << 7));
-    const __mmask32 subnormal = _mm512_testn_epi16_mask(code, _mm512_set1_epi16(0x78));
-    value = _mm512_mask_permutexvar_epi16(value, subnormal, magnitude, _mm512_load_si512(kSubnormals));
-    return _mm512_ternarylogic_epi32(_mm512_slli_epi16(code, 8), _mm512_set1_epi16(int16_t(0x8000)), value, kAndOr);
-}
-
-// The inputs start .. start + n of a block, [k / 2][64][2].
-template <Codes KIND>
-const Bf16* widen_tile(const Planes& from, int64_t start, int n, Bf16* tile) {
-    if (KIND == kBF16) return (const Bf16*)from.codes + start * kBlock;
-    if (KIND == kI8 || KIND == kE4M3) {
-        const uint8_t* bytes = (const uint8_t*)from.codes + start * kBlock;
-        for (int i = 0; i < n * kBlock; i += 2 * kLanes)
-            _mm512_storeu_si512(tile + i, KIND == kI8 ? widen_int8((const int8_t*)bytes + i) : widen_e4m3(bytes + i));
-    } else {
-        for (int k = 0; k < n; k += 8) widen_octet<KIND>(from, (start + k) / 2, tile + k * kBlock);
-    }
-    return tile;
-}
-
-template <int ROWS>
-inline void sum_products(const Bf16* x, int64_t stride, const Bf16* tile, int n, Vec (*sums)[kBlockVecs]) {
-    __m512 sum[ROWS][kBlockVecs] = {};
-    for (int k = 0; k < n; k += 2, tile += 2 * kBlock)
-        for (int r = 0; r < ROWS; r++) {
-            const __m512bh pair = pair_of(x + r * stride + k);
-            for (int v = 0; v < kBlockVecs; v++)
-                sum[r][v] = _mm512_dpbf16_ps(sum[r][v], pair, (__m512bh)_mm512_loadu_si512(tile + v * 2 * kLanes));
-        }
-    std::memcpy(sums, sum, sizeof sum);
+    ahead = next;
 }
 #endif
 
-// What turns the sums of codes of one block into outputs: tile by tile.
+// What turns the sums of codes of one tile into outputs.
 struct Scaling {
     float scale[kMostSegments][kBlock], min[kMostSegments][kBlock];
 };
@@ -164,118 +105,221 @@ inline Vec load_scale(const void* from, bool half, int64_t at) {
 #endif
 }
 
-void read_scales(const Weight& w, int64_t block, int64_t start, int segments, float offset, Scaling& to) {
-    const int64_t groups = (w.width + w.group - 1) / w.group;
-    for (int s = 0; s < segments; s++)
-        for (int o = 0; o < kBlock; o += kLanes) {
-            const int64_t at = (block * groups + start / w.group + s) * kBlock + o;
-            const Vec scale = load_scale(w.scales, w.half_scales, at);
-            const Vec min = w.mins == nullptr ? w.zero * scale : load_scale(w.mins, w.half_scales, at);
-            *(Vec*)(to.scale[s] + o) = scale;
-            *(Vec*)(to.min[s] + o) = min + offset * scale;
-        }
+// Those of `segments` groups of a block; the same number of groups is asked for from memory for the next tile.
+void read_scales(const Weight& w, int64_t block, int64_t start, int segments, Scaling& to) {
+    const int64_t groups = (w.width + w.group - 1) / w.group, first = (block * groups + start / w.group) * kBlock;
+    const int64_t n = segments * kBlock, bytes = w.half_scales ? 2 : 4;
+    for (int64_t i = 0; i < n; i += kLanes) *(Vec*)(to.scale[0] + i) = load_scale(w.scales, w.half_scales, first + i);
+    fetch((const char*)w.scales + (first + n) * bytes, n * bytes);
+    if (w.mins == nullptr) return;
+    for (int64_t i = 0; i < n; i += kLanes) *(Vec*)(to.min[0] + i) = load_scale(w.mins, w.half_scales, first + i);
+    fetch((const char*)w.mins + (first + n) * bytes, n * bytes);
 }
 
-// totals[r][64] += the tile's part of ROWS rows.
-template <int ROWS, bool SCALED, typename X>
-inline void add_tile(const X* x, int64_t stride, const X* tile, int n, int segment, const Scaling& by, bool has_mins,
-                     const float* group_sums, int64_t groups, float* totals) {
-    for (int k = 0, s = 0; k < n; k += segment, s++) {
-        Vec sums[ROWS][kBlockVecs];
-        sum_products<ROWS>(x + k, stride, tile + k * kBlock, std::min(segment, n - k), sums);
-        for (int r = 0; r < ROWS; r++)
-            for (int v = 0; v < kBlockVecs; v++) {
+// One tile as some rows meet it.
+template <typename X>
+struct Step {
+    const X* x;  // [rows][stride], from the tile's first input on
+    int64_t stride;
+    Planes from;
+    int64_t pair;      // of `from`, with which the tile begins
+    int n, segment;    // inputs, and how many of them share a scale
+    const float* sums;  // minus those of x over each group, [rows][groups]
+    int64_t groups;
+    float zero;  // the code of weight 0
+};
+
+// totals[r][64] += the tile's part of ROWS rows. The sums of codes start where those of zeros would lead to 0.
+template <Codes KIND, int ROWS, bool SCALED, bool MINS, typename X>
+void add_tile(const Step<X>& step, const Scaling& by, Ahead& ahead, float* totals) {
+    const X* x = step.x;
+    const int64_t stride = step.stride, groups = step.groups;  // here, since totals might be anything to the compiler
+    const int n = step.n, segment = step.segment;
+    const float zero = step.zero;
+    const float* sums = step.sums;
+    const Planes from = step.from;
+    for (int k = 0, s = 0; k < n; k += segment, s++, sums++) {
+        Vec sum[ROWS][kBlockVecs];
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; r++) {
+            const Vec first = SCALED && zero != 0.0f ? splat(sums[r * groups] * zero) : Vec{};
+#pragma GCC unroll 4
+            for (int v = 0; v < kBlockVecs; v++) sum[r][v] = first;
+        }
+        add_products<KIND>(x + k, stride, from, step.pair + k / 2, std::min(segment, n - k) / 2, ahead, sum);
+#pragma GCC unroll 4
+        for (int v = 0; v < kBlockVecs; v++) {
+            const Vec scale = *(const Vec*)(by.scale[s] + v * kLanes), min = *(const Vec*)(by.min[s] + v * kLanes);
+#pragma GCC unroll 8
+            for (int r = 0; r < ROWS; r++) {
                 Vec& total = *(Vec*)(totals + r * kBlock + v * kLanes);
-                if (!SCALED) {
-                    total += sums[r][v];
-                    continue;
-                }
-                total = multiply_add(sums[r][v], *(const Vec*)(by.scale[s] + v * kLanes), total);
-                if (has_mins) {
-                    const Vec sum = Vec{} - group_sums[r * groups + s];
-                    total = multiply_add(sum, *(const Vec*)(by.min[s] + v * kLanes), total);
-                }
+                Vec rest = total;
+                if (MINS) rest = multiply_add(splat(sums[r * groups]), min, rest);
+                total = SCALED ? multiply_add(sum[r][v], scale, rest) : sum[r][v] + rest;
             }
+        }
     }
 }
 
-template <Codes KIND, typename X, typename Out>
-void linear(const Weight& w, const X* x, const float* row_scales, Out* out, int64_t rows, int threads) {
-    constexpr bool kShifted = sizeof(X) == 2 && KIND <= kU6, kScaled = KIND != kBF16;
-    const float offset = kShifted ? kOffset : 0.0f;
-    const bool has_mins = kScaled && (w.mins != nullptr || w.zero != 0.0f || kShifted);
-    const int segment = int(std::min<int64_t>(w.group, kTileInputs));
-    const int64_t groups = (w.width + segment - 1) / segment, blocks = (w.outputs + kBlock - 1) / kBlock;
-    std::vector<float> sums(has_mins ? rows * groups : 0);  // of x over each group
-    if (has_mins)
-        parallel_for(rows, w.width, threads, [&](int64_t r) {
-            for (int64_t g = 0; g < groups; g++) {
-                float sum = 0.0f;
-                for (int64_t k = g * segment; k < std::min(w.width, (g + 1) * segment); k++)
-                    sum += load(x[r * w.width + k]);
-                sums[r * groups + g] = sum;
-            }
-        });
-    // Bytes of a block's codes and high bits per input.
-    constexpr int64_t kBytes = KIND <= kU6 ? kBlock / 2 : KIND == kBF16 ? 2 * kBlock : kBlock;
-    constexpr int64_t kHighBytes = KIND == kU5 ? kBlock / 8 : KIND == kU6 ? kBlock / 4 : 0;
-    parallel_for(blocks, kBlock / 8 * w.width * rows, threads, [&](int64_t block) {
-        alignas(64) X buffer[kTileInputs * kBlock];
-        alignas(64) float totals[kTileRows * kBlock];
-        Scaling scaling;
-        const Planes planes = {(const char*)w.codes + block * w.width * kBytes,
-                               (const char*)w.high + block * w.width * kHighBytes};
-        const int64_t first = block * kBlock, valid = std::min<int64_t>(kBlock, w.outputs - first);
-        for (int64_t row = 0; row < rows; row += kTileRows) {
-            const int count = int(std::min<int64_t>(kTileRows, rows - row));
-            std::fill_n(totals, count * kBlock, 0.0f);
-            for (int64_t start = 0; start < w.width; start += kTileInputs) {
-                const int n = int(std::min<int64_t>(kTileInputs, w.width - start));
-                const X* tile = widen_tile<KIND>(planes, start, n, buffer);
-                if (kScaled) read_scales(w, block, start, (n + segment - 1) / segment, offset, scaling);
-                int r = 0;
-                const auto add = [&]<int ROWS>() {
-                    const int64_t at = row + r;
-                    add_tile<ROWS, kScaled>(x + at * w.width + start, w.width, tile, n, segment, scaling, has_mins,
-                                   sums.data() + at * groups + start / segment, groups, totals + r * kBlock);
-                    r += ROWS;
-                };
-                while (r + 4 <= count) add.template operator()<4>();
-                while (r < count) add.template operator()<1>();
-            }
-            for (int r = 0; r < count; r++)
-                for (int64_t o = 0; o < valid; o++) {
-                    float y = totals[r * kBlock + o];
-                    if (row_scales != nullptr) y *= row_scales[row + r];
-                    if (w.bias != nullptr) y += w.bias[first + o];
-                    store(out[(row + r) * w.outputs + first + o], y);
-                }
-        }
-    });
+inline float sum_lanes(Vec lanes) {
+#ifdef __AVX512F__
+    return _mm512_reduce_add_ps((__m512)lanes);
+#else
+    float sum = 0.0f;
+    for (int i = 0; i < kLanes; i++) sum += lanes[i];
+    return sum;
+#endif
 }
 
-template <typename X, typename Out>
-void linear(const Weight& w, const X* x, const float* row_scales, Out* out, int64_t rows, int threads) {
+// Minus the sums of x over its groups.
+template <typename X>
+void sum_groups(const X* x, int64_t width, int64_t group, float* sums) {
+    for (int64_t k = 0; k < width; k += group) {
+        const int64_t n = std::min(group, width - k);
+        Vec lanes = {};
+        int64_t i = 0;
+        for (; i + kLanes <= n; i += kLanes) lanes += load_vec(x + k + i);
+        if (i < n) {
+            Vec rest = {};
+            widen(x + k + i, (float*)&rest, n - i);
+            lanes += rest;
+        }
+        *sums++ = -sum_lanes(lanes);
+    }
+}
+
+template <typename Body>
+inline void with_rows(int rows, const Body& body) {
+    switch (rows) {
+        case 1: return body.template operator()<1>();
+        case 2: return body.template operator()<2>();
+        case 3: return body.template operator()<3>();
+        case 4: return body.template operator()<4>();
+        case 5: return body.template operator()<5>();
+        case 6: return body.template operator()<6>();
+    }
+}
+
+// What one thread writes and reads again for a block: all of it stays in its first- and second-level caches.
+template <typename X>
+struct Scratch {
+    alignas(64) X tile[kTileInputs * kBlock];
+    float totals[kChunkRows][kBlock];
+    Scaling scaling;
+};
+
+// totals[count][64] of one block. x and sums begin with the first of `count` rows.
+template <Codes KIND, typename X>
+void multiply_block(const Weight& w, int64_t block, const X* x, const float* sums, int count, Scratch<X>& scratch) {
+    constexpr bool kScaled = KIND != kBF16, kMins = KIND == kU4 || KIND == kU5;
+    const int segment = int(std::min<int64_t>(w.group, kTileInputs));
+    const int64_t groups = (w.width + segment - 1) / segment;
+    const float zero = w.zero + (sizeof(X) == 2 && KIND <= kU6 ? kOffset : 0.0f);
+    const int passes = (count + kMostRows<X> - 1) / kMostRows<X>;
+    const bool direct = count <= direct_rows<X>(KIND);
+    const Planes planes = {(const char*)w.codes + block * w.width / 2 * code_bytes(KIND),
+                           (const char*)w.high + block * w.width / 2 * high_bytes(KIND)};
+    std::fill_n(scratch.totals[0], count * kBlock, 0.0f);
+    for (int64_t start = 0; start < w.width; start += kTileInputs) {
+        const int n = int(std::min<int64_t>(kTileInputs, w.width - start));
+        if (kScaled) read_scales(w, block, start, (n + segment - 1) / segment, scratch.scaling);
+        if (high_bytes(KIND)) fetch(planes.high + (start + n) / 2 * high_bytes(KIND), kTileInputs / 2 * high_bytes(KIND));
+        if (!direct) widen_tile<KIND>(planes, start / 2, n / 2, scratch.tile);
+        // A single pass that does no more than multiply is best left to what the CPU itself expects to be read.
+        constexpr int kLines = int(code_bytes(KIND) / 64);
+        const int64_t distance = passes == 1 ? kAhead : kTileInputs / 2 * code_bytes(KIND);
+        Ahead ahead = {planes.codes + start / 2 * code_bytes(KIND) + distance,
+                       KIND == kBF16 && passes == 1 ? 0 : (kLines + passes - 1) / passes};
+        const char* end = ahead.at + n / 2 * code_bytes(KIND);
+        for (int pass = 0, row = 0; pass < passes; pass++) {
+            const int next = count * (pass + 1) / passes;
+            if (ahead.at >= end) ahead.lines = 0;
+            Step<X> step = {x + row * w.width + start, w.width, planes, start / 2, n, segment,
+                            sums + row * groups + start / segment, groups, zero};
+            float* totals = scratch.totals[row];
+            with_rows(next - row, [&]<int ROWS>() {
+                if constexpr (ROWS <= direct_rows<X>(KIND))
+                    if (direct) return add_tile<KIND, ROWS, kScaled, kMins>(step, scratch.scaling, ahead, totals);
+                if constexpr (ROWS <= kMostRows<X> && direct_rows<X>(KIND) < kChunkRows) {
+                    step.from = {(const char*)scratch.tile, nullptr};
+                    step.pair = 0;
+                    add_tile<kBF16, ROWS, kScaled, kMins>(step, scratch.scaling, ahead, totals);
+                }
+            });
+            row = next;
+        }
+    }
+}
+
+// Where the numbers of y go: float, or rounded to bfloat16.
+struct Output {
+    void* to;
+    bool wide;
+    const float* row_scales;  // or null
+};
+
+void write_block(const Weight& w, int64_t block, const Output& out, int64_t row, int count, float* totals) {
+    const int64_t first = block * kBlock, valid = std::min<int64_t>(kBlock, w.outputs - first);
+    for (int r = 0; r < count; r++, totals += kBlock) {
+        const float scale = out.row_scales == nullptr ? 1.0f : out.row_scales[row + r];
+        for (int o = 0; o < kBlock; o++) totals[o] *= scale;
+        if (w.bias != nullptr)
+            for (int64_t o = 0; o < valid; o++) totals[o] += w.bias[first + o];
+        const int64_t at = (row + r) * w.outputs + first;
+        if (out.wide)
+            std::memcpy((float*)out.to + at, totals, valid * sizeof(float));
+        else
+            for (int64_t o = 0; o < valid; o++) store(((Bf16*)out.to)[at + o], totals[o]);
+    }
+}
+
+template <Codes KIND, typename X>
+void linear(const Weight& w, const X* x, const Output& out, int64_t all_rows, int threads) {
+    const int64_t segment = std::min<int64_t>(w.group, kTileInputs), groups = (w.width + segment - 1) / segment;
+    const bool has_sums = KIND <= kU6 || w.zero != 0.0f;
+    std::vector<float> sums(has_sums ? all_rows * groups : 0);  // minus those of x over each group
+    if (has_sums)
+        parallel_for(all_rows, w.width / 4, threads, [&](int64_t r) {
+            sum_groups(x + r * w.width, w.width, segment, sums.data() + r * groups);
+        });
+    const int64_t blocks = (w.outputs + kBlock - 1) / kBlock, chunks = (all_rows + kChunkRows - 1) / kChunkRows;
+    for (int64_t chunk = 0; chunk < chunks; chunk++) {
+        const int64_t first = all_rows * chunk / chunks, rows = all_rows * (chunk + 1) / chunks - first;
+        // Blocks that do not go round are shared by rows, so that all threads end together.
+        const int64_t shares = rows >= 4 * threads ? threads : 1, odd = shares > 1 ? blocks % threads : 0;
+        const int64_t whole = blocks - odd;
+        parallel_for(whole + odd * shares, kBlock / 8 * w.width * rows, threads, [&](int64_t item) {
+            const int64_t part = item < whole ? 0 : (item - whole) % shares, parts = item < whole ? 1 : shares;
+            const int64_t block = item < whole ? item : whole + (item - whole) / shares;
+            const int64_t row = first + rows * part / parts;
+            const int count = int(first + rows * (part + 1) / parts - row);
+            Scratch<X> scratch;
+            multiply_block<KIND>(w, block, x + row * w.width, sums.data() + (has_sums ? row * groups : 0), count, scratch);
+            write_block(w, block, out, row, count, scratch.totals[0]);
+        });
+    }
+}
+
+template <typename X>
+void linear(const Weight& w, const X* x, const Output& out, int64_t rows, int threads) {
     switch (w.kind) {
-        case kU4: return linear<kU4>(w, x, row_scales, out, rows, threads);
-        case kU5: return linear<kU5>(w, x, row_scales, out, rows, threads);
-        case kU6: return linear<kU6>(w, x, row_scales, out, rows, threads);
-        case kI8: return linear<kI8>(w, x, row_scales, out, rows, threads);
-        case kE4M3: return linear<kE4M3>(w, x, row_scales, out, rows, threads);
-        case kBF16: return linear<kBF16>(w, x, row_scales, out, rows, threads);
+        case kU4: return linear<kU4>(w, x, out, rows, threads);
+        case kU5: return linear<kU5>(w, x, out, rows, threads);
+        case kU6: return linear<kU6>(w, x, out, rows, threads);
+        case kI8: return linear<kI8>(w, x, out, rows, threads);
+        case kE4M3: return linear<kE4M3>(w, x, out, rows, threads);
+        case kBF16: return linear<kBF16>(w, x, out, rows, threads);
     }
 }
 
 // Where bfloat16 has no dot product of its own, x is widened and the float path serves.
-template <typename Out>
-void linear_bf16(const Weight& w, const Bf16* x, const float* row_scales, Out* out, int64_t rows,
-                       int threads) {
+void linear_bf16(const Weight& w, const Bf16* x, const Output& out, int64_t rows, int threads) {
 #ifdef __AVX512BF16__
-    linear(w, x, row_scales, out, rows, threads);
+    linear(w, x, out, rows, threads);
 #else
     std::vector<float> wide(rows * w.width);
     widen(x, wide.data(), rows * w.width);
-    linear(w, wide.data(), row_scales, out, rows, threads);
+    linear(w, wide.data(), out, rows, threads);
 #endif
 }
 
@@ -311,12 +355,11 @@ int nemo_multiplies_bfloat16() {
 // results, or are null.
 void nemo_linear(int dtype, int wide, const Weight* w, const void* x, const float* row_scales, void* out,
                        int64_t rows, int threads) {
+    const Output y = {out, dtype == 0 || wide, row_scales};
     if (dtype == 0)
-        linear(*w, (const float*)x, row_scales, (float*)out, rows, threads);
-    else if (wide)
-        linear_bf16(*w, (const Bf16*)x, row_scales, (float*)out, rows, threads);
+        linear(*w, (const float*)x, y, rows, threads);
     else
-        linear_bf16(*w, (const Bf16*)x, row_scales, (Bf16*)out, rows, threads);
+        linear_bf16(*w, (const Bf16*)x, y, rows, threads);
 }
 
 // scale 0: one per row. codes are of x's dtype.

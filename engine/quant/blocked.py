@@ -1,4 +1,4 @@
-"""Weights in the block layout of linear_kernels.cpp: bfloat16, or codes of 4 to 8 bits, widened in the cache only.
+"""Weights in the block layout of weight.h: bfloat16, or codes of 4 to 8 bits, widened in the cache only.
 
     Matrix ──fill──► planes of 64-output blocks ──nemo_linear──► y
                                                      └──rows──► rows of an embedding table
@@ -21,11 +21,11 @@ from engine.quant.form import Form
 from engine.quant.matrix import FloatMatrix, GroupMatrix, Matrix
 
 BLOCK = 64  # outputs that lie together
-_KINDS = {4: 0, 5: 1, 6: 2, 8: 3, 0: 4, 16: 5}  # enum Codes of linear_kernels.cpp
+_KINDS = {4: 0, 5: 1, 6: 2, 8: 3, 0: 4, 16: 5}  # enum Codes of weight.h
 
 
 class _Weight(ctypes.Structure):
-    """`Weight` of linear_kernels.cpp, field by field."""
+    """`Weight` of weight.h, field by field."""
 
     _fields_ = (
         ("codes", ctypes.c_void_p),

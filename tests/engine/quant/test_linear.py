@@ -23,7 +23,7 @@ from engine.schemes import Kept
 
 SHAPES = [(64, 32), (960, 576), (97, 96), (130, 416)]  # outputs, inputs
 ODD_SHAPES = [(1, 7), (130, 33)]  # only formats without groups
-ROWS = (1, 2, 5, 6, 13, 70)
+ROWS = (1, 2, 3, 4, 5, 6, 13, 70, 131)
 CPU = torch.device("cpu")
 
 
@@ -144,14 +144,17 @@ def test_packed_and_dense_products_are_the_plain_ones(shape: tuple[int, int], dt
         torch.testing.assert_close(y.double(), x.double() @ exact_weight.t() + exact_bias, rtol=rounding, atol=1e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", GROUPED + WHOLE_ROWS)
-def test_a_row_does_not_depend_on_its_batch(kernels: Kernels, kind: str) -> None:
+def test_a_row_does_not_depend_on_its_batch(kernels: Kernels, kind: str, dtype: torch.dtype) -> None:
+    """To the last bit: in groups of every size that the kernel has its own way of multiplying, and among 300 rows."""
     torch.manual_seed(0)
     matrix = random_matrix(kind, 200, 288)
     linear = blocked(matrix, kernels)
-    x = torch.randn(45, 288).bfloat16()
+    x = torch.randn(300, 288).to(dtype)
     alone = torch.cat([linear(row.unsqueeze(0)) for row in x])
-    torch.testing.assert_close(linear(x), alone, rtol=0, atol=1e-6 * alone.abs().max().item())
+    for rows in (2, 3, 4, 5, 6, 7, 11, 45, 127, 300):
+        assert torch.equal(torch.cat([linear(part) for part in x.split(rows)]), alone), rows
 
 
 @pytest.mark.parametrize("kind", GROUPED + WHOLE_ROWS)
