@@ -78,6 +78,7 @@ def run_core(core: EngineCore, receive: Receive, emit: Callable[[StepOutput], No
     """Serve commands until `receive` says that there will be no more, and close the core. What the runner raises passes
     through."""
     reading = Reading(core)
+    checked = False
     try:
         while True:
             commands = receive(0.0 if core.has_work else READING_SECONDS if reading else HEARTBEAT_SECONDS)
@@ -87,8 +88,10 @@ def run_core(core: EngineCore, receive: Receive, emit: Callable[[StepOutput], No
             answers = reading.finished()
             if core.has_work:
                 events += core.step()
-            elif not commands:
+                checked = False
+            elif not (commands or checked):
                 core.check()
+                checked = True
             emit(StepOutput(events, core.stats(), answers))
     finally:
         reading.close()

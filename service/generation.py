@@ -120,7 +120,9 @@ class Generator:
         stops = [StopMatcher(request.stop, include_stop=request.include_stop) for _ in range(request.n)]
         prompt = await self.encode(request.prompt)
         completions = [self._complete(index, request, prompt, stop) for index, stop in enumerate(stops)]
-        events = completions[0] if request.n == 1 else _interleave(completions)
+        # Logprobs of the prompt are computed once: the first completion says them, and leaves its pages to the others.
+        leads = request.sampling.prompt_logprobs is not None
+        events = completions[0] if request.n == 1 else _interleave(completions, leads=leads)
         started = False
         try:
             async with aclosing(events):
@@ -158,8 +160,9 @@ class Generator:
 
     def _engine_request(self, index: int, request: GenerationRequest, prompt: list[int]) -> Request:
         sampling, info = request.sampling, self._engine.info
-        if sampling.seed is not None and index:
-            sampling = replace(sampling, seed=(sampling.seed + index) % 2**64)
+        if index:
+            seed = None if sampling.seed is None else (sampling.seed + index) % 2**64
+            sampling = replace(sampling, seed=seed, prompt_logprobs=None)
         if not sampling.ignore_eos:
             eos = self._text.tokenizer.eos_id  # a checkpoint may name it nowhere else
             stop_ids = dict.fromkeys((*sampling.stop_token_ids, *self._text.stop_ids, *(() if eos is None else (eos,))))
@@ -254,10 +257,19 @@ def _asked_for(token: int | None, request: GenerationRequest) -> int | None:
     return token if token in request.sampling.stop_token_ids else None
 
 
-async def _interleave(streams: list[AsyncGenerator[GenerationEvent]]) -> AsyncGenerator[GenerationEvent]:
-    """Events of several completions as they come; each holds one back at most while the reader is slow."""
-    pending = {asyncio.ensure_future(anext(stream, None)): stream for stream in streams}
+async def _interleave(
+    streams: list[AsyncGenerator[GenerationEvent]], *, leads: bool
+) -> AsyncGenerator[GenerationEvent]:
+    """Events of several completions as they come; each holds one back at most while the reader is slow.
+
+    Args:
+        leads: the others begin when the first event of the first one is there.
+    """
+    pending: dict[asyncio.Future[GenerationEvent | None], AsyncGenerator[GenerationEvent]] = {}
     try:
+        if leads:
+            yield await anext(streams[0])
+        pending = {asyncio.ensure_future(anext(stream, None)): stream for stream in streams}
         while pending:
             done, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
             for task in done:

@@ -405,6 +405,23 @@ def test_tokens_depend_on_the_request_and_its_adapter_alone(
     assert (core.stats().preemptions > 0) == preempts
 
 
+@pytest.mark.parametrize("kv", ["auto", "fp8"])
+def test_one_prompt_under_several_adapters_shares_pages_only_where_the_adapter_is_the_same(tiny: Path, kv: str) -> None:
+    prompt = [3 + number % 150 for number in range(40)]
+    sampling = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    requests = [
+        Request(request_id=f"{name} {number}", prompt_token_ids=[*prompt, number], sampling=sampling, adapter=name)
+        for number in range(2)
+        for name in NAMES
+    ]
+    config = tiny_config(tiny, page_size=8, max_batch_size=8, kv_precision=kv)
+    shared, core = run_core(config, tiny, requests)
+    apart, _ = run_core(replace(config, prefix_caching=False), tiny, requests)
+    assert shared == apart
+    assert len({tuple(tokens) for tokens in apart.values()}) >= len(NAMES)
+    assert core.stats().prefix_cache_hit_tokens == len(NAMES) * 40
+
+
 @pytest.mark.parametrize("kind", [LocalEngine, RemoteEngine])
 async def test_loading_and_unloading_under_traffic(
     tiny: Path, tmp_path: Path, alone: dict[str, list[int]], kind: type[LocalEngine] | type[RemoteEngine]

@@ -62,8 +62,9 @@ def some_requests(vocab_size: int, count: int, longest: int, new_tokens: int, se
 
 @dataclass(frozen=True)
 class Way:
-    """One way of scheduling. `gap` steps pass between arrivals; `pages` None = as many as are needed; it `shares` a
-    page at least once, where it says so; `drafts` at most, wherever something can be guessed."""
+    """One way of scheduling. Of three arrivals each has another class, if there are `classes`; `gap` steps pass between
+    them; `pages` None = as many as are needed; it `shares` a page at least once, where it says so; `drafts` at most,
+    wherever something can be guessed."""
 
     batch: int = 4
     budget: int = 512
@@ -72,6 +73,7 @@ class Way:
     gap: int = 0
     backwards: bool = False
     preempts: bool = False
+    classes: bool = False
     caching: bool = True
     shares: bool = True
     drafts: int = 0
@@ -87,6 +89,8 @@ WAYS = {
     "one token at a time": Way(batch=1, budget=1),
     "arriving late": Way(batch=8, gap=2),
     "arriving backwards": Way(batch=3, gap=1, backwards=True),
+    "in classes": Way(batch=3, budget=40, gap=1, classes=True, preempts=True),
+    "in classes, few pages": Way(batch=6, budget=12, page_size=4, pages=24, gap=1, classes=True, preempts=True),
     "pages of 1": Way(page_size=1),
     "pages of 7": Way(batch=8, page_size=7),
     "pages of 64": Way(batch=8, page_size=64, shares=False),  # no prompt is so long
@@ -114,7 +118,8 @@ def tokens_of(runner: Runner, config: EngineConfig, requests: list[Request], way
     step = 0
     while ended < len(requests):
         while arrivals and step >= way.gap * (len(requests) - len(arrivals)):
-            core.add(arrivals.pop(0))
+            request = arrivals.pop(0)
+            core.add(replace(request, priority=-(len(arrivals) % 3)) if way.classes else request)
         for event in core.step():
             tokens[event.request_id] += event.token_ids
             if event.finish_reason is not None:

@@ -151,10 +151,13 @@ async def test_logprobs_of_the_prompt_come_whole_with_started_however_the_prompt
 
 
 async def test_n_completions_tell_the_logprobs_of_their_prompt_once() -> None:
-    started, *rest = await run(FakeEngine(), ask(n=3, sampling={"prompt_logprobs": 2}))
+    engine = FakeEngine()
+    started, *rest = await run(engine, ask(n=3, sampling={"prompt_logprobs": 2}))
     assert isinstance(started, Started)
     assert [each.token_id for each in started.prompt_logprobs] == [*b"Hi"]
     assert not any(isinstance(event, Started) for event in rest)
+    assert sorted(event.index for event in rest if isinstance(event, Finished)) == [0, 1, 2]
+    assert [each.sampling.prompt_logprobs for each in engine.requests] == [2, None, None]  # computed once
 
 
 async def test_ids_that_only_the_engine_has_add_no_text() -> None:
@@ -203,6 +206,14 @@ async def test_closing_the_iterator_cancels_every_completion() -> None:
         assert isinstance(await anext(events), Started)
         await engine.until(lambda: len(engine.requests) == 3)
     assert sorted(engine.cancelled) == ["r#0", "r#1", "r#2"]
+
+
+async def test_closing_the_iterator_while_one_leads_cancels_it_and_begins_no_other() -> None:
+    engine = FakeEngine()
+    request = ask(n=3, sampling={"prompt_logprobs": 0})
+    async with aclosing(Generator(engine, toy_text()).generate(request)) as events:
+        assert isinstance(await anext(events), Started)
+    assert (engine.cancelled, len(engine.requests)) == (["r#0"], 1)
 
 
 @pytest.mark.parametrize("n", [1, 3])
