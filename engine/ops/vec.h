@@ -90,15 +90,6 @@ inline void write_vec(Vec x, T* to, int n) {
     n == kLanes ? narrow((const float*)&x, to, kLanes) : narrow((const float*)&x, to, n);
 }
 
-inline Vec load_vec(const float* from) { return *(const Vec*)from; }
-inline Vec load_vec(const Bf16* from) {
-#ifdef __AVX512F__
-    return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16);
-#else
-    return (Vec)(__builtin_convertvector(*(const HalfVec*)from, IntVec) << 16);
-#endif
-}
-
 #ifdef __AVX512BW__
 // 32 codes as halfs, in whose places a code means 2^-8 of it.
 inline __m512i halfs_of(const E4m3* from) {
