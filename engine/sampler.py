@@ -17,6 +17,7 @@ from torch import Tensor
 
 from engine.request import SamplingParams, TokenLogprob
 from engine.sampling.adjust import Adjustment
+from engine.sampling.device import find_device_rows
 from engine.sampling.draw import draw, take_rows, uniform
 from engine.sampling.logprobs import logprobs_of
 from engine.step import RowInit, SampledToken
@@ -39,12 +40,15 @@ class Sampler:
         self._device = device
         self._eos_token_ids = eos_token_ids
         self._rows: list[_Row | None] = [None] * max_rows
+        self._on_device = find_device_rows(max_rows, device)
 
     def set_row(self, init: RowInit) -> None:
         """A request takes the row, new or with the output that it had before a pre-emption."""
         adjusted = Adjustment.wanted(init.sampling)
         adjustment = Adjustment(init, self._eos_token_ids, self._device) if adjusted else None
         self._rows[init.row] = _Row(init.sampling, init.seed, adjustment)
+        if self._on_device is not None:
+            self._on_device.set(init.row, init.sampling, init.seed, init.sampling.temperature < GREEDY_BELOW)
 
     def clear_row(self, row: int) -> None:
         """The request of this row has ended."""
@@ -66,14 +70,10 @@ class Sampler:
         for index, (state, position) in enumerate(zip(states, positions, strict=True)):
             if state.adjustment is not None:
                 state.adjustment.apply(logits[index], position)
-        peaks, tokens = logits.max(dim=-1)  # the lowest id among equals; NaN where any logit is NaN
-        drawn = [index for index, state in enumerate(states) if state.params.temperature >= GREEDY_BELOW]
-        if drawn:
-            where = torch.tensor(drawn, device=self._device)
-            uniforms = [uniform(states[index].seed, positions[index]) for index in drawn]
-            tokens[where] = draw(
-                logits.index_select(0, where), peaks[where], [states[index].params for index in drawn], uniforms
-            )
+        if self._on_device is not None:
+            peaks, tokens = self._on_device.choose(logits, rows, positions)
+        else:
+            peaks, tokens = self._choose(logits, states, positions)
         finite, chosen = torch.stack([peaks.isfinite().long(), tokens]).tolist()
 
         logprobs = self._logprobs(logits, tokens, states)
@@ -86,6 +86,18 @@ class Sampler:
                 state.adjustment.remember(chosen[index])
             results.append(SampledToken(row, chosen[index], logprobs.get(index)))
         return results
+
+    def _choose(self, logits: Tensor, states: list[_Row], positions: list[int]) -> tuple[Tensor, Tensor]:
+        """The largest logit and the next token of each row: float32 [S] and int64 [S]."""
+        peaks, tokens = logits.max(dim=-1)  # the lowest id among equals; NaN where any logit is NaN
+        drawn = [index for index, state in enumerate(states) if state.params.temperature >= GREEDY_BELOW]
+        if drawn:
+            where = torch.tensor(drawn, device=self._device)
+            uniforms = [uniform(states[index].seed, positions[index]) for index in drawn]
+            tokens[where] = draw(
+                logits.index_select(0, where), peaks[where], [states[index].params for index in drawn], uniforms
+            )
+        return peaks, tokens
 
     def _state(self, row: int) -> _Row:
         state = self._rows[row]

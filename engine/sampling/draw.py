@@ -30,11 +30,12 @@ def uniform(seed: int, position: int) -> float:
     SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, OOPSLA 2014), its state being the
     finalised seed plus position + 1 golden-ratio steps; the upper 53 bits become the fraction.
     """
-    state = (_mix(seed & _MASK_64) + (position + 1) * 0x9E3779B97F4A7C15) & _MASK_64
-    return (_mix(state) >> 11) * 2.0**-53
+    state = (mix(seed & _MASK_64) + (position + 1) * 0x9E3779B97F4A7C15) & _MASK_64
+    return (mix(state) >> 11) * 2.0**-53
 
 
-def _mix(value: int) -> int:
+def mix(value: int) -> int:
+    """The finaliser of SplitMix64, on 64 bits."""
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK_64
     return value ^ (value >> 31)
