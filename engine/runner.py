@@ -116,11 +116,11 @@ class Runner:
             free = free_memory(device) // (ranks if device.type == "cpu" else 1)  # which ranks on a CPU share
             on = Device(kind=device.type, free=free, float_bytes=dtype.itemsize, plain=plain)
             size = size_cache(config, model, plan_memory(model, config, on, weights), device.type)
-            if communicator is not None:  # a page has its share of every token on every rank
-                size = CacheSize(*communicator.least(astuple(size)))
-            decoder = load_decoder(source, dtype, device, size.max_model_len, threads, progress, scheme)
+            join = None
             if communicator is not None:
-                decoder.weights = join_ranks(decoder.weights, checkpoint.config.vocab_size, communicator)
+                size = CacheSize(*communicator.least(astuple(size)))  # a page has its part on every rank
+                join = partial(join_ranks, checkpoint.config.vocab_size, communicator)
+            decoder = load_decoder(source, dtype, device, size.max_model_len, threads, progress, scheme, join)
             return cls(config, decoder, size, time.monotonic() - began, checkpoint.config)
 
     def close(self) -> None:

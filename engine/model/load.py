@@ -5,6 +5,7 @@ A matrix is converted, fused and handed to its format as it is read; the file's 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
@@ -46,6 +47,7 @@ def load_decoder(
     threads: int,
     progress: LoadProgress,
     scheme: Scheme = SCHEMES["auto"],
+    join: Callable[[Weights], Weights] | None = None,
 ) -> Decoder:
     """Read all weights and build the decoder.
 
@@ -54,6 +56,7 @@ def load_decoder(
         max_model_len: positions that the rotary table covers.
         threads: CPU threads of the engine's own kernels.
         scheme: what is made of the matrices.
+        join: what a rank makes of its share of the weights (`engine.parallel.layers.join_ranks`); None = they are all.
 
     Raises:
         CheckpointError: a tensor is missing or has not the shape that the configuration demands.
@@ -65,6 +68,8 @@ def load_decoder(
     quantise = scheme.quantise_inputs or (as_stored and units)
     target = Target(dtype, device, kernels, quantise, find_products(device), units)
     weights = _Reader(checkpoint, scheme, target, progress).read()
+    if join is not None:
+        weights = join(weights)
     return Decoder(config, weights, select_ops(kernels, device), rope_table(config, max_model_len, device))
 
 

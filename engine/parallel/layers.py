@@ -60,12 +60,12 @@ class DividedHead(_Vocabulary):
         return self._communicator.gather_logits(self._linear(x), self._widths)
 
 
-def join_ranks(weights: Weights, vocab_size: int, communicator: Communicator) -> Weights:
+def join_ranks(vocab_size: int, communicator: Communicator, weights: Weights) -> Weights:
     """A rank's own weights as parts of a whole: what a decoder computes with them, all ranks compute together.
 
     Args:
-        weights: read from a `RankCheckpoint`.
         vocab_size: of the whole model.
+        weights: read from a `RankCheckpoint`.
     """
     layers = [
         replace(

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -89,9 +90,8 @@ def load_rank(
     """One rank's decoder, joined to the others."""
     with torch.inference_mode(), open_checkpoint(path) as checkpoint:
         source = RankCheckpoint(checkpoint, communicator.rank, communicator.size)
-        decoder = load_decoder(source, dtype, CPU, 128, 1, lambda *progress: None, SCHEMES[precision])
-        decoder.weights = join_ranks(decoder.weights, checkpoint.config.vocab_size, communicator)
-    return decoder
+        join = partial(join_ranks, checkpoint.config.vocab_size, communicator)
+        return load_decoder(source, dtype, CPU, 128, 1, lambda *progress: None, SCHEMES[precision], join)
 
 
 def load_whole(path: Path, precision: str = "auto", dtype: torch.dtype = torch.float32) -> Decoder:
