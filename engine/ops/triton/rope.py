@@ -39,7 +39,7 @@ def _store(first, second, pages, scales, vector, mask, column, half_mask, HALF: 
     tl.store(where + HALF, second.to(pages.dtype.element_ty), mask=stored)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["positions", "slots"])  # of a row in a step's tensors: of any
 def _rope_and_write(
     qkv,
     table,

@@ -23,6 +23,13 @@ def test_the_kernels_are_right_under_tritons_interpreter(name: str) -> None:
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_the_kernels_of_nemo_compile_for_cards_that_are_not_there() -> None:
+    command = [sys.executable, "-m", "engine.ops.triton.check", "--quick"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_the_operators_are_imported_without_triton() -> None:
     code = "import engine.ops, sys; sys.exit(any(name.split('.')[0] == 'triton' for name in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 0
