@@ -235,7 +235,11 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """Facts about a loaded engine that its owner and clients may ask for."""
+    """Facts about a loaded engine that its owner and clients may ask for.
+
+    Attributes:
+        weight_bytes: on one device; where several share the model, on the first of them.
+    """
 
     vocab_size: int
     max_model_len: int

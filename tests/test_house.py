@@ -90,10 +90,13 @@ def test_nobody_imports_bench_or_tests() -> None:
             "engine.ops",
             ("engine.quant", "engine.model", "engine.kv", "engine.runner", "engine.scheduler", "engine.core"),
         ),
-        ("engine.quant", ("engine.model", "engine.kv", "engine.runner", "engine.scheduler", "engine.core")),
+        (
+            "engine.quant",
+            ("engine.model", "engine.parallel", "engine.kv", "engine.runner", "engine.scheduler", "engine.core"),
+        ),
         ("engine.kv", ("engine.model", "engine.runner", "engine.scheduler", "engine.core")),
-        ("engine.model", ("engine.runner", "engine.scheduler", "engine.sampler", "engine.core")),
-        ("engine.checkpoint", ("engine.model", "engine.runner", "engine.scheduler", "engine.core")),
+        ("engine.model", ("engine.parallel", "engine.runner", "engine.scheduler", "engine.sampler", "engine.core")),
+        ("engine.checkpoint", ("engine.model", "engine.parallel", "engine.runner", "engine.scheduler", "engine.core")),
         ("engine.scheduler", ("engine.runner", "engine.core", "engine.model", "torch")),
         ("engine.sampler", ("engine.runner", "engine.core", "engine.scheduler")),
         ("engine.runner", ("engine.core", "engine.scheduler", "engine.local", "engine.remote")),
@@ -137,7 +140,8 @@ def test_nothing_can_unpickle() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["engine", "service.host", "service.server", "service.cli", "nemoserve.v1.generation_pb2_grpc"]
+    "module",
+    ["engine", "service.host", "service.server", "service.cli", "service.doctor", "nemoserve.v1.generation_pb2_grpc"],
 )
 def test_the_service_process_starts_without_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"

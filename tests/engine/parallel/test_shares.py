@@ -16,6 +16,7 @@ from engine.checkpoint import open_checkpoint
 from engine.checkpoint.layout import expected_tensors
 from engine.errors import EngineConfigError
 from engine.parallel.checkpoint import RankCheckpoint
+from engine.parallel.communicator import device_of_rank
 from engine.parallel.share import piece_of, share_of, vocabulary
 from tests.engine.oracle import BASE, teacher_forced
 from tests.engine.parallel.threads import divided_logits, load_rank, load_whole, on_ranks
@@ -164,3 +165,14 @@ def test_ranks_together_read_what_the_file_has_of_matrices_once(tmp_path: Path) 
             parts = [RankCheckpoint(checkpoint, rank, 8).stored_bytes(name) for rank in range(8)]
             copies = 8 if len(shape) == 1 else 1
             assert sum(parts) == copies * checkpoint.stored_bytes(name)
+
+
+def test_each_rank_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [device_of_rank("auto", rank, 2) for rank in range(2)] == [torch.device("cuda", 0), torch.device("cuda", 1)]
+    assert device_of_rank("cpu", 3, 4) == torch.device("cpu")
+    with pytest.raises(
+        EngineConfigError, match=r"^tensor_parallel_size: 4 needs a GPU for each rank, but torch sees 2 here$"
+    ):
+        device_of_rank("cuda", 0, 4)
