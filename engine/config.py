@@ -103,7 +103,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int | None = None
     max_batch_size: int = 32  # beyond it two CPU cores gain nothing, and GPU owners set their own
     max_batch_tokens: int = 512  # about 4 decode steps of work on a CPU, so that a long prompt cannot freeze the others
-    max_draft_tokens: int = 0  # off
+    max_draft_tokens: int = 7  # with the known token 8 rows: the most that kernels for decoding take at once
     page_size: int = 64  # one page of one head is a contiguous 16 KiB tile at head_dim 128 in bf16
     kv_memory_bytes: int | None = None
     prefix_caching: bool = True  # the tokens are the same, and a hash per page costs nothing beside computing it

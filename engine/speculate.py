@@ -32,7 +32,7 @@ INDEXED_AT_ONCE = 4096  # tokens, some milliseconds: a long prompt that came fro
 CPU_READING = 1.6
 GPU_READING = 64.0
 
-START, PACE = 0.5, 0.15  # belief in a kind of guess before the first outcome, and how far each outcome moves it
+START, PACE = 0.5, 0.1  # belief in a kind of guess before the first outcome, and how far each outcome moves it
 
 
 class Guess(NamedTuple):

@@ -215,6 +215,12 @@ SETTINGS = (
         why="tokens of one step; bounds how long a long prompt can hold up the other streams",
     ),
     Setting(
+        name="max_draft_tokens",
+        parse=_count(0, 64),
+        default=7,
+        why="tokens guessed from earlier text and checked in one step, where that pays; 0: none; tokens are the same",
+    ),
+    Setting(
         name="kv_memory",
         parse=_bytes,
         default=None,
@@ -373,6 +379,7 @@ def engine_config(model: Path, values: Mapping[str, Any]) -> EngineConfig:
         max_model_len=values["max_model_len"],
         max_batch_size=values["max_batch_size"],
         max_batch_tokens=values["max_batch_tokens"],
+        max_draft_tokens=values["max_draft_tokens"],
         kv_memory_bytes=values["kv_memory"],
         prefix_caching=values["prefix_caching"],
         threads=values["threads"],

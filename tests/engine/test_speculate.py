@@ -139,8 +139,8 @@ def test_drafts_grow_while_they_are_right_stop_when_they_are_not_and_come_again(
 
 def test_a_kind_that_is_wrong_does_not_harm_the_others() -> None:
     other = (Guess([3] * 8, 2), [2])
-    assert lengths([RIGHT, other] * 20 + [RIGHT], reading=2.0)[-1] == 8
-    assert lengths([RIGHT, other] * 20, reading=2.0)[-1] == 0
+    assert lengths([RIGHT, other] * 40 + [RIGHT], reading=2.0)[-1] == 8
+    assert lengths([RIGHT, other] * 40, reading=2.0)[-1] == 0
 
 
 def test_what_comes_behind_a_wrong_guess_teaches_nothing() -> None:

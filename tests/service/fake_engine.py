@@ -26,6 +26,7 @@ from engine import (
     TokenEvent,
     TokenLogprob,
 )
+from engine.mailbox import merge
 from engine.request import validate_request
 from service.text.bpe import BpeTokenizer
 from service.text.template import TemplateChat
@@ -77,6 +78,7 @@ class FakeEngine:
 
     Attributes:
         gate: each token waits for it, if there is one.
+        per_event: how many tokens come in one event, as where drafts were right or the reader was slow.
         fails_after: requests end with FinishReason.ERROR after so many tokens.
         requests, produced, cancelled, ended: what happened, for tests to look at.
         lora_errors: raised when the adapter of a name is loaded.
@@ -87,6 +89,7 @@ class FakeEngine:
         self.info = info
         self.output = list(output)
         self.gate: Gate | None = None
+        self.per_event = 1
         self.fails_after: int | None = None
         self.heartbeat_age = 0.0
         self.stats = EngineStats(max_batch_size=info.max_batch_size, kv_pages_total=info.kv_pages)
@@ -124,9 +127,13 @@ class FakeEngine:
         await self._notify()
         ended = False
         try:
+            waiting: TokenEvent | None = None
             async for event in self._events(request):
+                waiting = event if waiting is None else merge(waiting, event)
                 ended = event.finish_reason is not None
-                yield event
+                if ended or len(waiting.token_ids) in (0, self.per_event):
+                    yield waiting
+                    waiting = None
         finally:
             (self.ended if ended else self.cancelled).append(request.request_id)
             await asyncio.shield(self._notify())

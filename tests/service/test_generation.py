@@ -172,6 +172,60 @@ async def test_a_failed_generation_ends_with_an_error_and_keeps_what_it_had() ->
     assert (end(events).reason, end(events).error) == (FinishReason.ERROR, "the logits are not numbers")
 
 
+# -- several tokens in one event ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("per_event", [2, 3, 7, 100])
+async def test_text_tokens_and_logprobs_do_not_depend_on_how_many_tokens_come_at_once(per_event: int) -> None:
+    request = ask(sampling={"max_tokens": 14, "logprobs": 1, "stop_token_ids": (33,)}, n=2)
+    output = "é🚆 xyz é!".encode()
+
+    async def outcome(tokens: int) -> list[object]:
+        engine = FakeEngine(output)
+        engine.per_event = tokens
+        events = await run(engine, request)
+        deltas = [event for event in events if isinstance(event, Delta)]
+        found: list[object] = []
+        for index in range(2):
+            mine = [delta for delta in deltas if delta.index == index]
+            assert all(len(delta.token_ids) == len(delta.logprobs) for delta in mine)
+            [finished] = [event for event in events if isinstance(event, Finished) and event.index == index]
+            found += [
+                "".join(delta.text for delta in mine),
+                [token for delta in mine for token in delta.token_ids],
+                [each for delta in mine for each in delta.logprobs],
+                (finished.reason, finished.usage.completion_tokens, finished.matched_stop),
+            ]
+        return found
+
+    assert await outcome(per_event) == await outcome(1)
+
+
+@pytest.mark.parametrize("per_event", [2, 5, 8])
+@pytest.mark.parametrize("include", [False, True])
+async def test_tokens_behind_a_stop_string_are_dropped_from_the_event_that_completes_it(
+    per_event: int, include: bool
+) -> None:
+    engine = FakeEngine(b"abSTOPcd")
+    engine.per_event = per_event
+    request = ask(stop=("STOP",), include_stop=include, sampling={"max_tokens": 8, "logprobs": 0})
+    events = await run(engine, request)
+    deltas = [event for event in events if isinstance(event, Delta)]
+    assert text(events) == ("abSTOP" if include else "ab")
+    assert [token for delta in deltas for token in delta.token_ids] == [*b"abSTOP"]
+    assert [each.token_id for delta in deltas for each in delta.logprobs] == [*b"abSTOP"]
+    assert (end(events).reason, end(events).matched_stop) == (FinishReason.STOP, "STOP")
+    assert end(events).usage.completion_tokens == 6
+
+
+async def test_tokens_before_a_failure_in_the_same_event_are_kept() -> None:
+    engine = FakeEngine(b"abc")
+    engine.fails_after, engine.per_event = 2, 8
+    events = await run(engine, ask())
+    assert text(events) == "ab"
+    assert end(events).reason is FinishReason.ERROR
+
+
 # -- stopping --------------------------------------------------------------------------------------------------------
 
 

@@ -47,6 +47,7 @@ def test_values_are_understood(name: str, text: str, value: object) -> None:
     [
         ("grpc_port", "70000", "between 0 and 65535"),
         ("max_batch_size", "0", "between 1 and 4096"),
+        ("max_draft_tokens", "65", "between 0 and 64"),
         ("max_model_len", "many", "a whole number"),
         ("kv_memory", "-1", "a number of bytes"),
         ("kv_memory", "0", "a number of bytes"),
