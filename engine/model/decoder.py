@@ -9,7 +9,7 @@ attention may have a window. What differs by hardware is in `ops`, what differs 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,15 +51,26 @@ class Weights:
     nbytes: int
 
 
-class Decoder:
-    """Runs the tokens of a step through all layers, reading and extending the KV cache in place."""
+LayersAtOnce = Callable[[Tensor, Tensor, KVCache, AttentionBatch], Tensor]
+"""The loop of `Decoder.forward` in one call: x (overwritten), residual, cache and batch to the last layer's x."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, ops: Ops, rope_table: Tensor) -> None:
+
+class Decoder:
+    """Runs the tokens of a step through all layers, reading and extending the KV cache in place.
+
+    Args:
+        at_once: how a back end does all layers, to the same bits; None = one operator after the other.
+    """
+
+    def __init__(
+        self, config: ModelConfig, weights: Weights, ops: Ops, rope_table: Tensor, at_once: LayersAtOnce | None = None
+    ) -> None:
         self.config = config
         self.weights = weights
         self.dtype, self.device = weights.norm.dtype, weights.norm.device
         self._ops = ops
         self._rope_table = rope_table
+        self._at_once = at_once
 
     def forward(
         self, token_ids: Tensor, batch: AttentionBatch, cache: KVCache, layers: Sequence[Layer] | None = None
@@ -77,6 +88,9 @@ class Decoder:
         ops, eps, window = self._ops, self.config.rms_norm_eps, self.config.sliding_window
         x = self.weights.embedding.rows(token_ids).to(self.dtype)
         residual = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        if layers is None and self._at_once is not None:
+            x = self._at_once(x, residual, cache, batch)
+            return floats(ops.add_rms_norm(x, residual, self.weights.norm, eps))
         layers = self.weights.layers if layers is None else layers
         for layer, pages in zip(layers, cache.layers, strict=True):
             normed = ops.add_rms_norm(x, residual, layer.attention_norm, eps, layer.qkv.rounding)

@@ -17,6 +17,7 @@ from engine.config import ModelConfig
 from engine.errors import CheckpointError
 from engine.face import Done, LoadProgress
 from engine.model.decoder import Decoder, Layer, Weights
+from engine.model.fused import fuse
 from engine.model.rope import rope_table
 from engine.ops import load_kernels, select_ops
 from engine.quant import Linear, Matrix, Part, Table, Target, build_linear, build_table, find_products, has_fp8_units
@@ -70,7 +71,8 @@ def load_decoder(
     weights = _Reader(checkpoint, scheme, target, progress).read()
     if join is not None:
         weights = join(weights)
-    return Decoder(config, weights, select_ops(kernels, device), rope_table(config, max_model_len, device))
+    table = rope_table(config, max_model_len, device)
+    return Decoder(config, weights, select_ops(kernels, device), table, fuse(kernels, weights.layers, config, table))
 
 
 class _Reader:

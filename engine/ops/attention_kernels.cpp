@@ -11,6 +11,7 @@
 // tiles of a long context were shared out to several threads. FP8 needs that: where a rounded code falls on the other
 // side, the last bit of a float becomes the fourth bit of a key.
 
+#include "kernels.h"
 #include "pages.h"
 
 namespace {

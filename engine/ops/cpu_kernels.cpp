@@ -5,6 +5,7 @@
 // and values also e4m3 with scales; arithmetic is float. The meaning of every function is engine/ops/interface.py; the
 // specification is reference.py.
 
+#include "kernels.h"
 #include "pages.h"
 
 namespace {

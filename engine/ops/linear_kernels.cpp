@@ -12,6 +12,7 @@
 //
 // A total adds up the same numbers in the same order however many rows there are: the bits of a row depend on it alone.
 
+#include "kernels.h"
 #include "widen.h"
 
 namespace {

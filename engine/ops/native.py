@@ -39,6 +39,7 @@ SIGNATURES: dict[str, list[type]] = {
     "nemo_silu_mul": [_INT, *[_POINTER] * 2, *[_INT64] * 2, _INT],
     "nemo_rope_and_write": [_INT, *[_POINTER] * 8, *[_INT64] * 5, _INT],
     "nemo_attention": [_INT, *[_POINTER] * 9, *[_INT64] * 8, _INT],
+    "nemo_layers": [_INT, _POINTER, _INT64, *[_POINTER] * 3, _INT],
 }
 
 

@@ -20,6 +20,8 @@ constexpr int kBlockVecs = 4, kBlock = kBlockVecs * kLanes;
 
 enum Codes : int32_t { kU4 = 0, kU5 = 1, kU6 = 2, kI8 = 3, kE4M3 = 4, kBF16 = 5 };
 
+}  // namespace
+
 struct Weight {
     const void *codes, *high, *scales, *mins;  // mins may be null: then they are zero * scale
     const float* bias;
@@ -27,5 +29,3 @@ struct Weight {
     int32_t kind, half_scales;
     float zero;
 };
-
-}  // namespace

@@ -89,6 +89,12 @@ class BlockedLinear:
             form.zero,
         )
 
+    @property
+    def address(self) -> int | None:
+        """Of the `Weight`, for kernels that call nemo_linear themselves; None if that is not all that a call does."""
+        plain = self._width == self._inputs and not self._quantise_inputs
+        return ctypes.addressof(self._weight) if plain else None
+
     def fill(self, start: int, matrix: Matrix) -> None:
         """Put the rows of a slab in place. `start` and, but for the last, the count are whole blocks."""
         rows = matrix.shape[0]

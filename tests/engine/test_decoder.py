@@ -11,9 +11,11 @@ import torch
 from engine.errors import CheckpointError
 from engine.face import Done
 from engine.model.decoder import Decoder
+from engine.model.fused import fuse
 from engine.model.load import load_decoder
 from engine.model.rope import inverse_frequencies, rope_table
 from engine.ops import load_kernels
+from engine.ops.cpu import CpuOps
 from engine.ops.reference import ReferenceOps
 from engine.schemes import SCHEMES
 from tests.engine.oracle import BASE, LLAMA3_SCALING, StateDict, decoder_of, teacher_forced, transformers_model
@@ -72,6 +74,43 @@ def test_with_our_own_matrix_kernels_no_bit_depends_on_chunks_batch_or_pages(
     for chunk, page_size in [(1, 1), (7, 16), (64, 5), (90, 64)]:
         for logits, expected in zip(teacher_forced(decoder, prompts, chunk, page_size, kv_dtype), whole, strict=True):
             assert torch.equal(logits, expected)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("kv_dtype", [None, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_all_layers_in_one_call_are_the_loop_to_the_bit(
+    name: str, dtype: torch.dtype, kv_dtype: torch.dtype | None, threads: int
+) -> None:
+    kernels = load_kernels(threads)
+    if kernels is None:
+        pytest.skip("no C++ compiler")
+    config = msgspec.structs.replace(BASE, **VARIANTS[name])
+    source = StateDict(config, transformers_model(config).state_dict())
+    device = torch.device("cpu")
+    weights = load_decoder(source, dtype, device, 512, threads, lambda *_: None, SCHEMES["int8"]).weights
+    table = rope_table(config, 512, device)
+    at_once = fuse(kernels, weights.layers, config, table)
+    assert at_once is not None
+    fused = Decoder(config, weights, CpuOps(kernels), table, at_once)
+    looped = Decoder(config, weights, CpuOps(kernels), table)
+    prompts = sequences(config.vocab_size, 300, 1, 64)
+    for chunk in (1, 7, 512):
+        actual = teacher_forced(fused, prompts, chunk, kv_dtype=kv_dtype)
+        for logits, expected in zip(actual, teacher_forced(looped, prompts, 512, kv_dtype=kv_dtype), strict=True):
+            assert torch.equal(logits, expected)
+
+
+def test_layers_that_are_more_than_our_products_are_not_one_call() -> None:
+    kernels = load_kernels(1)
+    if kernels is None:
+        pytest.skip("no C++ compiler")
+    source, device = StateDict(BASE, transformers_model(BASE).state_dict()), torch.device("cpu")
+    table = rope_table(BASE, 8, device)
+    for precision, fits in {"bf16": False, "fp8-weight-only": True, "fp8": False}.items():  # oneDNN; ours; W8A8
+        decoder = load_decoder(source, torch.float32, device, 8, 1, lambda *_: None, SCHEMES[precision])
+        assert (fuse(kernels, decoder.weights.layers, BASE, table) is not None) == fits
 
 
 # In FP8 the last bit of a float may become the fourth bit of a key.
