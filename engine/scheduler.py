@@ -11,8 +11,9 @@ leaves; a pre-empted request has computed nothing and catches up again.
 Requests that begin alike hold the same pages (`engine.kv.prefix`): what is found when a request takes its row, its
 first or another one, counts as computed.
 
-A priority is a class. A higher one never waits for a lower one: not for rows or pages that it holds, nor for a long
-prompt of it. This is strict: while higher classes fill the batch, a lower one waits, and only its deadline bounds that.
+A priority is a class. A higher one does not wait for rows or pages that a lower one holds, nor for a long prompt of it;
+for the slot of an adapter it does. This is strict: while higher classes fill the batch, a lower one waits, and only its
+deadline bounds that.
 
 A request with a LoRA adapter runs only while the adapter has a slot on the device. Where all slots are in use by rows
 that run, it waits, and is overtaken by requests without an adapter alone: they need no slot, so that its slot comes no
@@ -170,9 +171,9 @@ class Scheduler:
         if not (self.waiting and self._running and self.waiting.first.outranks(self._running[-1])):
             return
         rows, pages, budget, newcomers = len(self._rows), self._pool.num_free, self._budget, 0
-        for newcomer in self.waiting.first_few(self._max_rows):
-            if newcomer.adapter is not None and not self._adapters.has_room(newcomer.adapter):
-                continue
+        for newcomer in self.waiting.first_few(self._max_rows, plain=not self._has_slot(self.waiting.first)):
+            if not self._has_slot(newcomer):
+                return
             lower = [sequence for sequence in self._running if newcomer.outranks(sequence)]
             most = pages + sum(len(sequence.pages) for sequence in lower)
             needed = self._pages_to_take(newcomer) + len(self._running) - len(lower) + newcomers
@@ -215,12 +216,16 @@ class Scheduler:
         if not (agenda.budget and self.waiting and self._rows):
             return None
         first: Sequence | None = self.waiting.first
-        if first is not None and first.adapter is not None and not self._adapters.has_room(first.adapter):
+        if first is not None and not self._has_slot(first):
             first = self.waiting.first_plain
         if first is None:
             return None
         needed = self._pages_to_take(first) + len(self._running)
         return first if needed <= self._pool.num_free else None
+
+    def _has_slot(self, sequence: Sequence) -> bool:
+        """It needs no slot, or there is one for its adapter."""
+        return sequence.adapter is None or self._adapters.has_room(sequence.adapter)
 
     def _found(self, sequence: Sequence) -> list[int]:
         """Pages that hold the beginning of a sequence already, as many as it may have."""

@@ -94,9 +94,9 @@ class WaitingLine:
         """The first of those without an adapter."""
         return self._plain[0] if self._plain else None
 
-    def first_few(self, count: int) -> list[Sequence]:
-        """The first `count` in order; walks the line."""
-        return heapq.nsmallest(count, [*self._plain, *self._adapted])
+    def first_few(self, count: int, *, plain: bool) -> list[Sequence]:
+        """The first `count` in order, of all or of those without an adapter; walks the line."""
+        return heapq.nsmallest(count, self._plain if plain else [*self._plain, *self._adapted])
 
     @property
     def waiting_since(self) -> float | None:

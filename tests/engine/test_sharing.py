@@ -267,6 +267,8 @@ def test_one_that_waits_for_a_slot_takes_nobodys_row() -> None:
     driver.step()
     driver.submit(request("waiter", 4), adapter=second)
     driver.step()
+    driver.submit(request("behind it", 4), adapter=first)  # its slot is there, but it may not pass
+    driver.step()
     assert driver.scheduler.preemptions == 0
     driver.submit(request("plain", 4))
     driver.step()
