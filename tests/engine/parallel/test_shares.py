@@ -5,6 +5,7 @@ The ranks are threads here; `test_ranks` has them as processes.
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,13 @@ from msgspec.structs import replace
 
 from engine.checkpoint import open_checkpoint
 from engine.checkpoint.layout import expected_tensors
+from engine.config import EngineConfig
 from engine.errors import EngineConfigError
 from engine.parallel.checkpoint import RankCheckpoint
-from engine.parallel.communicator import device_of_rank
+from engine.parallel.communicator import Communicator, device_of_rank
 from engine.parallel.share import piece_of, share_of, vocabulary
+from engine.request import EngineInfo
+from engine.runner import Runner
 from tests.engine.oracle import BASE, teacher_forced
 from tests.engine.parallel.threads import divided_logits, load_rank, load_whole, on_ranks
 from tests.fp8_models import write_fp8
@@ -176,3 +180,27 @@ def test_each_rank_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None
         EngineConfigError, match=r"^tensor_parallel_size: 4 needs a GPU for each rank, but torch sees 2 here$"
     ):
         device_of_rank("cuda", 0, 4)
+
+
+def test_ranks_agree_on_the_pages_of_the_one_with_the_least_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And on the context that these hold."""
+    path = write_hf(tmp_path / "m", max_position_embeddings=100_000)
+    config = EngineConfig(model_path=str(path), dtype="float32", threads=1, tensor_parallel_size=2)
+    place = threading.local()
+
+    def load(free: dict[int, int]) -> list[EngineInfo]:
+        def of_rank(communicator: Communicator) -> EngineInfo:
+            place.free = free[communicator.rank]
+            return Runner.load(config, lambda phase, done: None, communicator).info
+
+        return on_ranks(2, of_rank)
+
+    monkeypatch.setattr("engine.runner.free_memory", lambda device: place.free)
+    less, more = 57 * 10**7, 59 * 10**7  # the reserve of each is 256 MiB
+    [poor, _], [rich, _] = load({0: less, 1: less}), load({0: more, 1: more})
+    assert poor.kv_pages < rich.kv_pages
+    assert poor.max_model_len < rich.max_model_len
+    for info in load({0: more, 1: less}):
+        assert (info.kv_pages, info.max_model_len) == (poor.kv_pages, poor.max_model_len)
