@@ -23,7 +23,7 @@ from engine.face import Engine
 from engine.local import LocalEngine
 from engine.parallel.wire import Met, Point, Start, Step, encode, receive_from_follower, receive_to_follower
 from engine.remote import RemoteEngine
-from engine.request import Request, SamplingParams, TokenEvent
+from engine.request import Request, SamplingParams, TokenEvent, TokenLogprob
 from engine.step import RowInit, RowWork, SlotFill, StepPlan, Targets
 from engine.wire import Failed
 from tests.tiny_models import write_gguf, write_hf
@@ -73,6 +73,10 @@ async def rest(stream: AsyncGenerator[TokenEvent]) -> None:
 
 def tokens(events: list[TokenEvent]) -> list[int]:
     return [token for event in events for token in event.token_ids]
+
+
+def logprobs(events: list[TokenEvent]) -> list[TokenLogprob]:
+    return [logprob for event in events for logprob in event.logprobs or []]
 
 
 def story(max_tokens: int = 400) -> Request:
@@ -128,8 +132,8 @@ async def test_tokens_are_those_of_one_device(config: EngineConfig, ranks: Remot
     finally:
         await one.close()
     assert [tokens(events) for events in divided] == [tokens(events) for events in whole]
-    logprob, expected = (events[0].logprobs[0].logprob for events in (divided[0], whole[0]))  # type: ignore[index]
-    assert logprob == pytest.approx(expected, abs=1e-4)
+    values = [[each.logprob for each in logprobs(events[0])] for events in (divided, whole)]
+    assert values[0] == pytest.approx(values[1], abs=1e-4)
     assert ranks.info.vocab_size == one.info.vocab_size
     assert ranks.info.num_parameters == one.info.num_parameters
     assert ranks.info.weight_bytes < 0.4 * one.info.weight_bytes
@@ -140,7 +144,7 @@ async def test_no_bit_depends_on_what_else_runs(ranks: RemoteEngine) -> None:
     crowd = await asyncio.gather(*(collect(ranks, each) for each in requests()))
     for each, together in zip(requests(), crowd, strict=True):
         alone = await collect(ranks, each)
-        assert [event.logprobs for event in alone] == [event.logprobs for event in together]
+        assert logprobs(alone) == logprobs(together)
         assert tokens(alone) == tokens(together)
 
 
@@ -267,9 +271,9 @@ def test_a_plan_comes_as_it_was_sent() -> None:
         assert receive_from_follower(ours) is None
 
 
-def test_the_plan_of_a_decode_is_a_few_hundred_bytes() -> None:
+def test_the_plan_of_a_decode_is_less_than_100_bytes_for_each_row() -> None:
     work = [RowWork(row, 4000 + row, [131071], [], sample=True) for row in range(32)]
-    assert len(encode(Step(StepPlan(work)))) < 32 * 64
+    assert len(encode(Step(StepPlan(work)))) < 32 * 100
 
 
 def test_a_follower_whose_leader_is_gone_ends_at_once() -> None:
