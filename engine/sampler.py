@@ -19,6 +19,7 @@ from engine.request import SamplingParams, TokenLogprob
 from engine.sampling.adjust import Adjustment
 from engine.sampling.device import find_device_rows
 from engine.sampling.draw import draw, take_rows, uniform
+from engine.sampling.largest import largest
 from engine.sampling.logprobs import logprobs_of
 from engine.step import RowInit, SampledToken
 
@@ -89,7 +90,7 @@ class Sampler:
 
     def _choose(self, logits: Tensor, states: list[_Row], positions: list[int]) -> tuple[Tensor, Tensor]:
         """The largest logit and the next token of each row: float32 [S] and int64 [S]."""
-        peaks, tokens = logits.max(dim=-1)  # the lowest id among equals; NaN where any logit is NaN
+        peaks, tokens = largest(logits)
         drawn = [index for index, state in enumerate(states) if state.params.temperature >= GREEDY_BELOW]
         if drawn:
             where = torch.tensor(drawn, device=self._device)

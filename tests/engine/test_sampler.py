@@ -356,3 +356,19 @@ def test_an_all_greedy_batch_waits_for_the_device_once(monkeypatch: pytest.Monke
         )
     batch.sample(torch.randn(4, 100), [0, 1, 2, 3], [1] * 4)
     assert waits == ["tolist"]
+
+
+@pytest.mark.parametrize("vocab_size", [64, 640, 49152, 151936, 1000, 7])
+def test_the_largest_logit_is_found_by_blocks_as_at_once(vocab_size: int) -> None:
+    generator = torch.Generator().manual_seed(vocab_size)
+    logits = torch.randint(-9, 9, (9, vocab_size), generator=generator).float()  # full of equals
+    logits[1] = -torch.inf
+    logits[2, vocab_size // 2] = torch.inf
+    logits[3, vocab_size - 1] = torch.nan
+    peaks, tokens = largest(logits)
+    expected = logits.max(dim=-1)
+    torch.testing.assert_close(peaks, expected.values, rtol=0, atol=0, equal_nan=True)
+    first = (logits == expected.values.unsqueeze(1)).int().argmax(dim=1)
+    assert torch.equal(tokens[:3], first[:3])
+    assert torch.equal(tokens[4:], first[4:])
+    assert 0 <= tokens[3] < vocab_size
