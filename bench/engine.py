@@ -145,6 +145,14 @@ def _show_details(result: Comparison, console: Console) -> None:
             f"{peer} ({report.version}): {report.dtype} on {report.device}, weights {report.weight_bytes / 2**20:.0f} "
             f"MiB, loaded in {report.load_seconds:.1f} s, peak memory {peak / 2**20:.0f} MiB"
         )
+    for streams in job.streams:
+        best = result.best(peers[0], streams)
+        if best.steps:
+            step = 1e6 * best.host_seconds / best.steps
+            console.print(
+                f"host overhead at {streams} streams: {step:.0f} us per step, {step / streams:.0f} us per sequence, "
+                f"{100 * best.host_seconds / best.step_seconds:.1f} % of the time of {best.steps} steps"
+            )
     console.print(
         f"memory of this machine: copy {result.bandwidth.copy_bytes_per_second / 1e9:.1f} GB/s (read plus written), "
         f"read {result.bandwidth.read_bytes_per_second / 1e9:.1f} GB/s; "

@@ -55,6 +55,8 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
         ttft_*: from submission to a stream's first token. itl_*: between two tokens of a stream. Percentiles over all
             streams and gaps.
         first_tokens: the first token of each stream, to see that the peers compute the same model.
+        steps, step_seconds, host_seconds: of an engine that tells them: how many there were, their time, and what of it
+            was spent outside of the decoder.
     """
 
     streams: int
@@ -66,6 +68,9 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     itl_p50_seconds: float
     itl_p95_seconds: float
     first_tokens: list[int]
+    steps: int = 0
+    step_seconds: float = 0.0
+    host_seconds: float = 0.0
 
 
 class PeerReport(msgspec.Struct, frozen=True, kw_only=True):

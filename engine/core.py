@@ -88,6 +88,9 @@ class EngineCore:
         )
         self._seeds = random.Random(config.seed if config.seed is not None else secrets.randbits(64))
         self._steps = 0
+        self._step_seconds = 0.0
+        self._model_seconds = 0.0
+        self._busy_since: float | None = None  # the end of the step before, if there was more to do
         self._prefill_rate = Rate()
         self._decode_rate = Rate()
 
@@ -111,6 +114,8 @@ class EngineCore:
         """End a request now; None if it has ended already."""
         event = self._scheduler.cancel(request_id, self._clock())
         self._drop_adapters()
+        if not self.has_work:
+            self._busy_since = None
         return event
 
     def read_adapter(self, name: str, path: str) -> ReadAdapter:
@@ -170,6 +175,10 @@ class EngineCore:
         self._steps += 1
         self._prefill_rate.add(self._scheduler.prompt_tokens - prompt, now - began)
         self._decode_rate.add(self._scheduler.generated_tokens - generated, now - began)
+        self._model_seconds += result.model_seconds
+        ended = self._clock()
+        self._step_seconds += ended - (began if self._busy_since is None else self._busy_since)
+        self._busy_since = ended if self.has_work else None
         return events
 
     def check(self) -> None:
@@ -190,6 +199,8 @@ class EngineCore:
         waiting = scheduler.waiting
         return EngineStats(
             steps=self._steps,
+            step_seconds=self._step_seconds,
+            model_seconds=self._model_seconds,
             queued=len(waiting),
             queued_tokens=waiting.num_tokens,
             oldest_queued_seconds=0.0 if waiting.waiting_since is None else self._clock() - waiting.waiting_since,

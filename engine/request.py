@@ -205,6 +205,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Load of the engine after a step; also its heart beat. Counters run from the start of the engine.
 
     Attributes:
+        step_seconds, model_seconds: from step to step while there was work, and of that in the decoder. The difference
+            is what the host costs: planning, batch tensors, sampling, committing, sending events.
         queued, queued_tokens: requests not yet scheduled, and their prompt tokens.
         oldest_queued_seconds: age of the oldest of them.
         running: requests in the batch.
@@ -216,6 +218,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     steps: int = 0
+    step_seconds: float = 0.0
+    model_seconds: float = 0.0
     queued: int = 0
     queued_tokens: int = 0
     oldest_queued_seconds: float = 0.0

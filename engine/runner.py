@@ -145,7 +145,9 @@ class Runner:
         layers = None
         if self.adapters is not None and segments:
             layers = self.adapters.around(self._decoder.weights.layers, segments)
+        began = time.perf_counter()
         hidden = self._decoder.forward(token_ids, batch, self._cache, layers)
+        model_seconds = time.perf_counter() - began
         head = partial(self._decoder.logits, hidden)
         targets = score_targets(work, batch.query_starts_list[:-1], head, self.info.vocab_size, self._device)
 
@@ -156,9 +158,11 @@ class Runner:
                 rows.append(each.row)
                 positions.append(each.start + len(each.token_ids) - back)
         if not last:
-            return StepResult([], targets)
+            return StepResult([], targets, model_seconds)
+        began = time.perf_counter()
         logits = head(torch.tensor(last, device=self._device))
-        return StepResult(standing(work, self._sampler.sample(logits, rows, positions)), targets)
+        model_seconds += time.perf_counter() - began
+        return StepResult(standing(work, self._sampler.sample(logits, rows, positions)), targets, model_seconds)
 
     def warm_up(self) -> None:
         """A prefill and the largest decode, so that no request pays for first uses.

@@ -107,7 +107,9 @@ class StepResult:
         sampled: the next tokens of each RowWork with `sample`, side by side in their order: one, and one more for each
             draft that was right, up to the first that was not.
         targets: by row, one for each of its targets, in order.
+        model_seconds: in the decoder, up to the logits. Of a device that works behind the host's back: in launching it.
     """
 
     sampled: list[SampledToken]
     targets: dict[int, list[TokenLogprob]] = field(default_factory=dict)
+    model_seconds: float = 0.0

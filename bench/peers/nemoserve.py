@@ -55,9 +55,17 @@ async def _run(engine: RemoteEngine, job: Job, streams: int) -> Run:
         Request(request_id=f"{job.seed}/{streams}/{index}", prompt_token_ids=prompt, sampling=sampling)
         for index, prompt in enumerate(job.prompts(streams, engine.info.vocab_size))
     ]
+    before = engine.stats
     measured = await asyncio.gather(*(_stream(engine, request) for request in requests))
     submitted, arrivals, first_tokens = zip(*measured, strict=True)
-    return summarise(submitted, arrivals, first_tokens)
+    after = engine.stats
+    step_seconds = after.step_seconds - before.step_seconds
+    return msgspec.structs.replace(
+        summarise(submitted, arrivals, first_tokens),
+        steps=after.steps - before.steps,
+        step_seconds=step_seconds,
+        host_seconds=step_seconds - (after.model_seconds - before.model_seconds),
+    )
 
 
 async def _stream(engine: RemoteEngine, request: Request) -> tuple[float, list[float], int]:

@@ -1,5 +1,5 @@
-"""The largest logit of each row and its id. `Tensor.max` looks for both at once, one number after the other: of 32 rows of
-49,152 logits that takes seven times as long as finding the largest of each block of them first (750 and 110 us)."""
+"""The largest logit of each row and its id. `Tensor.max` looks for both at once, one number after the other: for 32 rows
+of 49,152 logits that takes seven times as long as finding the largest of each block first (750 and 110 us)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _WIDTHS = (512, 256, 128, 64)  # of a block; all tried were equally fast
 
 
 def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """`logits.max(dim=-1)` of float32 [S, V]: values [S], NaN where any is NaN, and int64 [S], the first among equals."""
+    """`logits.max(dim=-1)` of float32 [S, V]: values [S], NaN where any is NaN; int64 [S], the first among equals."""
     rows, vocab_size = logits.shape
     width = next((width for width in _WIDTHS if vocab_size % width == 0), None)
     if width is None:

@@ -163,7 +163,8 @@ class FakeRunner:
             self._rows[init.row] = Row(init, [])
         for work in plan.work:
             self._write(work)
-        return StepResult([token for work in plan.work if work.sample for token in self._sample(work)])
+        sampled = [token for work in plan.work if work.sample for token in self._sample(work)]
+        return StepResult(sampled, model_seconds=0.25)
 
     def _write(self, work: RowWork) -> None:
         row, size = self._rows[work.row], self.info.page_size

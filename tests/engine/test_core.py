@@ -62,6 +62,24 @@ def test_requests_without_a_seed_differ_and_repeat_with_the_seed_of_the_engine()
     assert first[2] == other[2]
 
 
+def test_stats_tell_the_time_of_steps_and_of_the_model_in_them_but_not_that_of_idling() -> None:
+    clock = Clock()
+
+    def step_takes(plan: StepPlan) -> None:
+        clock.now += 0.5
+
+    core = EngineCore(FakeRunner(engine_info(), step_takes), CONFIG, clock)
+    for idle in (10.0, 1000.0):
+        clock.now += idle
+        core.add(request("a", max_tokens=3))
+        while core.has_work:
+            core.step()
+            clock.now += 0.125  # sends events
+    stats = core.stats()
+    assert (stats.steps, stats.model_seconds) == (8, 2.0)  # three tokens, and the release of the row
+    assert stats.step_seconds == 2 * (4 * 0.5 + 3 * 0.125)
+
+
 def test_stats_tell_the_load_and_the_rates_of_prefill_and_decode() -> None:
     clock = Clock()
 

@@ -17,6 +17,7 @@ from engine.sampler import Sampler
 from engine.sampling import draw as drawing
 from engine.sampling import reference
 from engine.sampling.draw import uniform
+from engine.sampling.largest import largest
 from engine.sampling.order import likeliest
 from engine.step import RowInit, SampledToken
 
