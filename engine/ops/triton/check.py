@@ -23,8 +23,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from engine.ops.interface import AttentionBatch, LayerCache
+from engine.ops.interface import AttentionBatch, CodedWeight, LayerCache, Quantised, Rounding
 from engine.ops.triton import TritonOps
+from engine.ops.triton.linear import TritonProducts
+from engine.ops.triton.sampler import PARAMETERS, choose
 
 # KiB of shared memory that a program may have: CUDA C++ Programming Guide, technical specifications.
 SHARED_KIB = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227}
@@ -160,10 +162,43 @@ def attention_kernels(ops: TritonOps, model: Model) -> None:
         ops.attention(ops.rope_and_write(qkv, table, cache, batch), cache, batch, model.window)
 
 
+# Bits (0 = e4m3) and group of weights: our own formats, those of GGUF, blocks of FP8.
+WEIGHTS = [(0, 0), (0, 128), (4, 32), (5, 32), (6, 16), (6, 64), (8, 64)]
+
+
+def other_kernels(capability: Capability) -> None:
+    """Norm, SwiGLU, products of few and of many rows with NeMo's weights, and the sampler."""
+    device, inputs, outputs = torch.device("cpu"), 5120, 6144
+    products = TritonProducts(device, 132, capability >= (8, 9))
+    for bits, group in WEIGHTS:
+        scales = torch.empty(
+            inputs // group if group else 1, outputs, dtype=torch.float16 if 0 < group <= 64 else torch.float32
+        )
+        if bits == 0:
+            codes = torch.empty(outputs, inputs, dtype=torch.float8_e4m3fn)
+        else:
+            codes = torch.empty(inputs if bits == 8 else inputs // 2, outputs, dtype=torch.uint8)
+        high = torch.empty(inputs * (bits - 4) // 8, outputs, dtype=torch.uint8) if bits in (5, 6) else None
+        mins = scales if bits in (4, 5) else None
+        weight = CodedWeight(codes, high, scales, mins, bits, group, outputs, inputs)
+        for rows in (1, 16, 32, 64, 512):
+            x = torch.empty(rows, inputs, dtype=torch.bfloat16)
+            products.multiply(x, weight, None, wide=False)
+            if bits == 0:
+                products.multiply(Quantised(x.to(torch.float8_e4m3fn), torch.empty(rows), x.dtype), weight, None, False)
+    x, residual, ops = torch.empty(1, inputs, dtype=torch.bfloat16), torch.empty(1, inputs), TritonOps(capability)
+    for rounding in (None, Rounding(None), Rounding(0.1)):
+        ops.add_rms_norm(x, residual, x[0], 1e-5, rounding)
+        ops.silu_mul(torch.empty(1, 2 * 14336, dtype=torch.bfloat16), rounding)
+    index = torch.zeros(1, dtype=torch.int64)
+    choose(torch.empty(1, 131072), index, index, torch.zeros(1, PARAMETERS, dtype=torch.float64), index)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition(":")[0])
     parser.add_argument("--quick", action="store_true", help="the kernels of NeMo for an H100, in FP8 for an A100")
-    cases = QUICK if parser.parse_args().quick else [(card, model) for card in SHARED_KIB for model in MODELS]
+    quick = parser.parse_args().quick
+    cases = QUICK if quick else [(card, model) for card in SHARED_KIB for model in MODELS]
     kernels: list[Compiled] = []
 
     def tell(kernel: Compiled) -> None:
@@ -174,6 +209,9 @@ def main() -> int:
         print(model, file=sys.stderr)
         with compiling(capability, tell):
             attention_kernels(TritonOps(capability), model)
+    for capability in () if quick else SHARED_KIB:
+        with compiling(capability, tell):
+            other_kernels(capability)
     faults = [kernel for kernel in kernels if kernel.fault]
     print(f"{len(kernels)} kernels compiled, {len(faults)} at fault")
     return 1 if faults or not kernels else 0

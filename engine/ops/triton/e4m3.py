@@ -53,4 +53,5 @@ def decode_e4m3(codes, DTYPE: tl.constexpr):
         wide = codes.to(tl.uint32)
         bits = ((wide & 0x80) << 24) | ((wide & 0x7F) << 20)
         return (bits.to(tl.float32, bitcast=True) * 1.329227995784916e36).to(DTYPE)
-    return codes.to(DTYPE)
+    # By way of float32: Triton would go from float16 to bfloat16, for which sm_89 has no instruction.
+    return codes.to(tl.float32).to(DTYPE) if tl.bfloat16 == DTYPE else codes.to(DTYPE)

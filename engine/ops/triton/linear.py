@@ -44,21 +44,22 @@ class Shape:
 # on their way, and four programs or more share a processor. Rows of e4m3 lie along the inputs, so that a step is long
 # and narrow; codes in groups lie along the outputs, so that it is short (one group) and wide.
 # Columns are also what the input's own traffic from L2 is divided by: with 16 rows, 64 of them keep it to a quarter.
-# Many rows are a matter of matrix units: 128 x 128 tiles are what 8 warps hold in registers beside their decoding.
+# Many rows are a matter of matrix units: tiles are as large as 8 warps hold in registers beside their decoding, without
+# spilling on any card, and with the scales of groups in the 99 KiB of shared memory that an Ada card has.
 # Worked out, not measured; `choose` is the only reader.
 _BYTES = (
     Shape(rows=1, columns=16, depth=512, warps=4, stages=3),
     Shape(rows=16, columns=64, depth=128, warps=4, stages=4),
     Shape(rows=32, columns=64, depth=128, warps=4, stages=4),
-    Shape(rows=64, columns=64, depth=128, warps=4, stages=4),
+    Shape(rows=64, columns=64, depth=128, warps=8, stages=4),
     Shape(rows=128, columns=128, depth=64, warps=8, stages=3),
 )
 _GROUPS = (
     Shape(rows=1, columns=256, depth=32, warps=4, stages=4),
     Shape(rows=16, columns=128, depth=32, warps=4, stages=5),
     Shape(rows=32, columns=128, depth=32, warps=4, stages=5),
-    Shape(rows=64, columns=128, depth=32, warps=4, stages=5),
-    Shape(rows=128, columns=128, depth=64, warps=8, stages=3),
+    Shape(rows=64, columns=128, depth=32, warps=8, stages=5),
+    Shape(rows=128, columns=64, depth=64, warps=8, stages=2),
 )
 _WHOLE = 2**30  # a group that no input is beyond
 _WAVES = 4  # programs per processor that a split aims at: two that run and two that wait, so that the last ones overlap
