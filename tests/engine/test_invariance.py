@@ -182,10 +182,10 @@ def expected(tiny: Path) -> dict[str, dict[str, list[int]]]:
 
 
 class Foreseen:
-    """Knows what comes, and is mistaken now and then: random models never repeat themselves."""
+    """Knows what comes, and is mistaken now and then: random models and prompts never repeat themselves."""
 
-    def __init__(self, outputs: dict[str, list[int]]) -> None:
-        self._texts = [request.prompt_token_ids + outputs[request.request_id] for request in TINY_REQUESTS]
+    def __init__(self, requests: list[Request], outputs: dict[str, list[int]]) -> None:
+        self._texts = [request.prompt_token_ids + outputs[request.request_id] for request in requests]
         self._random = random.Random(5)
 
     def propose(self, tokens: list[int], limit: int) -> Guess:
@@ -199,7 +199,7 @@ class Foreseen:
 def test_tokens_of_a_random_model_do_not_depend_on_scheduling(
     tiny: Path, expected: dict[str, dict[str, list[int]]], way: Way, kv: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(speculate, "PromptLookup", lambda longest: Foreseen(expected[kv]))
+    monkeypatch.setattr(speculate, "PromptLookup", lambda longest: Foreseen(TINY_REQUESTS, expected[kv]))
     assert run_tiny(tiny, way, kv) == expected[kv]
 
 
@@ -242,10 +242,11 @@ SMOLLM2_WAYS = {
     ("precision", "kv", "kv_bytes"), [("auto", "auto", 2 * 23_040), ("int8", "fp8", 2 * 30 * 3 * (64 + 4))]
 )
 def test_tokens_of_the_embedded_model_do_not_depend_on_scheduling(
-    smollm2_path: Path, precision: str, kv: str, kv_bytes: int
+    smollm2_path: Path, precision: str, kv: str, kv_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     requests = some_requests(vocab_size=49152, count=6, longest=90, new_tokens=40, seed=1)
-    found = {}
+    found: dict[str, dict[str, list[int]]] = {}
+    monkeypatch.setattr(speculate, "PromptLookup", lambda longest: Foreseen(requests, found["alone"]))
     for name, way in {"alone": Way(batch=1, caching=False, shares=False), **SMOLLM2_WAYS}.items():
         config = config_for(smollm2_path, way, kv_bytes, 160, kv, precision)
         found[name] = tokens_of(load_runner(config, lambda phase, fraction: None), config, requests, way)
