@@ -34,6 +34,7 @@ _POINTER, _INT64, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, 
 SIGNATURES: dict[str, list[type]] = {
     "nemo_linear": [_INT, _INT, *[_POINTER] * 4, _INT64, _INT],
     "nemo_pack": [*[_POINTER] * 2, *[_INT64] * 3, _INT],
+    "nemo_use_huge_pages": [_POINTER, _INT64, _INT],
     "nemo_quantise_rows": [_INT, *[_POINTER] * 3, *[_INT64] * 2, _FLOAT, _INT],
     "nemo_add_rms_norm": [_INT, *[_POINTER] * 4, *[_INT64] * 2, _FLOAT, _INT],
     "nemo_silu_mul": [_INT, *[_POINTER] * 2, *[_INT64] * 2, _INT],

@@ -1,6 +1,13 @@
 // From rows of codes, as files store them, to the blocks of weight.h. A model of 12 B is packed once per start: the disk
 // shall be what it waits for.
 
+#ifdef __linux__
+#include <sys/mman.h>
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE 25  // Linux 6.1
+#endif
+#endif
+
 #include "weight.h"
 
 namespace {
@@ -63,5 +70,16 @@ void nemo_pack(const Weight* w, const void* rows, int64_t first, int64_t count, 
         }
         pack_bits<0, 4>(from, n, inputs, (uint16_t*)(codes + at / 2));
     });
+}
+
+// Asks for huge pages, in which reading in order meets a page table 512 times less often: up to a quarter of the time of
+// one row. Memory that was not written yet gets them as it is; else its pages, and what else lies in the same 2 MiB, are
+// moved together now. Where the system has none to give, nothing happens.
+void nemo_use_huge_pages(void* from, int64_t bytes, int written) {
+#ifdef __linux__
+    constexpr uintptr_t kHuge = 1 << 21;
+    const uintptr_t first = (uintptr_t)from / kHuge * kHuge, end = ((uintptr_t)from + bytes + kHuge - 1) / kHuge * kHuge;
+    madvise((void*)first, end - first, written ? MADV_COLLAPSE : MADV_HUGEPAGE);
+#endif
 }
 }

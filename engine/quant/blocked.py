@@ -21,6 +21,7 @@ from engine.quant.form import Form
 from engine.quant.matrix import FloatMatrix, GroupMatrix, Matrix
 
 BLOCK = 64  # outputs that lie together
+_OWN_PAGES, _SHARED_PAGES = 2**22, 2**14  # bytes of a plane from which it gets huge pages, or takes part in some
 _KINDS = {4: 0, 5: 1, 6: 2, 8: 3, 0: 4, 16: 5}  # enum Codes of weight.h
 
 
@@ -67,15 +68,14 @@ class BlockedLinear:
         kernels: Kernels,
     ) -> None:
         self._form, self._outputs, self._inputs, self._wide = form, outputs, inputs, wide
-        self._quantise_inputs = quantise_inputs
-        self._kernels = kernels
+        self._quantise_inputs, self._kernels = quantise_inputs, kernels
         blocks, width = -(-outputs // BLOCK), inputs + inputs % 2
         self._width = width
-        self._codes = _code_plane(form.bits, blocks, width)
-        self._high = _high_plane(form.bits, blocks, width)
+        self._codes = self._zeros(*_code_plane(form.bits, blocks, width))
+        self._high = self._zeros(*_high_plane(form.bits, blocks, width)) if form.bits in (5, 6) else None
         scales = (blocks, form.groups(inputs), BLOCK)
-        self._scales = torch.zeros(scales, dtype=form.scale_dtype) if form.bits != 16 else None
-        self._mins = torch.zeros(scales, dtype=form.scale_dtype) if form.has_mins else None
+        self._scales = self._zeros(scales, form.scale_dtype) if form.bits != 16 else None
+        self._mins = self._zeros(scales, form.scale_dtype) if form.has_mins else None
         self._bias = None if bias is None else bias.float().contiguous()
         tensors = (self._codes, self._high, self._scales, self._mins, self._bias)
         self.nbytes = sum(tensor.nbytes for tensor in tensors if tensor is not None)
@@ -112,6 +112,21 @@ class BlockedLinear:
         if self._mins is not None:
             assert isinstance(matrix, GroupMatrix)
             self._mins[where] = _in_blocks(matrix.mins)
+        if start + rows == self._outputs:
+            self._gather()
+
+    def _zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Zeros, in huge pages if there are many: asked for before they are written, those cost nothing."""
+        plane = torch.empty(shape, dtype=dtype)
+        if plane.nbytes >= _OWN_PAGES:
+            self._kernels.library.nemo_use_huge_pages(plane.data_ptr(), plane.nbytes, False)
+        return plane.zero_()
+
+    def _gather(self) -> None:
+        """Move what is smaller into huge pages too; neighbours on the heap share them."""
+        for plane in (self._codes, self._high, self._scales, self._mins):
+            if plane is not None and _SHARED_PAGES <= plane.nbytes < _OWN_PAGES:
+                self._kernels.library.nemo_use_huge_pages(plane.data_ptr(), plane.nbytes, True)
 
     def __call__(self, x: Activations) -> Tensor:
         x = floats(x)
@@ -161,17 +176,16 @@ class BlockedLinear:
         return low if self._high is None else low + 16 * _spread_bits(self._high[block, :, lane], self._form.bits - 4)
 
 
-def _code_plane(bits: int, blocks: int, width: int) -> Tensor:
+def _code_plane(bits: int, blocks: int, width: int) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and dtype."""
     if bits in (4, 5, 6):
-        return torch.zeros(blocks, width // 8, BLOCK, 2, dtype=torch.int16)
-    return torch.zeros(blocks, width // 2, BLOCK, 2, dtype=torch.bfloat16 if bits == 16 else torch.uint8)
+        return (blocks, width // 8, BLOCK, 2), torch.int16
+    return (blocks, width // 2, BLOCK, 2), torch.bfloat16 if bits == 16 else torch.uint8
 
 
-def _high_plane(bits: int, blocks: int, width: int) -> Tensor | None:
-    """Zeros for the bits above the fourth: 16 bits of a lane are 16 pairs of inputs at 5 bits, 8 pairs at 6."""
-    if bits not in (5, 6):
-        return None
-    return torch.zeros(blocks, width * (bits - 4) // 32, BLOCK, 2, dtype=torch.int16)
+def _high_plane(bits: int, blocks: int, width: int) -> tuple[tuple[int, ...], torch.dtype]:
+    """The same for the bits above the fourth: 16 bits of a lane are 16 pairs of inputs at 5 bits, 8 pairs at 6."""
+    return (blocks, width * (bits - 4) // 32, BLOCK, 2), torch.int16
 
 
 def _spread_bits(lanes: Tensor, count: int) -> Tensor:

@@ -280,6 +280,24 @@ def test_large_matrices_arrive_in_slabs(kernels: Kernels, monkeypatch: pytest.Mo
     check(linear, whole, None, torch.bfloat16, wide=True)
 
 
+def test_huge_pages_hold_what_was_there(kernels: Kernels) -> None:
+    around = torch.randint(0, 256, (3 * 2**21,), dtype=torch.uint8)
+    before = around.clone()
+    middle = around[2**20 + 64 : 2**22]
+    kernels.library.nemo_use_huge_pages(middle.data_ptr(), middle.nbytes, True)
+    assert torch.equal(around, before)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "5/32"])
+def test_matrices_with_pages_of_their_own_are_multiplied_alike(kernels: Kernels, kind: str) -> None:
+    torch.manual_seed(8)
+    matrix = random_matrix(kind, 4113, 2080)  # planes above and below 4 MiB
+    x = torch.randn(2, 2080).bfloat16()
+    exact = x.double() @ matrix.dequantise().double().t()
+    y = blocked(matrix, kernels)(x)
+    torch.testing.assert_close(y.double(), exact, rtol=0, atol=4e-6 * exact.abs().max().item())
+
+
 def test_a_compiled_library_is_reused(tmp_path: Path) -> None:
     if load_kernels(threads=1, cache=tmp_path) is None:
         pytest.skip("no C++ compiler")
