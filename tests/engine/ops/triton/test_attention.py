@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from engine.ops.reference import ReferenceOps
 from engine.ops.triton.attention import FEW_QUERIES, MAX_PARTS, Tile, attention, count_parts, few_tile, many_tile
@@ -35,10 +37,17 @@ SMALL = {
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several tiles to a context and several programs to a prompt; contexts stay in one part."""
+    """Several tiles to a context, several programs to a prompt, one part; memory that nobody wrote is NaN."""
     monkeypatch.setattr(module, "PROGRAMS", 1)
     monkeypatch.setattr(module, "few_tile", lambda rows, *_: Tile(rows, 16, 4, 1))
     monkeypatch.setattr(module, "many_tile", lambda *_, **__: Tile(32, 16, 4, 1))
+    fresh = torch.Tensor.new_empty
+
+    def unwritten(like: Tensor, *shape: int, **kind: Any) -> Tensor:
+        made = fresh(like, *shape, **kind)
+        return made.fill_(torch.nan) if made.dtype in (F32, BF16) else made
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", unwritten)
 
 
 def compare(
