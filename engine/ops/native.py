@@ -15,6 +15,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,18 +101,23 @@ def _build(compiler: str, cache: Path, flags: list[str]) -> Path:
     if target.exists():
         return target
     cache.mkdir(parents=True, exist_ok=True, mode=0o700)
-    handle, name = tempfile.mkstemp(dir=cache, suffix=".tmp")
-    os.close(handle)
-    try:
-        # torch's libgomp comes before the one that -fopenmp appends, which --as-needed then drops.
-        runtime = ["-Wl,--as-needed", *openmp, *(f"-Wl,-rpath,{Path(path).parent}" for path in openmp)]
-        command = [compiler, *flags, *map(str, SOURCES), "-o", name, *runtime]
-        subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=True)
-        os.chmod(name, 0o700)
-        os.replace(name, target)
-    finally:
-        Path(name).unlink(missing_ok=True)
+    # torch's libgomp comes before the one that -fopenmp appends, which --as-needed then drops.
+    runtime = ["-Wl,--as-needed", *openmp, *(f"-Wl,-rpath,{Path(path).parent}" for path in openmp)]
+    with tempfile.TemporaryDirectory(dir=cache, suffix=".tmp") as name, ThreadPoolExecutor(os.cpu_count()) as pool:
+        folder = Path(name)
+        objects = [folder / f"{source.stem}.o" for source in SOURCES]
+        compiles = [
+            [compiler, *flags, "-c", str(source), "-o", str(o)] for source, o in zip(SOURCES, objects, strict=True)
+        ]
+        list(pool.map(_run, compiles))  # side by side: 13 s of one core
+        _run([compiler, *flags, *map(str, objects), "-o", str(folder / target.name), *runtime])
+        os.chmod(folder / target.name, 0o700)
+        os.replace(folder / target.name, target)
     return target
+
+
+def _run(command: list[str]) -> None:
+    subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=True)
 
 
 def _cpu_model() -> str:
