@@ -61,9 +61,12 @@ def observe(decoder: Decoder, passages: Sequence[Sequence[int]], kv_dtype: torch
     states = []
     for token_ids in passages:
         rows = Rows(1, pages, _PAGE, decoder.device)
-        rows.append_pages([RowWork(0, 0, [], list(range(pages)), False)])
-        steps = [RowWork(0, at, list(token_ids[at : at + STEP]), [], False) for at in range(0, len(token_ids), STEP)]
-        states.append(torch.cat([decoder.forward(*rows.batch([step]), cache) for step in steps]))
+        parts = []
+        for at in range(0, len(token_ids), STEP):
+            new_pages = list(range(pages)) if at == 0 else []
+            batch = rows.batch([RowWork(0, at, list(token_ids[at : at + STEP]), new_pages, False)])
+            parts.append(decoder.forward(batch.token_ids, batch.attention, cache))
+        states.append(torch.cat(parts))
     return Observed(states, decoder.weights.head)
 
 

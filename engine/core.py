@@ -1,7 +1,16 @@
 """The core: schedule, run, sample, commit, emit. It owns all engine state and belongs to one thread, but for
 `read_adapter`.
 
-add, cancel ─► Scheduler ──StepPlan──► runner ──StepResult──► Scheduler ─► TokenEvents
+    add, cancel ─► Scheduler ──StepPlan──► runner ──StepResult──► Scheduler ─► TokenEvents
+
+With a lookahead of 1 a step is planned and launched before the result of the one before it is looked at, so that the
+device never waits for the host:
+
+    device   │ step 1      │ step 2      │ step 3      │
+    host   plan 1   plan 2  ▲ commit 1, plan 3  ▲ commit 2, plan 4 …          ▲ waits for the device
+
+The tokens are the same. What it costs: a request that ends by its token is computed once more, and one that arrives
+waits for one step more. With a lookahead of 0 each step is planned when the one before it has been committed.
 """
 
 from __future__ import annotations
@@ -10,8 +19,9 @@ import math
 import random
 import secrets
 import time
+from collections import deque
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from engine.adapters import Adapters
 from engine.config import EngineConfig
@@ -45,6 +55,13 @@ class AdapterPool(Protocol):
     def drop(self, number: int) -> None: ...
 
 
+class Pending(Protocol):
+    """A step that was launched."""
+
+    def result(self) -> StepResult:
+        """What it computed; waits for the device. Called once, in the order of the launches."""
+
+
 class StepRunner(Protocol):
     """What the core needs of `engine.runner.Runner`."""
 
@@ -58,10 +75,20 @@ class StepRunner(Protocol):
     @property
     def eos_token_ids(self) -> tuple[int, ...]: ...
 
-    def run(self, plan: StepPlan) -> StepResult: ...
+    def launch(self, plan: StepPlan) -> Pending:
+        """Begin a step. Its effects follow those of all that were launched before; whether it returns before it is done
+        is the device's affair."""
 
     def close(self) -> None:
         """End what it has started beside itself."""
+
+
+class _Flight(NamedTuple):
+    """A step between its launch and its commit."""
+
+    plan: StepPlan
+    pending: Pending
+    began: float
 
 
 class EngineCore:
@@ -86,6 +113,9 @@ class EngineCore:
             prefix_caching=config.prefix_caching,
             speculation=speculation_of(config, info.device),
         )
+        self._lookahead = config.lookahead_on(info.device)
+        self._flights: deque[_Flight] = deque()
+        self._committed = -math.inf  # when the last step was
         self._seeds = random.Random(config.seed if config.seed is not None else secrets.randbits(64))
         self._steps = 0
         self._step_seconds = 0.0
@@ -96,7 +126,7 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        return self._scheduler.has_work
+        return self._scheduler.has_work or bool(self._flights)
 
     def add(self, request: Request) -> None:
         """Queue a request.
@@ -164,20 +194,30 @@ class EngineCore:
             self._runner.adapters.drop(number)
 
     def step(self) -> list[TokenEvent]:
-        """One step of work. Whatever the runner raises is fatal to the engine and not caught here."""
+        """Launch the next step, and commit the first in flight once there are more than the lookahead, or nothing to
+        launch. Whatever the runner raises is fatal to the engine and not caught here."""
         began = self._clock()
         plan = self._scheduler.plan(began)
-        result = self._runner.run(plan)
+        if not plan.is_empty:
+            self._flights.append(_Flight(plan, self._runner.launch(plan), began))
+            if len(self._flights) <= self._lookahead:
+                return []
+        return self._commit(self._flights.popleft()) if self._flights else []
+
+    def _commit(self, flight: _Flight) -> list[TokenEvent]:
+        result = flight.pending.result()
         now = self._clock()
         prompt, generated = self._scheduler.prompt_tokens, self._scheduler.generated_tokens
-        events = self._scheduler.commit(plan, result, now)
+        events = self._scheduler.commit(flight.plan, result, now)
         self._drop_adapters()
         self._steps += 1
-        self._prefill_rate.add(self._scheduler.prompt_tokens - prompt, now - began)
-        self._decode_rate.add(self._scheduler.generated_tokens - generated, now - began)
+        seconds = now - max(flight.began, self._committed)  # before that the time was the step's before it
+        self._committed = now
+        self._prefill_rate.add(self._scheduler.prompt_tokens - prompt, seconds)
+        self._decode_rate.add(self._scheduler.generated_tokens - generated, seconds)
         self._model_seconds += result.model_seconds
         ended = self._clock()
-        self._step_seconds += ended - (began if self._busy_since is None else self._busy_since)
+        self._step_seconds += ended - (flight.began if self._busy_since is None else self._busy_since)
         self._busy_since = ended if self.has_work else None
         return events
 

@@ -1,4 +1,4 @@
-"""Runs one step on the device: StepPlan in, StepResult out. Owns weights, KV cache, rows and sampler; decides nothing.
+"""Runs steps on the device: StepPlan in, StepResult out. Owns weights, KV cache, rows and sampler; decides nothing.
 
     plan ──► rows (block tables) ──► batch tensors ──► decoder ──► logits of the rows that sample ──► sampler ──► result
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import astuple
+from dataclasses import astuple, dataclass
 from functools import partial
 
 import torch
@@ -31,8 +31,8 @@ from engine.parallel.communicator import Communicator
 from engine.parallel.layers import join_ranks
 from engine.request import EngineInfo, SamplingParams
 from engine.rows import Rows
-from engine.sampler import Sampler
-from engine.sampling.prompt import score_targets
+from engine.sampler import Sampled, Sampler
+from engine.sampling.prompt import TargetScores, score_targets
 from engine.schemes import SCHEMES
 from engine.sizing import CacheSize, check_config, size_cache
 from engine.speculate import standing
@@ -40,6 +40,22 @@ from engine.step import RowInit, RowWork, StepPlan, StepResult
 
 CPU_WARM_UP_TOKENS = 32  # more than the row counts that kernels treat as few
 READ_SHARE = 0.8  # of the time to load; the rest is one step of each kind
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A step on its way. It owns all that its result is made of: rows may have changed hands when that is asked for."""
+
+    work: list[RowWork]
+    model_seconds: float = 0.0
+    sampled: Sampled | None = None
+    targets: TargetScores | None = None
+
+    def result(self) -> StepResult:
+        """Waits until the device has done the step."""
+        sampled = [] if self.sampled is None else standing(self.work, self.sampled.result())
+        targets = {} if self.targets is None else self.targets.result()
+        return StepResult(sampled, targets, self.model_seconds)
 
 
 class Runner:
@@ -127,8 +143,12 @@ class Runner:
         """There is nothing that does not end with it."""
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan) -> StepResult:
-        """Execute one step: free and take rows, compute all work, sample where the plan says so."""
+    def launch(self, plan: StepPlan) -> Launched:
+        """Begin one step: free and take rows, compute all work, sample where the plan says so.
+
+        Nothing here waits for a GPU: it works through the steps in the order of their launches. A CPU has done the step
+        when this returns.
+        """
         for row in plan.released:
             self._sampler.clear_row(row)
         if self.adapters is not None:
@@ -138,31 +158,37 @@ class Runner:
             self._rows.clear(init.row, init.adapter)
             self._sampler.set_row(init)
         if not plan.work:
-            return StepResult([])
+            return Launched([])
         work, segments = self._rows.by_adapter(plan.work)
-        self._rows.append_pages(work)
-        token_ids, batch = self._rows.batch(work)
+        batch = self._rows.batch(work)
         layers = None
         if self.adapters is not None and segments:
             layers = self.adapters.around(self._decoder.weights.layers, segments)
         began = time.perf_counter()
-        hidden = self._decoder.forward(token_ids, batch, self._cache, layers)
+        hidden = self._decoder.forward(batch.token_ids, batch.attention, self._cache, layers)
         model_seconds = time.perf_counter() - began
         head = partial(self._decoder.logits, hidden)
-        targets = score_targets(work, batch.query_starts_list[:-1], head, self.info.vocab_size, self._device)
+        starts = batch.attention.query_starts_list[:-1]
+        targets = score_targets(work, starts, head, self.info.vocab_size, self._device)
 
-        last, rows, positions = [], [], []
-        for each, end in zip(work, batch.query_starts_list[1:], strict=True):
+        rows, positions = [], []
+        for each in work:
+            end = each.start + len(each.token_ids)
             for back in range(each.drafts, -1, -1) if each.sample else ():
-                last.append(end - 1 - back)
                 rows.append(each.row)
-                positions.append(each.start + len(each.token_ids) - back)
-        if not last:
-            return StepResult([], targets, model_seconds)
+                positions.append(end - back)
+        if not rows:
+            return Launched(work, model_seconds, None, targets)
         began = time.perf_counter()
-        logits = head(torch.tensor(last, device=self._device))
+        logits = head(batch.sampled)
         model_seconds += time.perf_counter() - began
-        return StepResult(standing(work, self._sampler.sample(logits, rows, positions)), targets, model_seconds)
+        sampled = self._sampler.sample(logits, rows, positions)
+        self._rows.keep_sampled(batch.sampled_rows, sampled.token_ids)
+        return Launched(work, model_seconds, sampled, targets)
+
+    def run(self, plan: StepPlan) -> StepResult:
+        """Launch one step and wait for its result."""
+        return self.launch(plan).result()
 
     def warm_up(self) -> None:
         """A prefill and the largest decode, so that no request pays for first uses.

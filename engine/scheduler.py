@@ -19,6 +19,18 @@ A request with a LoRA adapter runs only while the adapter has a slot on the devi
 that run, it waits, and is overtaken by requests without an adapter alone: they need no slot, so that its slot comes no
 later for them. Others may not pass, even where their own adapter has a slot: they could hold it for ever.
 
+A step can be planned while the one before it is in flight. A sequence then counts as if that step had been committed,
+but for the token that is coming, whose value the plan leaves open; one that the coming token ends for its length is
+left out. Drafts need the token itself: where they are likely to pay, nothing is planned ahead of it. What only the
+token can tell, that it stops the request, is seen one step late: the row was computed once more, for nothing. The rules
+that keep this safe:
+
+- What a step in flight computes for a request that has ended since is dropped. What it computes for one that was
+  pre-empted since counts; until it has come, the sequence is not admitted again.
+- Rows and pages are free at once, though a step in flight may still write to them: who gets them next does so in a
+  later step, and the runner's steps take effect strictly in their order.
+- A page is found by others only if all its tokens are known.
+
 Invariants, tested as properties: the budget is never exceeded; nobody writes into a page that others hold; every
 submitted request gets exactly one terminal event; the first in (priority, arrival) always advances, so that everything
 ends.
@@ -29,6 +41,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from bisect import insort
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -38,10 +51,10 @@ from engine.adapters import Adapters, LoadedAdapter
 from engine.errors import InvalidRequestError
 from engine.kv.pages import PagePool
 from engine.kv.prefix import Prefix
-from engine.request import FinishReason, Request, Timings, TokenEvent, TokenLogprob
+from engine.request import FinishReason, Request, TokenEvent, TokenLogprob
 from engine.sequence import Sequence, WaitingLine
-from engine.speculate import Drafter, Speculation, Step
-from engine.step import RowInit, RowWork, SampledToken, StepPlan, StepResult, Targets
+from engine.speculate import Drafter, Patience, Speculation, Step
+from engine.step import LAST_SAMPLED, RowInit, RowWork, SampledToken, StepPlan, StepResult, Targets
 
 
 @dataclass(slots=True)
@@ -54,7 +67,7 @@ class Agenda:
 
 
 class Scheduler:
-    """Plans steps and commits their results. One step is in flight at a time: plan, run, commit."""
+    """Plans steps and commits their results, in the same order; at most one step behind: plan, plan, commit, plan, …"""
 
     def __init__(
         self,
@@ -74,6 +87,7 @@ class Scheduler:
         self._budget = max_batch_tokens
         self._max_model_len = max_model_len
         self._speculation = speculation
+        self._patience = Patience()
         self._max_logits = max_batch_size if speculation is None else max(max_batch_size, 1 + speculation.max_tokens)
         self._eos = frozenset(eos_token_ids)
         self._prefix_caching = prefix_caching
@@ -84,7 +98,7 @@ class Scheduler:
         self._max_rows = max_batch_size
         self._rows = list(range(max_batch_size - 1, -1, -1))
         self._released: list[int] = []
-        self._planned: dict[int, Sequence] = {}  # by row
+        self._in_flight: deque[list[Sequence]] = deque()  # of each step, in the order of its work
         self._arrivals = 0
         self.preemptions = 0
         self.prompt_tokens = 0  # computed; those computed again after a pre-emption count again
@@ -143,12 +157,16 @@ class Scheduler:
     # -- planning ----------------------------------------------------------------------------------------------
 
     def plan(self, now: float) -> StepPlan:
-        """Choose the next step's work within the budget, taking rows and pages for it."""
+        """Choose the next step's work within the budget, taking rows and pages for it. Empty if there is nothing to do
+        before a step in flight is committed."""
+        if self._in_flight and self._waits_for_tokens():
+            return StepPlan([])
         self._make_way(now)
         agenda = Agenda(self._budget)
+        growing = [sequence for sequence in self._running if self._tokens_left(sequence) > sequence.coming]
         # Decodes first: a long prompt must not hold up the streams that are already flowing.
-        decoding = [sequence for sequence in self._running if sequence.behind == 1]
-        prefilling = [sequence for sequence in self._running if sequence.behind > 1]
+        decoding = [sequence for sequence in growing if sequence.behind == 1]
+        prefilling = [sequence for sequence in growing if sequence.behind > 1]
         for sequence in decoding:
             self._catch_up(agenda, sequence, now)
         for sequence in prefilling:
@@ -157,11 +175,23 @@ class Scheduler:
             self._catch_up(agenda, sequence, now)
         while (newcomer := self._next(agenda)) is not None:
             self._admit(agenda, newcomer, now)
-        if self._speculation is not None:
+        if self._speculation is not None and self._patience.lasts:
             self._speculate(agenda, self._speculation)
         released, self._released = self._released, []
-        self._planned = {item.row: sequence for sequence, item in agenda.work.items()}
-        return StepPlan(list(agenda.work.values()), agenda.admitted, released, self._adapters.take_fills())
+        plan = StepPlan(list(agenda.work.values()), agenda.admitted, released, self._adapters.take_fills())
+        if not plan.is_empty:
+            self._launch(agenda.work)
+        return plan
+
+    def _launch(self, planned: dict[Sequence, RowWork]) -> None:
+        """From now on the sequences count as if the step were done, but for the tokens that it samples."""
+        for sequence, work in planned.items():
+            sequence.computed = work.start + len(work.token_ids)
+            sequence.coming += work.sample
+            sequence.in_flight += 1
+            sequence.guessing = work.drafts > 0
+            sequence.scored += 0 if work.targets is None else len(work.targets.token_ids)
+        self._in_flight.append(list(planned))
 
     def _make_way(self, now: float) -> None:
         """Pre-empt lower classes, the last first, for those of higher ones that this step can admit then.
@@ -208,7 +238,8 @@ class Scheduler:
 
     def _next(self, agenda: Agenda) -> Sequence | None:
         """Who is admitted now: the first that waits, if there are a row and pages for all its tokens. Nobody overtakes
-        it for being smaller, or for finding its pages; while it waits for a slot, the first without an adapter does.
+        it for being smaller, or for finding its pages, or while a step that it was pre-empted after is in flight; while
+        it waits for a slot, the first without an adapter does.
 
         One page is left for each that runs: without it the newcomer would soon be pre-empted by those who grow, and
         computed twice. The rule cannot block: an empty batch needs no such reserve, and uses no slot.
@@ -218,7 +249,7 @@ class Scheduler:
         first: Sequence | None = self.waiting.first
         if first is not None and not self._has_slot(first):
             first = self.waiting.first_plain
-        if first is None:
+        if first is None or first.in_flight:
             return None
         needed = self._pages_to_take(first) + len(self._running)
         return first if needed <= self._pool.num_free else None
@@ -257,8 +288,8 @@ class Scheduler:
         assert new_pages is not None
         assert sequence.row is not None
         sequence.pages += new_pages
-        tokens = sequence.tokens[sequence.computed : end]
-        sample = end == len(sequence.tokens)
+        tokens = sequence.tokens[sequence.computed : end] or [LAST_SAMPLED]
+        sample = end == sequence.length
         targets = self._targets(sequence, end)
         work = RowWork(sequence.row, sequence.computed, tokens, [*found, *new_pages], sample, targets)
         agenda.work[sequence] = work
@@ -268,7 +299,7 @@ class Scheduler:
     def _name_pages(self, sequence: Sequence, end: int) -> None:
         """Let others find the pages that are full of known tokens when `end` of them are computed."""
         if sequence.prefix is not None:
-            full = end // self._page_size
+            full = min(end, len(sequence.tokens)) // self._page_size
             for number in range(sequence.named, full):
                 self._pool.name(sequence.pages[number], sequence.prefix.key(number))
             sequence.named = full
@@ -278,7 +309,7 @@ class Scheduler:
         step = Step(sum(len(work.token_ids) for work in agenda.work.values()), speculation.reading)
         logits = self._max_logits - sum(work.sample for work in agenda.work.values())
         for sequence, work in agenda.work.items():
-            if sequence.drafter is None or not work.sample or len(work.token_ids) > 1:
+            if sequence.drafter is None or not work.sample or len(work.token_ids) > 1 or sequence.coming:
                 continue
             known, spare = len(sequence.tokens), max(0, self._pool.num_free - len(self._running))  # as for a newcomer
             room = (len(sequence.pages) + spare) * self._page_size - known
@@ -295,14 +326,20 @@ class Scheduler:
             agenda.budget -= len(drafts)
             logits -= len(drafts)
 
+    def _waits_for_tokens(self) -> bool:
+        """Drafts are in flight, or likely to pay behind tokens that are coming. Then all wait for those: rows that are
+        left out of a step would fall behind the others."""
+        guessable = [each for each in self._running if each.coming and each.drafter is not None]
+        return bool(guessable) and (self._patience.wait() or any(sequence.guessing for sequence in guessable))
+
     def _tokens_left(self, sequence: Sequence) -> int:
-        """How many may still come."""
+        """How many may still come behind the known ones."""
         room = self._max_model_len - len(sequence.tokens)
         return min(sequence.request.sampling.max_tokens - sequence.num_output, room)
 
     def _targets(self, sequence: Sequence, end: int) -> Targets | None:
-        """The prompt's tokens whose logprobs are known, and not said yet, when `end` tokens are computed: what is
-        computed again after a pre-emption is not said again."""
+        """The prompt's tokens whose logprobs are known when `end` tokens are computed, and that no step was asked for
+        yet: what is computed again after a pre-emption is not said again."""
         top = sequence.request.sampling.prompt_logprobs
         token_ids = sequence.tokens[sequence.scored : min(end + 1, sequence.num_prompt)]
         return None if top is None or not token_ids else Targets(sequence.scored, token_ids, top)
@@ -353,33 +390,46 @@ class Scheduler:
     # -- committing --------------------------------------------------------------------------------------------
 
     def commit(self, plan: StepPlan, result: StepResult, now: float) -> list[TokenEvent]:
-        """Take note of what the step computed, and say what it did to each request that got a token or logprobs."""
+        """Take note of what the step computed, and say what it did to each request that got a token or logprobs.
+
+        Args:
+            plan: the first that is not committed yet.
+        """
+        if plan.is_empty:
+            return []
         sampled: dict[int, list[SampledToken]] = {}
         for each in result.sampled:
             sampled.setdefault(each.row, []).append(each)
-        events = []
-        for work in plan.work:
-            sequence, tokens = self._planned[work.row], sampled.get(work.row, [])
+        events, guessable, stood = [], 0, 0
+        for work, sequence in zip(plan.work, self._in_flight.popleft(), strict=True):
+            tokens = sampled.get(work.row, [])
             accepted = len(tokens) - 1 if work.drafts else 0
-            sequence.computed += len(work.token_ids) - work.drafts + accepted
             self.draft_tokens += work.drafts
-            self.accepted_draft_tokens += accepted
-            self.prompt_tokens += min(sequence.computed, sequence.num_prompt) - min(work.start, sequence.num_prompt)
+            stood += accepted
+            decodes = work.sample and len(work.token_ids) == 1 + work.drafts and work.token_ids[0] != LAST_SAMPLED
+            guessable += decodes and sequence.drafter is not None
+            end = work.start + len(work.token_ids) - work.drafts + accepted
+            self.prompt_tokens += min(end, sequence.num_prompt) - min(work.start, sequence.num_prompt)
+            if sequence.ended:
+                continue
+            sequence.in_flight -= 1
+            sequence.coming -= work.sample
+            if work.drafts:
+                sequence.computed, sequence.guessing = end, False
             logprobs = None if work.targets is None else result.targets[work.row]
             event = self._note(sequence, logprobs, tokens, now)
             if event is not None:
                 events.append(event if logprobs is None else replace(event, prompt_logprobs=logprobs))
-        self._planned = {}
+        self.accepted_draft_tokens += stood
+        self._patience.learn(guessable, stood)
         return events
 
     def _note(
         self, sequence: Sequence, logprobs: list[TokenLogprob] | None, sampled: list[SampledToken], now: float
     ) -> TokenEvent | None:
         """What a step did to one request: logprobs of its prompt are added by the caller."""
-        if logprobs is not None:
-            sequence.scored += len(logprobs)
-            if not all(math.isfinite(each.logprob) for each in logprobs):
-                return self._end(sequence, FinishReason.ERROR, now, error="the logits of the prompt are not numbers")
+        if logprobs is not None and not all(math.isfinite(each.logprob) for each in logprobs):
+            return self._end(sequence, FinishReason.ERROR, now, error="the logits of the prompt are not numbers")
         if sampled:
             return self._take(sequence, sampled, now)
         if logprobs is None:
@@ -419,7 +469,7 @@ class Scheduler:
             logprobs=logprobs,
             prompt_tokens=sequence.num_prompt,
             cached_tokens=sequence.cached,
-            timings=self._timings(sequence, now) if first else None,
+            timings=sequence.timings(now) if first else None,
         )
 
     def _stops(self, sequence: Sequence, token: int) -> bool:
@@ -436,6 +486,7 @@ class Scheduler:
             self._free(sequence)
         else:
             self.waiting.remove(sequence)
+        sequence.ended = True
         del self._by_id[sequence.request.request_id]
         if sequence.adapter is not None:
             self._adapters.release(sequence.adapter)
@@ -444,12 +495,6 @@ class Scheduler:
             finish_reason=reason,
             prompt_tokens=sequence.num_prompt,
             cached_tokens=sequence.cached,
-            timings=self._timings(sequence, now),
+            timings=sequence.timings(now),
             **details,  # type: ignore[arg-type]
         )
-
-    def _timings(self, sequence: Sequence, now: float) -> Timings:
-        started = now if sequence.started is None else sequence.started
-        first = now if sequence.first_token is None else sequence.first_token
-        arrived = sequence.arrived
-        return Timings(queued=started - arrived, first_token=first - arrived, finished=now - arrived)

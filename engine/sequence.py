@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from engine.adapters import LoadedAdapter
 from engine.kv.prefix import Prefix
-from engine.request import Request
+from engine.request import Request, Timings
 from engine.speculate import Drafter
 
 
@@ -18,14 +18,18 @@ class Sequence:
     Attributes:
         order: (priority, arrival number); smaller runs first and is pre-empted last.
         tokens: known tokens, prompt and output.
-        computed: how many of them have their keys and values in pages.
+        computed: how many have their keys and values in pages, once the steps in flight are done.
+        coming: tokens that those sample for it, behind the known ones; with drafts there may be more.
+        in_flight: how many of them compute for it.
+        guessing: one of them computes drafts of it.
         arrived, started, first_token: times on the clock of the engine's core.
         prefix: keys of its pages; None = it shares none.
         adapter: what it runs with, None = the model as it is.
         named: how many of its pages have been given their keys.
         cached: how many tokens of the prompt needed no computation.
         drafter: guesses its next tokens; None = not to be done.
-        scored: position of the first token of the prompt whose logprob is not said yet; the very first has none.
+        scored: position of the first token of the prompt whose logprob no step was asked for; the very first has none.
+        ended: it has its terminal event.
     """
 
     request: Request
@@ -36,6 +40,9 @@ class Sequence:
     prefix: Prefix | None = None
     adapter: LoadedAdapter | None = None
     computed: int = 0
+    coming: int = 0
+    in_flight: int = 0
+    guessing: bool = False
     row: int | None = None
     pages: list[int] = field(default_factory=list)
     named: int = 0
@@ -44,6 +51,7 @@ class Sequence:
     first_token: float | None = None
     scored: int = 1
     drafter: Drafter | None = None
+    ended: bool = False
 
     @property
     def num_prompt(self) -> int:
@@ -61,9 +69,20 @@ class Sequence:
         return len(self.tokens) - 1
 
     @property
+    def length(self) -> int:
+        """Tokens, known or coming."""
+        return len(self.tokens) + self.coming
+
+    @property
     def behind(self) -> int:
-        """Known tokens that are not computed yet; 1 while it decodes."""
-        return len(self.tokens) - self.computed
+        """Tokens that no step computes yet; 1 while it decodes."""
+        return self.length - self.computed
+
+    def timings(self, now: float) -> Timings:
+        """As of now; what has not happened yet happens now."""
+        started = now if self.started is None else self.started
+        first = now if self.first_token is None else self.first_token
+        return Timings(queued=started - self.arrived, first_token=first - self.arrived, finished=now - self.arrived)
 
     def outranks(self, other: Sequence) -> bool:
         """It is of a higher class: its priority is a lower number. Then it does not wait for the other to end."""
@@ -79,7 +98,7 @@ class WaitingLine:
     def __init__(self) -> None:
         self._plain: list[Sequence] = []  # heaps: those without an adapter, and those with one
         self._adapted: list[Sequence] = []
-        self._since: dict[Sequence, float] = {}  # insertion order is the order of time
+        self._since: dict[Sequence, tuple[float, int]] = {}  # and tokens then; insertion order is the order of time
         self.num_tokens = 0
 
     def __len__(self) -> int:
@@ -101,11 +120,11 @@ class WaitingLine:
     @property
     def waiting_since(self) -> float | None:
         """When the one that waits longest joined the line."""
-        return next(iter(self._since.values()), None)
+        return next((since for since, _ in self._since.values()), None)
 
     def push(self, sequence: Sequence, now: float) -> None:
         heapq.heappush(self._heap_of(sequence), sequence)
-        self._since[sequence] = now
+        self._since[sequence] = now, len(sequence.tokens)
         self.num_tokens += len(sequence.tokens)
 
     def remove(self, sequence: Sequence) -> None:
@@ -116,8 +135,7 @@ class WaitingLine:
         else:
             heap.remove(sequence)
             heapq.heapify(heap)
-        del self._since[sequence]
-        self.num_tokens -= len(sequence.tokens)
+        self.num_tokens -= self._since.pop(sequence)[1]
 
     def _heap_of(self, sequence: Sequence) -> list[Sequence]:
         return self._plain if sequence.adapter is None else self._adapted

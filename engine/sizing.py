@@ -40,6 +40,7 @@ def check_config(engine: EngineConfig) -> None:
         f"must be 0 with a tensor_parallel_size of {engine.tensor_parallel_size}: adapters are served by one device",
     )
     _require(engine.max_draft_tokens >= 0, "max_draft_tokens", engine.max_draft_tokens, "must be 0 (none) or positive")
+    _require(engine.lookahead in (None, 0, 1), "lookahead", engine.lookahead, "must be 0 or 1")
     for field in ("kv_memory_bytes", "threads"):
         value = getattr(engine, field)
         _require(value is None or value >= 1, field, value, "must be at least 1")

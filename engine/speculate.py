@@ -32,6 +32,9 @@ INDEXED_AT_ONCE = 4096  # tokens, some milliseconds: a long prompt that came fro
 CPU_READING = 1.6
 GPU_READING = 64.0
 
+LEAST_GAIN = 0.1  # about the share of a step that a host takes where a GPU computes it in a few milliseconds
+RETRY = 32  # steps that look ahead between two tries
+
 START, PACE = 0.5, 0.1  # belief in a kind of guess before the first outcome, and how far each outcome moves it
 
 
@@ -125,6 +128,33 @@ class Drafter:
             if guess != token:
                 break
         self._beliefs[kind] = belief
+
+
+class Patience:
+    """Whether a step waits for the tokens of the one before it, so that drafts can follow them.
+
+    Drafts and a lookahead exclude each other: what follows an unknown token cannot be guessed. So a step waits as long
+    as drafts yield more of late than a device that never waits for its host; else it is tried again now and then.
+
+    Attributes:
+        lasts: the answer of the last time; where it is never asked, since no step is in flight, nothing forbids drafts.
+    """
+
+    def __init__(self) -> None:
+        self.lasts = True
+        self._gain = 1.0  # drafts that stood for each known token, mean of the latest steps in which there could be any
+        self._ahead = 0  # steps since one waited
+
+    def wait(self) -> bool:
+        """Asked once for each step that could be planned ahead."""
+        self.lasts = self._gain >= LEAST_GAIN or self._ahead >= RETRY
+        self._ahead = 0 if self.lasts else self._ahead + 1
+        return self.lasts
+
+    def learn(self, known: int, accepted: int) -> None:
+        """So many rows had one known token to compute in a step, and so many drafts behind those stood."""
+        if known:
+            self._gain += PACE * (accepted / known - self._gain)
 
 
 class PromptLookup:

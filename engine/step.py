@@ -4,6 +4,9 @@ A request owns one *row* from admission to its end: an index into permanent devi
 parameters, token counts). Plans name rows, not requests, and carry only what changed since the last step.
 
     scheduler ──StepPlan{released, fills, admitted, work}──► runner ──StepResult{sampled}──► scheduler
+
+A step may be planned while the one before it runs. The token that a row is about to get is not known then, and its
+place in the plan is taken by LAST_SAMPLED: the device has kept the token and puts it there.
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from engine.request import SamplingParams, TokenLogprob
+
+LAST_SAMPLED = -1  # in `RowWork.token_ids`: the token that the row has sampled last, whatever it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +54,7 @@ class RowWork:
     """Tokens to compute for one row: positions start .. start + len(token_ids) - 1.
 
     Attributes:
+        token_ids: known ones; or LAST_SAMPLED alone, while the step that samples it is still in flight.
         new_pages: KV pages appended to the row's block table before this step. With the first work of a row that starts
             behind position 0 come the pages of what lies before: they are full, or another row fills them in this step.
         sample: the last of token_ids, but for the drafts, is the last known token, so its logits choose the next one.
@@ -87,6 +93,11 @@ class StepPlan:
     @property
     def num_tokens(self) -> int:
         return sum(len(work.token_ids) for work in self.work)
+
+    @property
+    def is_empty(self) -> bool:
+        """There is nothing to do for anybody."""
+        return not (self.work or self.admitted or self.released or self.fills)
 
 
 @dataclass(frozen=True, slots=True)

@@ -244,6 +244,14 @@ SETTINGS = (
         alias="NIM_TENSOR_PARALLEL_SIZE",
     ),
     Setting(
+        name="lookahead",
+        parse=_count(0, 1),
+        default=None,
+        metavar="0|1",
+        why="steps that begin before the tokens of the last one are known, for the same tokens; by default 1 on a GPU, "
+        "which so never waits, and 0 on a CPU, which is both who waits and who is waited for",
+    ),
+    Setting(
         name="lora_dir",
         parse=_folder,
         default=None,
@@ -384,6 +392,7 @@ def engine_config(model: Path, values: Mapping[str, Any]) -> EngineConfig:
         prefix_caching=values["prefix_caching"],
         threads=values["threads"],
         tensor_parallel_size=values["tensor_parallel_size"],
+        lookahead=values["lookahead"],
         max_loras=values["max_loras"] if values["lora_dir"] else 0,
         max_cpu_loras=values["max_cpu_loras"],
         max_lora_rank=values["max_lora_rank"],

@@ -45,7 +45,7 @@ def follow(sock: socket.socket) -> None:
     runner = load_runner(config, lambda phase, done: None, communicator, lambda: meet(Point.LOADED))
     while (message := receive_to_follower(sock)) is not None:
         assert isinstance(message, Step)
-        runner.run(message.plan)
+        runner.launch(message.plan)  # what it samples, the leader says
 
 
 def end_with(sock: socket.socket) -> None:

@@ -11,7 +11,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -94,6 +95,15 @@ class Followers:
             )
         if self._lost:
             raise self._cause() from error
+
+    @contextmanager
+    def blaming(self) -> Iterator[None]:
+        """`blame` whatever is raised within."""
+        try:
+            yield
+        except Exception as error:
+            self.blame(error)
+            raise
 
     def close(self) -> None:
         """End all of them and wait for it. Idempotent."""

@@ -5,6 +5,8 @@ The death of a follower ends the engine: whoever sees it breaks off the sum that
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from engine.checkpoint import open_checkpoint
 from engine.config import EngineConfig
 from engine.core import StepRunner
@@ -13,7 +15,7 @@ from engine.parallel.communicator import GroupCommunicator, connect, device_of_r
 from engine.parallel.followers import Followers
 from engine.parallel.share import share_of
 from engine.parallel.wire import Point, Step
-from engine.runner import Runner
+from engine.runner import Launched, Runner
 from engine.runner import load_runner as load_one
 from engine.sizing import check_config
 from engine.step import StepPlan, StepResult
@@ -30,6 +32,20 @@ def load_runner(config: EngineConfig, progress: LoadProgress) -> StepRunner:
     if config.tensor_parallel_size == 1:
         return load_one(config, progress)
     return Leader.start(config, progress)
+
+
+@dataclass(frozen=True, slots=True)
+class JointStep:
+    """A step that all ranks have begun."""
+
+    launched: Launched
+    followers: Followers
+
+    def result(self) -> StepResult:
+        with self.followers.blaming():
+            result = self.launched.result()
+        self.followers.check()  # what a broken sum made is no result
+        return result
 
 
 class Leader:
@@ -67,16 +83,11 @@ class Leader:
             raise
         return cls(runner, followers, communicator)
 
-    def run(self, plan: StepPlan) -> StepResult:
-        """One step of all ranks; raises EngineDeadError if one of them is gone."""
+    def launch(self, plan: StepPlan) -> JointStep:
+        """Begin one step on all ranks; raises EngineDeadError if one of them is gone, as its result does."""
         self._followers.send(Step(plan))
-        try:
-            result = self._runner.run(plan)
-        except Exception as error:
-            self._followers.blame(error)
-            raise
-        self._followers.check()  # what a broken sum made is no result
-        return result
+        with self._followers.blaming():
+            return JointStep(self._runner.launch(plan), self._followers)
 
     def close(self) -> None:
         self._communicator.close()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from engine.request import SamplingParams
 from engine.step import RowInit
+from engine.transfer import to_device
 
 
 class Adjustment:
@@ -21,10 +22,10 @@ class Adjustment:
     def __init__(self, init: RowInit, eos_token_ids: tuple[int, ...], device: torch.device) -> None:
         params = init.sampling
         stops = params.stop_token_ids if params.ignore_eos else (*params.stop_token_ids, *eos_token_ids)
-        self._banned = torch.tensor(stops, dtype=torch.int64, device=device)
+        self._banned = to_device(stops, torch.int64, device)
         self._banned_before = len(init.prompt_token_ids) + params.min_tokens if stops else 0
-        self._bias_ids = torch.tensor([*params.logit_bias], dtype=torch.int64, device=device)
-        self._bias = torch.tensor([*params.logit_bias.values()], dtype=torch.float32, device=device)
+        self._bias_ids = to_device([*params.logit_bias], torch.int64, device)
+        self._bias = to_device([*params.logit_bias.values()], torch.float32, device)
         self._penalties = _Penalties(init, device) if params.has_penalties else None
 
     @staticmethod
@@ -41,17 +42,20 @@ class Adjustment:
         if self._penalties is not None:
             self._penalties.apply(logits)
 
-    def remember(self, token_id: int) -> None:
-        """The token was chosen: penalties count it from now on."""
+    def remember(self, token_id: Tensor) -> None:
+        """The token int64 [] was chosen: penalties count it from now on."""
         if self._penalties is not None:
             self._penalties.add(token_id)
 
 
 class _Penalties:
-    """The distinct tokens of a row's prompt and output, and how often each one is in the output.
+    """The tokens of a row's prompt and output, and how often each one is in the output.
 
-    ids     int64   [ 17 | 4 | 901 | – | – ]    capacity doubles when it is full
-    counts  float32 [  0 | 2 |   1 | – | – ]    0 = in the prompt only
+    ids     int64   [ 17 | 4 | 901 | 4 | – ]    capacity doubles when it is full
+    counts  float32 [  0 | 2 |   1 | 2 | – ]    0 = in the prompt only
+
+    A chosen token is appended without a look at it, which would wait for the device: so one may be there twice, with
+    the same count in both places.
     """
 
     def __init__(self, init: RowInit, device: torch.device) -> None:
@@ -59,24 +63,27 @@ class _Penalties:
         for token in init.output_token_ids:
             counts[token] = counts.get(token, 0) + 1
         self._params = init.sampling
-        self._slots = {token: slot for slot, token in enumerate(counts)}
-        self._ids = torch.tensor([*counts], dtype=torch.int64, device=device)
-        self._counts = torch.tensor([*counts.values()], dtype=torch.float32, device=device)
+        self._used = len(counts)
+        self._ids = to_device([*counts], torch.int64, device)
+        self._counts = to_device([*counts.values()], torch.float32, device)
 
     def apply(self, logits: Tensor) -> None:
         """Repetition penalty of CTRL (arXiv 1909.05858), then presence and frequency penalties of the OpenAI API."""
-        params, used = self._params, len(self._slots)
-        ids, counts = self._ids[:used], self._counts[:used]
+        params = self._params
+        ids, counts = self._ids[: self._used], self._counts[: self._used]
         scores = logits[ids]
         if params.repetition_penalty != 1:
             scores = torch.where(scores > 0, scores / params.repetition_penalty, scores * params.repetition_penalty)
         scores -= params.presence_penalty * (counts > 0) + params.frequency_penalty * counts
         logits[ids] = scores
 
-    def add(self, token_id: int) -> None:
-        slot = self._slots.setdefault(token_id, len(self._slots))
-        if slot == len(self._ids):
+    def add(self, token_id: Tensor) -> None:
+        if self._used == len(self._ids):
             self._ids = torch.cat([self._ids, torch.zeros_like(self._ids), self._ids.new_zeros(16)])
             self._counts = torch.cat([self._counts, torch.zeros_like(self._counts), self._counts.new_zeros(16)])
-        self._ids[slot] = token_id
-        self._counts[slot] += 1
+        self._ids[self._used] = token_id
+        self._counts[self._used] = 0
+        self._used += 1
+        ids, counts = self._ids[: self._used], self._counts[: self._used]
+        same = ids == token_id
+        counts.copy_(torch.where(same, (counts * same).amax() + 1, counts))

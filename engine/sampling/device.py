@@ -10,6 +10,7 @@ from torch import Tensor
 
 from engine.request import SamplingParams
 from engine.sampling.draw import mix
+from engine.transfer import to_device
 
 Choose = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """`engine.ops.triton.sampler.choose`."""
@@ -28,13 +29,13 @@ class DeviceRows:
         """A request takes the row."""
         temperature = 0.0 if greedy else params.temperature
         parameters = [temperature, params.top_k, params.top_p, params.min_p]
-        self._parameters[row] = torch.tensor(parameters, dtype=torch.float64, device=self._device)
+        self._parameters[row] = to_device(parameters, torch.float64, self._device)
         mixed = mix(seed % 2**64)
         self._seeds[row] = mixed - 2**64 if mixed >= 2**63 else mixed
 
     def choose(self, logits: Tensor, rows: list[int], positions: list[int]) -> tuple[Tensor, Tensor]:
         """The largest logit and the next token of each row: float32 [S] and int64 [S]."""
-        index, place = torch.tensor([rows, positions], dtype=torch.int64).to(self._device)
+        index, place = to_device([rows, positions], torch.int64, self._device)
         return self._choose(logits, index, place, self._parameters, self._seeds)
 
 

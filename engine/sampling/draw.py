@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from engine.request import SamplingParams
 from engine.sampling.order import likeliest
+from engine.transfer import to_device
 
 BLOCK = 128  # divides the vocabularies of Llama, Mistral, NeMo and Qwen; others are padded
 CANDIDATES = 256  # nearly always contain the cut; a topk of 1,024 takes more than twice the time
@@ -45,7 +46,7 @@ def take_rows(values: Tensor, rows: list[int]) -> Tensor:
     """The named rows, ascending, of [S, V]: `values` itself where they are all of it, since its copy costs a pass."""
     if len(rows) == len(values):
         return values
-    return values.index_select(0, torch.tensor(rows, device=values.device))
+    return values.index_select(0, to_device(rows, torch.int64, values.device))
 
 
 def draw(logits: Tensor, peaks: Tensor, params: list[SamplingParams], uniforms: list[float]) -> Tensor:
@@ -61,8 +62,8 @@ def draw(logits: Tensor, peaks: Tensor, params: list[SamplingParams], uniforms: 
         int64 [S].
     """
     device, vocab = logits.device, logits.shape[-1]
-    u = torch.tensor(uniforms, dtype=torch.float64, device=device)
-    temperatures = torch.tensor([each.temperature for each in params], dtype=torch.float32, device=device)
+    u = to_device(uniforms, torch.float64, device)
+    temperatures = to_device([each.temperature for each in params], torch.float32, device)
     weights = (logits - peaks[:, None]).div_(temperatures[:, None]).exp_()
     padded = functional.pad(weights, (0, -vocab % BLOCK)) if vocab % BLOCK else weights
     blocks = padded.reshape(len(params), -1, BLOCK)
@@ -72,12 +73,12 @@ def draw(logits: Tensor, peaks: Tensor, params: list[SamplingParams], uniforms: 
     truncated = [i for i, each in enumerate(params) if each.top_k > 0 or each.top_p < 1 or each.min_p > 0]
     if truncated:
         limits = [(params[i].top_k or vocab, params[i].top_p, params[i].min_p) for i in truncated]
-        where = torch.tensor(truncated, device=device)
+        where = to_device(truncated, torch.int64, device)
         tokens[where] = _draw_truncated(
             take_rows(logits, truncated),
             take_rows(weights, truncated),
             sums[where, -1:],
-            torch.tensor(limits, dtype=torch.float64, device=device),
+            to_device(limits, torch.float64, device),
             u[where],
             CANDIDATES,
         )

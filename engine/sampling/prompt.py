@@ -6,13 +6,15 @@ All logits of 4,096 tokens of NeMo would take 2.1 GB; of a slab only a few numbe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from engine.request import TokenLogprob
-from engine.sampling.logprobs import logprobs_of
+from engine.sampling.logprobs import Logprobs
 from engine.step import RowWork
+from engine.transfer import to_device
 
 SLAB_BYTES = 2**26  # of logits: 128 rows of NeMo, with which the head is as fast as with more
 
@@ -20,10 +22,28 @@ Head = Callable[[Tensor], Tensor]
 """Logits float32 [n, V] after the hidden states with the numbers int64 [n]."""
 
 
+@dataclass(frozen=True, slots=True)
+class TargetScores:
+    """Logprobs of the targets of a step, on their way to the host.
+
+    Attributes:
+        rows: rows that have targets, and how many each.
+        slabs: of all targets, in order.
+    """
+
+    rows: list[tuple[int, int]]
+    slabs: list[Logprobs]
+
+    def result(self) -> dict[int, list[TokenLogprob]]:
+        """By row; waits for the device."""
+        each = iter([found for slab in self.slabs for found in slab.result()])
+        return {row: [next(each) for _ in range(count)] for row, count in self.rows}
+
+
 def score_targets(
     work: Sequence[RowWork], starts: Sequence[int], head: Head, vocab_size: int, device: torch.device
-) -> dict[int, list[TokenLogprob]]:
-    """Logprobs of the targets of a step, by row.
+) -> TargetScores | None:
+    """Logprobs of the targets of a step, None if it has no targets.
 
     Args:
         starts: number of the hidden state of each work's first token.
@@ -41,11 +61,12 @@ def score_targets(
         after += range(first, first + count)
         chosen += targets.token_ids
         tops += [targets.top] * count
-    found: list[TokenLogprob] = []
+    if not rows:
+        return None
+    slabs = []
     slab = max(1, SLAB_BYTES // (4 * vocab_size))
     for at in range(0, len(after), slab):
         part = slice(at, at + slab)
-        index, tokens = torch.tensor([after[part], chosen[part]], device=device)
-        found += logprobs_of(head(index), tokens, tops[part])
-    each = iter(found)
-    return {row: [next(each) for _ in range(count)] for row, count in rows}
+        index, tokens = to_device([after[part], chosen[part]], torch.int64, device)
+        slabs.append(Logprobs(head(index), tokens, tops[part]))
+    return TargetScores(rows, slabs)

@@ -3,7 +3,7 @@
 Its pages hold token ids, and the next token is a hash of what a row's pages hold: a page that is lost, stale or out of
 order changes the tokens, and so does an adapter that is not the one asked for. Beside each token stands a hash of all
 that its keys and values depend on, so that a page is noticed that was computed with other weights or behind other
-tokens, or never.
+tokens, or never. A late one computes a step only when its result is asked for, as a device that is far behind its host.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from __future__ import annotations
 import struct
 import threading
 import zlib
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from engine.request import EngineInfo, FinishReason, Request, TokenLogprob
-from engine.step import RowInit, RowWork, SampledToken, StepPlan, StepResult
+from engine.step import LAST_SAMPLED, RowInit, RowWork, SampledToken, SlotFill, StepPlan, StepResult
 
 VOCAB = 50
 EOS = 7
@@ -126,16 +127,35 @@ class Row:
     pages: list[int]
     computed: int = 0  # of known tokens
     written: int = 0  # with drafts that were wrong, whose places are written again
+    last: int | None = None
+
+
+class FakePending:
+    """See `engine.core.Pending`."""
+
+    def __init__(self, runner: FakeRunner, plan: StepPlan, filled: dict[SlotFill, str]) -> None:
+        self.plan = plan
+        self.filled = filled  # the host reads the matrices of an adapter when the step is launched
+        self.computed: StepResult | None = None
+        self._runner = runner
+
+    def result(self) -> StepResult:
+        return self._runner.result_of(self)
 
 
 class FakeRunner:
-    """See `engine.core.StepRunner`. `on_run` is called at the beginning of each step."""
+    """See `engine.core.StepRunner`. `on_run` is called at the launch of each step."""
 
     eos_token_ids = (EOS,)
 
-    def __init__(self, info: EngineInfo, on_run: Callable[[StepPlan], None] = lambda plan: None) -> None:
+    def __init__(
+        self, info: EngineInfo, on_run: Callable[[StepPlan], None] = lambda plan: None, late: bool = False
+    ) -> None:
         self.info = info
         self.plans: list[StepPlan] = []
+        self.most_in_flight = 0
+        self._late = late
+        self._in_flight: deque[FakePending] = deque()
         self._on_run = on_run
         self._pages: list[list[Cell | None]] = [[None] * info.page_size for _ in range(info.kv_pages)]
         self._rows: dict[int, Row] = {}
@@ -146,17 +166,33 @@ class FakeRunner:
     def close(self) -> None:
         self.closed = True
 
-    def run(self, plan: StepPlan) -> StepResult:
+    def launch(self, plan: StepPlan) -> FakePending:
         self._on_run(plan)
         self.plans.append(plan)
         assert plan.num_tokens <= self.info.max_batch_tokens, "the budget is exceeded"
         assert len({work.row for work in plan.work}) == len(plan.work), "a row has work twice"
+        assert not plan.fills or self.adapters is not None
+        pending = FakePending(self, plan, {fill: self.adapters.kept[fill.adapter].name for fill in plan.fills})
+        self._in_flight.append(pending)
+        self.most_in_flight = max(self.most_in_flight, len(self._in_flight))
+        if not self._late:
+            pending.computed = self._compute(pending)
+        return pending
+
+    def run(self, plan: StepPlan) -> StepResult:
+        return self.launch(plan).result()
+
+    def result_of(self, pending: FakePending) -> StepResult:
+        assert self._in_flight.popleft() is pending, "a result is asked for out of turn"
+        return self._compute(pending) if pending.computed is None else pending.computed
+
+    def _compute(self, pending: FakePending) -> StepResult:
+        plan = pending.plan
         for row in plan.released:
             del self._rows[row]
         for fill in plan.fills:
-            assert self.adapters is not None
             assert all(row.init.adapter != fill.slot for row in self._rows.values()), "a slot is in use"
-            self.slots[fill.slot] = self.adapters.kept[fill.adapter].name
+            self.slots[fill.slot] = pending.filled[fill]
         for init in plan.admitted:
             assert 0 <= init.row < self.info.max_batch_size
             assert init.row not in self._rows, "an admitted row is in use"
@@ -183,8 +219,13 @@ class FakeRunner:
         written = set(row.pages[work.start // size :])
         for number, other in self._rows.items():
             assert number == work.row or written.isdisjoint(other.pages), "a page is written that another row has"
+        token_ids = work.token_ids
+        if LAST_SAMPLED in token_ids:
+            assert len(token_ids) == 1, "only the last token can be unknown"
+            assert row.last is not None, "the row has sampled no token"
+            token_ids = [row.last]
         adapter = "" if row.init.adapter is None else self.slots[row.init.adapter]
-        for position, token in enumerate(work.token_ids, work.start):
+        for position, token in enumerate(token_ids, work.start):
             before = self._cell(row, position - 1).past if position else 0
             past = zlib.crc32(f"{before} {token} {adapter}".encode())
             self._pages[row.pages[position // size]][position % size] = Cell(token, past)
@@ -219,8 +260,11 @@ class FakeRunner:
         assert known[: len(prompt) + len(init.output_token_ids)] == prompt + init.output_token_ids
         if CRASH in prompt:
             raise RuntimeError("the device is on fire")
+        row.last = None
         if NAN in prompt:
+            row.last = 0
             return SampledToken(number, -1, failed="the logits are not numbers")
         token = next_token(known, _stream(params.temperature, init.seed, adapter))
+        row.last = token
         logprob = None if params.logprobs is None else TokenLogprob(token, -float(len(known)), 1)
         return SampledToken(number, token, logprob)

@@ -120,17 +120,17 @@ def teacher_forced(
     cache = KVCache.allocate(decoder.config, sum(pages), page_size, kv_dtype or decoder.dtype, decoder.device)
     order = torch.randperm(sum(pages), generator=torch.Generator().manual_seed(0)).tolist()
     rows = Rows(len(sequences), max(pages), page_size, decoder.device)
-    rows.append_pages([RowWork(row, 0, [], [order.pop() for _ in range(n)], False) for row, n in enumerate(pages)])
+    tables = [[order.pop() for _ in range(n)] for n in pages]
     outputs: list[list[Tensor]] = [[] for _ in sequences]
     for start in range(0, max(map(len, sequences)), chunk):
         work = [
-            RowWork(row, start, tokens[start : start + chunk], [], False)
+            RowWork(row, start, tokens[start : start + chunk], tables[row] if start == 0 else [], False)
             for row, tokens in enumerate(sequences)
             if start < len(tokens)
         ]
-        token_ids, batch = rows.batch(work)
-        hidden = decoder.forward(token_ids, batch, cache)
-        logits = decoder.logits(hidden, torch.arange(len(token_ids)))
+        batch = rows.batch(work)
+        hidden = decoder.forward(batch.token_ids, batch.attention, cache)
+        logits = decoder.logits(hidden, torch.arange(len(hidden)))
         for item, part in zip(work, logits.split([len(item.token_ids) for item in work]), strict=True):
             outputs[item.row].append(part)
     return [torch.cat(parts) for parts in outputs]

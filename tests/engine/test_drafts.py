@@ -184,10 +184,11 @@ def test_drawn_tokens_keep_their_distribution_though_the_likeliest_is_always_gue
     for seed in range(draws):
         sampler.set_row(RowInit(0, SamplingParams(temperature=1.0), seed, [0], []))
         work = [RowWork(0, 0, [0, 0], [], True, drafts=1)]  # the last token is 0; what follows it is guessed to be 0
-        tokens = [each.token_id for each in standing(work, sampler.sample(chain[[0, 0]].clone(), [0, 0], [1, 2]))]
+        both = sampler.sample(chain[[0, 0]].clone(), [0, 0], [1, 2]).result()
+        tokens = [each.token_id for each in standing(work, both)]
         accepted += len(tokens) - 1
         if len(tokens) == 1:  # the next step computes what really came
-            tokens += [each.token_id for each in sampler.sample(chain[tokens].clone(), [0], [2])]
+            tokens += [each.token_id for each in sampler.sample(chain[tokens].clone(), [0], [2]).result()]
         seen[tokens[0], tokens[1]] += 1
     probability = torch.softmax(chain, -1)
     expected = {(a, b): draws * float(probability[0, a] * probability[a, b]) for a in range(4) for b in range(4)}

@@ -2,7 +2,8 @@
 
 Real models, with keys and values in float32 and in FP8; the same requests under every way of scheduling them: alone or
 in a crowd, whole or in chunks, in any order of arrival, on large or small pages, pre-empted or not, sharing pages or
-not, with drafts or without, in this process or another.
+not, with drafts or without, with the next step launched before the result of the last is known or after it, in this
+process or another.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import asyncio
 import math
 import random
 from dataclasses import dataclass
+from dataclasses import replace as replaced
 from pathlib import Path
 
 import pytest
@@ -77,6 +79,7 @@ class Way:
     caching: bool = True
     shares: bool = True
     drafts: int = 0
+    lookahead: int = 0
 
 
 UNSHARED = Way(caching=False, shares=False)
@@ -153,6 +156,7 @@ def config_for(
         threads=1,
         prefix_caching=way.caching,
         max_draft_tokens=way.drafts,
+        lookahead=way.lookahead,
     )
 
 
@@ -195,12 +199,18 @@ class Foreseen:
 
 
 @pytest.mark.parametrize("kv", TINY_KV_BYTES)
+@pytest.mark.parametrize("lookahead", [0, 1])
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
 def test_tokens_of_a_random_model_do_not_depend_on_scheduling(
-    tiny: Path, expected: dict[str, dict[str, list[int]]], way: Way, kv: str, monkeypatch: pytest.MonkeyPatch
+    tiny: Path,
+    expected: dict[str, dict[str, list[int]]],
+    way: Way,
+    lookahead: int,
+    kv: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(speculate, "PromptLookup", lambda longest: Foreseen(TINY_REQUESTS, expected[kv]))
-    assert run_tiny(tiny, way, kv) == expected[kv]
+    assert run_tiny(tiny, replaced(way, lookahead=lookahead), kv) == expected[kv]
 
 
 @pytest.mark.parametrize("kv", TINY_KV_BYTES)
@@ -233,6 +243,7 @@ SMOLLM2_WAYS = {
     "in chunks, arriving late": Way(batch=4, budget=24, gap=2),
     "pre-empted": Way(batch=6, page_size=8, pages=20, preempts=True),
     "with drafts": Way(batch=4, page_size=32, drafts=7),
+    "ahead, pre-empted": Way(batch=6, page_size=8, pages=20, preempts=True, lookahead=1),
 }
 
 

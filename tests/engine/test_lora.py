@@ -93,20 +93,21 @@ def logits_of(
     cache = KVCache.allocate(BASE, sum(pages), PAGE, decoder.dtype, CPU)
     rows = Rows(len(batch), max(pages), PAGE, CPU)
     free = iter(range(sum(pages)))
-    for row, (count, (_, slot)) in enumerate(zip(pages, batch, strict=True)):
+    tables = [[next(free) for _ in range(count)] for count in pages]
+    for row, (_, slot) in enumerate(batch):
         rows.clear(row, slot)
-        rows.append_pages([RowWork(row, 0, [], [next(free) for _ in range(count)], False)])
     outputs: list[list[Tensor]] = [[] for _ in batch]
     for start in range(0, max(len(tokens) for tokens, _ in batch), chunk):
         work = [
-            RowWork(row, start, tokens[start : start + chunk], [], False)
+            RowWork(row, start, tokens[start : start + chunk], tables[row] if start == 0 else [], False)
             for row, (tokens, _) in enumerate(batch)
             if start < len(tokens)
         ]
         work, segments = rows.by_adapter(work)
-        token_ids, step = rows.batch(work)
-        hidden = decoder.forward(token_ids, step, cache, pool.around(decoder.weights.layers, segments))
-        logits = decoder.logits(hidden, torch.arange(len(token_ids)))
+        step = rows.batch(work)
+        layers = pool.around(decoder.weights.layers, segments)
+        hidden = decoder.forward(step.token_ids, step.attention, cache, layers)
+        logits = decoder.logits(hidden, torch.arange(len(hidden)))
         for item, part in zip(work, logits.split([len(item.token_ids) for item in work]), strict=True):
             outputs[item.row].append(part)
     return [torch.cat(parts) for parts in outputs]

@@ -99,7 +99,9 @@ def test_slabs_of_rows_give_what_all_rows_at_once_give(monkeypatch: pytest.Monke
         return logits[index]
 
     monkeypatch.setattr(engine.sampling.prompt, "SLAB_BYTES", 4 * vocab * 6 + 3)
-    found = score_targets(work, starts, head, vocab, torch.device("cpu"))
+    scores = score_targets(work, starts, head, vocab, torch.device("cpu"))
+    assert scores is not None
+    found = scores.result()
     assert sizes == [6] * 5 + [5]
     assert set(found) == {0, 2, 3}
     for item, start in zip(work, starts, strict=True):

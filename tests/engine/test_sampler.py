@@ -51,7 +51,7 @@ def sample_one(logits: Tensor, params: SamplingParams, seed: int = 0, output: tu
     alone = sampler(len(logits))
     sequence = Sequence(params, seed, [1, 1, 3], [*output])
     alone.set_row(sequence.init(0))
-    return alone.sample(logits[None].clone(), [0], [sequence.position])[0]
+    return alone.sample(logits[None].clone(), [0], [sequence.position]).result()[0]
 
 
 def random_params(rng: random.Random, vocab: int) -> SamplingParams:
@@ -124,7 +124,8 @@ def test_mixed_batches_of_random_requests_follow_the_reference(
             batch.set_row(sequences[-1].init(row))
         for _ in range(4):  # so that the sampler's own memory of what it chose is what counts
             logits = random_logits(rng, len(rows), vocab)
-            sampled = batch.sample(logits.clone(), rows, [sequence.position for sequence in sequences])
+            positions = [sequence.position for sequence in sequences]
+            sampled = batch.sample(logits.clone(), rows, positions).result()
             for token, row, row_logits, sequence in zip(sampled, rows, logits, sequences, strict=True):
                 assert token.row == row
                 check(token, row_logits, sequence)
@@ -173,7 +174,7 @@ def test_drawn_frequencies_fit_the_distribution() -> None:
         tokens = Counter(
             token.token_id
             for step in range(steps)
-            for token in batch.sample(logits.repeat(rows, 1), [*range(rows)], [1 + step] * rows)
+            for token in batch.sample(logits.repeat(rows, 1), [*range(rows)], [1 + step] * rows).result()
         )
         weights = (logits / params.temperature).exp()
         kept = weights.topk(params.top_k or 10).indices.tolist()
@@ -211,7 +212,8 @@ def test_the_same_seed_gives_the_same_tokens_in_any_batch_row_and_after_preempti
                 batch.set_row(mine.init(row))
             noise = torch.randn(neighbours, vocab, generator=generator)
             rows = [*others, row]
-            sampled = batch.sample(torch.cat([noise, logits[step : step + 1]]), rows, [mine.position] * len(rows))
+            crowd = torch.cat([noise, logits[step : step + 1]])
+            sampled = batch.sample(crowd, rows, [mine.position] * len(rows)).result()
             mine.output.append(sampled[-1].token_id)
         return mine.output
 
@@ -258,10 +260,10 @@ def test_a_row_of_bad_logits_fails_alone(bad: float) -> None:
     for row in range(8):
         for each in (batch, healthy):
             each.set_row(Sequence(kinds[row // 2], row, [1], []).init(row))
-    expected = healthy.sample(logits.clone(), [*range(8)], [1] * 8)
+    expected = healthy.sample(logits.clone(), [*range(8)], [1] * 8).result()
     spoiled = logits.clone()
     spoiled[::2, 17] = bad
-    sampled = batch.sample(spoiled, [*range(8)], [1] * 8)
+    sampled = batch.sample(spoiled, [*range(8)], [1] * 8).result()
     assert all(token.failed and token.token_id == -1 and token.logprob is None for token in sampled[::2])
     assert sampled[1::2] == expected[1::2]
 
@@ -342,21 +344,24 @@ def test_a_row_keeps_nothing_of_the_request_before() -> None:
     with pytest.raises(AssertionError, match="row 2"):
         used.sample(logits.clone(), [2], [4])
     used.set_row(Sequence(GREEDY, 1, [greedy_choice], []).init(2))
-    assert used.sample(logits.clone(), [2], [1]) == [SampledToken(2, greedy_choice)]
+    assert used.sample(logits.clone(), [2], [1]).result() == [SampledToken(2, greedy_choice)]
 
 
-def test_an_all_greedy_batch_waits_for_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_waits_for_the_device_before_the_result_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = sampler(100)
-    for row in range(4):
-        batch.set_row(Sequence(GREEDY, row, [1], []).init(row))
+    styles = [GREEDY, SamplingParams(seed=1, logprobs=3), SamplingParams(temperature=0.0, frequency_penalty=1.0)]
+    for row, params in enumerate(styles):
+        batch.set_row(Sequence(params, row, [1], []).init(row))
     waits = []
     for name in ("item", "tolist", "__bool__", "__int__", "__float__", "nonzero"):
         original = getattr(Tensor, name)
         monkeypatch.setattr(
             Tensor, name, lambda self, *a, _name=name, _original=original: waits.append(_name) or _original(self, *a)
         )
-    batch.sample(torch.randn(4, 100), [0, 1, 2, 3], [1] * 4)
-    assert waits == ["tolist"]
+    steps = [batch.sample(torch.randn(3, 100), [0, 1, 2], [1 + step] * 3) for step in range(2)]
+    assert waits == []
+    assert [len(step.result()) for step in steps] == [3, 3]
+    assert "tolist" in waits
 
 
 @pytest.mark.parametrize("vocab_size", [64, 640, 49152, 151936, 1000, 7])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections import deque
 from dataclasses import dataclass
 
 import pytest
@@ -27,7 +28,7 @@ from engine.scheduler import Scheduler
 from engine.speculate import PromptLookup, Speculation
 from engine.step import SampledToken, StepPlan, StepResult
 from tests.engine.fake_drafts import SOURCES
-from tests.engine.fake_runner import EOS, NAN, FakeAdapter, FakeRunner, engine_info, expected
+from tests.engine.fake_runner import EOS, NAN, FakeAdapter, FakePending, FakeRunner, engine_info, expected
 
 ADAPTERS = ("a", "b", "c", "d")
 BEGINNINGS = ([1, 2, 3, 4, 5, 6] * 4, [1, 2, 3, 4] * 6)  # of prompts; equal up to the fourth token
@@ -309,17 +310,27 @@ def arrivals(draw: st.DrawFn) -> list[Arrival]:
 
 
 class Run:
-    """All arrivals through a scheduler and the fake runner, which checks rows, pages and the budget of every plan."""
+    """All arrivals through a scheduler and the fake runner, which checks rows, pages and the budget of every plan.
+
+    Up to `lookahead` steps are in flight when one is planned; a late runner has computed none of them by then.
+    """
 
     def __init__(
-        self, info: EngineInfo, all_arrivals: list[Arrival], prefix_caching: bool, speculation: Speculation | None
+        self,
+        info: EngineInfo,
+        all_arrivals: list[Arrival],
+        prefix_caching: bool,
+        speculation: Speculation | None,
+        lookahead: int,
+        late: bool,
     ) -> None:
         self.info = info
         self.adapters = Adapters(info.max_loras)
         self.scheduler, self.pool = make(info, self.adapters, prefix_caching, speculation)
         self.events: dict[str, list[TokenEvent]] = {}
         self.submitted: list[Arrival] = []
-        runner = FakeRunner(info)
+        runner = FakeRunner(info, late=late)
+        in_flight: deque[tuple[StepPlan, FakePending]] = deque()
         assert runner.adapters is not None
         for name in ADAPTERS:
             added = self.adapters.add(AdapterInfo(name=name, rank=1, nbytes=1))
@@ -335,13 +346,17 @@ class Run:
                 if arrival.cancel_after is not None and arrival.at + arrival.cancel_after == step:
                     event = self.scheduler.cancel(name, float(step))
                     self._note([event] if event is not None else [])
-            if step > 40 and not self.scheduler.has_work:
+            if step > 40 and not self.scheduler.has_work and not in_flight:
                 return
             plan = self.scheduler.plan(float(step))
             drafts = 0 if speculation is None else speculation.max_tokens
             logits = sum(1 + work.drafts for work in plan.work if work.sample)
             assert logits <= max(info.max_batch_size, 1 + drafts), "more logits than there is memory for"
-            self._note(self.scheduler.commit(plan, runner.run(plan), float(step)))
+            if not plan.is_empty:
+                in_flight.append((plan, runner.launch(plan)))
+            if len(in_flight) > lookahead or (plan.is_empty and in_flight):
+                first, pending = in_flight.popleft()
+                self._note(self.scheduler.commit(first, pending.result(), float(step)))
             self.scheduler.check()
         raise AssertionError("it does not end")
 
@@ -358,11 +373,23 @@ class Run:
 
 
 @settings(max_examples=400, deadline=None)
-@given(info=engines(), all_arrivals=arrivals(), prefix_caching=st.booleans(), speculation=speculations())
+@given(
+    info=engines(),
+    all_arrivals=arrivals(),
+    prefix_caching=st.booleans(),
+    speculation=speculations(),
+    lookahead=st.integers(0, 1),
+    late=st.booleans(),
+)
 def test_whatever_arrives_nothing_leaks_all_end_once_in_turn_and_with_the_same_tokens(
-    info: EngineInfo, all_arrivals: list[Arrival], prefix_caching: bool, speculation: Speculation | None
+    info: EngineInfo,
+    all_arrivals: list[Arrival],
+    prefix_caching: bool,
+    speculation: Speculation | None,
+    lookahead: int,
+    late: bool,
 ) -> None:
-    run = Run(info, all_arrivals, prefix_caching, speculation)
+    run = Run(info, all_arrivals, prefix_caching, speculation, lookahead, late)
 
     assert run.pool.num_used == 0
     assert (run.scheduler.num_running, len(run.scheduler.waiting), run.scheduler.waiting.num_tokens) == (0, 0, 0)

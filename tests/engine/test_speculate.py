@@ -13,8 +13,19 @@ from engine import speculate
 from engine.kv.pages import PagePool
 from engine.request import FinishReason, Request, SamplingParams, TokenEvent
 from engine.scheduler import Scheduler
-from engine.speculate import GRAMS, Drafter, DraftSource, Guess, PromptLookup, Speculation, Step, standing
-from engine.step import RowWork, SampledToken
+from engine.speculate import (
+    GRAMS,
+    RETRY,
+    Drafter,
+    DraftSource,
+    Guess,
+    Patience,
+    PromptLookup,
+    Speculation,
+    Step,
+    standing,
+)
+from engine.step import LAST_SAMPLED, RowWork, SampledToken, StepPlan
 from tests.engine.fake_drafts import Right, Wrong
 from tests.engine.fake_runner import EOS, FakeRunner, engine_info, next_token
 
@@ -294,3 +305,59 @@ def test_a_full_batch_gets_no_drafts_where_computing_costs_more_than_reading() -
         drafts.append(sum(engine.drafts()) / max(1, len(engine.drafts())))
     assert drafts[1] == 0
     assert max(drafts) == 3  # when `a` is alone, and has been guessed right for a while
+
+
+# -- with a step in flight -------------------------------------------------------------------------------------
+
+
+def test_while_drafts_pay_nothing_is_planned_before_the_token_they_follow_is_known() -> None:
+    engine = Engine(most=3, page_size=64)
+    engine.submit("a", [1, 2], max_tokens=20)
+    for drafts in (0, 3, 3):
+        plan = engine.scheduler.plan(0.0)
+        assert [work.drafts for work in plan.work] == [drafts]
+        assert engine.scheduler.plan(0.0).is_empty
+        engine.scheduler.commit(plan, engine.runner.run(plan), 0.0)
+
+
+def test_drafts_in_flight_are_waited_for_even_if_they_do_not_pay_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(most=3, page_size=64)
+    engine.submit("a", [1, 2], max_tokens=20)
+    engine.step()
+    plan = engine.scheduler.plan(0.0)
+    assert plan.work[0].drafts == 3
+    monkeypatch.setattr(Patience, "wait", lambda self: False)
+    assert engine.scheduler.plan(0.0).is_empty
+    assert len(engine.scheduler.commit(plan, engine.runner.run(plan), 0.0)[0].token_ids) == 4
+
+
+def test_where_drafts_fail_steps_are_planned_ahead_and_guesses_are_tried_again_after_a_while() -> None:
+    engine = Engine(Wrong, most=3, page_size=64, kv_pages=64, max_model_len=400)
+    engine.submit("a", [1, 2], max_tokens=300)
+    in_flight: list[StepPlan] = []
+    tokens: list[int] = []
+    ahead = []
+    while engine.scheduler.has_work:
+        plan = engine.scheduler.plan(0.0)
+        if not plan.is_empty:
+            in_flight.append(plan)
+            ahead.append(any(work.token_ids == [LAST_SAMPLED] for work in plan.work))
+        if len(in_flight) > 1 or plan.is_empty:
+            first = in_flight.pop(0)
+            for event in engine.scheduler.commit(first, engine.runner.run(first), 0.0):
+                tokens += event.token_ids
+    assert tokens == following([1, 2], 300)
+    first = ahead.index(True)
+    assert 15 < first < 40  # so many failures are believed
+    assert RETRY - 2 < ahead.index(False, first) - first <= RETRY
+
+
+def test_patience_grows_where_a_try_succeeds() -> None:
+    patience = Patience()
+    assert patience.wait()
+    while patience.wait():
+        patience.learn(known=4, accepted=0)
+    patience.learn(known=0, accepted=0)
+    assert not patience.wait()
+    patience.learn(known=4, accepted=4)
+    assert patience.wait()

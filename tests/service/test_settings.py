@@ -63,6 +63,7 @@ def test_values_are_understood(name: str, text: str, value: object) -> None:
         ("lora_refresh", "-1", "between 0 and 86400"),
         ("max_loras", "0", "between 1 and 4096"),
         ("max_cpu_loras", "0", "between 1 and 65536"),
+        ("lookahead", "2", "between 0 and 1"),
         ("max_lora_rank", "0", "between 1 and 4096"),
     ],
 )
