@@ -68,15 +68,20 @@ class Runner:
         size: CacheSize,
         load_seconds: float = 0.0,
         whole: ModelConfig | None = None,
+        communicator: Communicator | None = None,
     ) -> None:
         """Use `load`; this is for a decoder that is there already.
 
         Args:
             size: pages to allocate and the context length that they serve.
             whole: the model that `decoder` is one rank's share of; None = it is all of it.
+            communicator: to the ranks that have the others.
         """
         device, dtype, model = decoder.device, decoder.dtype, decoder.config
         self._decoder = decoder
+        # Every rank samples for itself, from the same logits. But a draw on a GPU may differ in its last bit; where the
+        # device goes on with a token that no plan has brought, it must be rank 0's.
+        self._from_first = communicator.from_first if communicator and config.lookahead_on(device.type) else None
         self._device = device
         kv_dtype = torch.float8_e4m3fn if config.kv_precision == "fp8" else dtype
         self._cache = KVCache.allocate(model, size.num_pages, config.page_size, kv_dtype, device)
@@ -137,7 +142,7 @@ class Runner:
                 size = CacheSize(*communicator.least(astuple(size)))  # a page has its part on every rank
                 join = partial(join_ranks, checkpoint.config.vocab_size, communicator)
             decoder = load_decoder(source, dtype, device, size.max_model_len, threads, progress, scheme, join)
-            return cls(config, decoder, size, time.monotonic() - began, checkpoint.config)
+            return cls(config, decoder, size, time.monotonic() - began, checkpoint.config, communicator)
 
     def close(self) -> None:
         """There is nothing that does not end with it."""
@@ -183,7 +188,8 @@ class Runner:
         logits = head(batch.sampled)
         model_seconds += time.perf_counter() - began
         sampled = self._sampler.sample(logits, rows, positions)
-        self._rows.keep_sampled(batch.sampled_rows, sampled.token_ids)
+        tokens = sampled.token_ids if self._from_first is None else self._from_first(sampled.token_ids)
+        self._rows.keep_sampled(batch.sampled_rows, tokens)
         return Launched(work, model_seconds, sampled, targets)
 
     def run(self, plan: StepPlan) -> StepResult:

@@ -40,6 +40,9 @@ class Communicator(Protocol):
     def gather_logits(self, x: Tensor, widths: Sequence[int]) -> Tensor:
         """[T, widths[rank]] of each rank -> [T, sum(widths)] on all of them."""
 
+    def from_first(self, x: Tensor) -> Tensor:
+        """Rank 0's x, on all ranks. x may be overwritten."""
+
     def least(self, numbers: Sequence[int]) -> list[int]:
         """The least of each number over all ranks."""
 
@@ -66,6 +69,10 @@ class GroupCommunicator:
         padded = x.new_zeros(len(x), max(widths))
         padded[:, : x.shape[1]] = x
         return torch.cat([part[:, :width] for part, width in zip(self._gather(padded), widths, strict=True)], dim=1)
+
+    def from_first(self, x: Tensor) -> Tensor:
+        dist.broadcast(x, 0)
+        return x
 
     def least(self, numbers: Sequence[int]) -> list[int]:
         found = torch.tensor(numbers, device=self.device)

@@ -179,16 +179,20 @@ async def test_the_death_of_a_rank_ends_the_engine_and_is_named(ranks: RemoteEng
 
 
 async def test_the_death_of_an_idle_rank_is_told_to_the_next_request(config: EngineConfig) -> None:
-    """And an engine in this process gives back what it has started."""
+    """And an engine in this process gives back what it has started: another begins anew, here with steps ahead."""
     engine = await LocalEngine.start(replace(config, tensor_parallel_size=2))
     [pid] = followers_of(os.getpid())
     os.kill(pid, signal.SIGKILL)
     with pytest.raises(EngineDeadError, match=r"^rank 1 is gone \(killed by signal 9\)$"):
         await asyncio.wait_for(collect(engine, story()), 30)
     await engine.close()
-    again = await LocalEngine.start(replace(config, tensor_parallel_size=2))
-    assert len(tokens(await collect(again, story(5)))) == 5
+    again = await LocalEngine.start(replace(config, tensor_parallel_size=2, lookahead=1))
+    ahead = await asyncio.gather(*(collect(again, each) for each in requests()))
     await again.close()
+    one = await LocalEngine.start(config)
+    whole = await asyncio.gather(*(collect(one, each) for each in requests()))
+    await one.close()
+    assert [tokens(events) for events in ahead] == [tokens(events) for events in whole]
     assert followers_of(os.getpid()) == []
 
 

@@ -5,6 +5,7 @@ The ranks are threads here; `test_ranks` has them as processes.
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ from engine.errors import EngineConfigError
 from engine.parallel.checkpoint import RankCheckpoint
 from engine.parallel.communicator import Communicator, device_of_rank
 from engine.parallel.share import piece_of, share_of, vocabulary
-from engine.request import EngineInfo
+from engine.request import EngineInfo, SamplingParams
 from engine.runner import Runner
+from engine.sampler import Sampled
+from engine.step import LAST_SAMPLED, RowInit, RowWork, SampledToken, StepPlan
 from tests.engine.oracle import BASE, teacher_forced
 from tests.engine.parallel.threads import divided_logits, load_rank, load_whole, on_ranks
 from tests.fp8_models import write_fp8
@@ -204,3 +207,39 @@ def test_ranks_agree_on_the_pages_of_the_one_with_the_least_memory(
     assert poor.max_model_len < rich.max_model_len
     for info in load({0: more, 1: less}):
         assert (info.kv_pages, info.max_model_len) == (poor.kv_pages, poor.max_model_len)
+
+
+@pytest.mark.parametrize("draws", ["alike", "apart"])
+def test_a_token_that_no_plan_has_brought_is_that_of_the_first_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, draws: str
+) -> None:
+    """With a lookahead a step goes on with what the device has sampled: whatever that was on other ranks."""
+    path = write_hf(tmp_path / "m", **SHAPE)
+    config = EngineConfig(model_path=str(path), dtype="float32", threads=1, lookahead=1)
+    sampling = SamplingParams(temperature=0, logprobs=3)
+    begin = StepPlan([RowWork(0, 0, [5, 6, 7], [0], sample=True)], [RowInit(0, sampling, 0, [5, 6, 7], [])])
+    on = StepPlan([RowWork(0, 3, [LAST_SAMPLED], [], sample=True)])
+
+    def second(runner: Runner) -> SampledToken:
+        runner.launch(begin)
+        return runner.launch(on).result().sampled[0]
+
+    def of_rank(communicator: Communicator) -> SampledToken:
+        divided = replace(config, tensor_parallel_size=communicator.size)
+        runner = Runner.load(divided, lambda phase, done: None, communicator)
+        if draws == "apart" and communicator.rank:
+            sample = runner._sampler.sample
+
+            def another(*arguments: Any) -> Sampled:
+                sampled = sample(*arguments)
+                return dataclasses.replace(sampled, token_ids=(sampled.token_ids + 1) % runner.info.vocab_size)
+
+            monkeypatch.setattr(runner._sampler, "sample", another)
+        return second(runner)
+
+    whole = second(Runner.load(config, lambda phase, done: None))
+    first = on_ranks(2, of_rank)[0]
+    assert first.token_id == whole.token_id
+    assert first.logprob is not None
+    assert whole.logprob is not None
+    assert first.logprob.logprob == pytest.approx(whole.logprob.logprob, abs=1e-4)

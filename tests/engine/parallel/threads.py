@@ -61,6 +61,9 @@ class ThreadCommunicator:
         assert [part.shape[1] for part in parts] == list(widths)
         return torch.cat(parts, dim=1)
 
+    def from_first(self, x: Tensor) -> Tensor:
+        return self.table.exchange(self.rank, x)[0]
+
     def least(self, numbers: Sequence[int]) -> list[int]:
         return torch.stack(self.table.exchange(self.rank, torch.tensor(numbers))).amin(0).tolist()
 
