@@ -181,6 +181,20 @@ def test_what_comes_for_a_request_that_was_preempted_since_counts_and_it_is_not_
     assert len(again.output_token_ids) == computed
 
 
+def test_whoever_was_preempted_is_not_admitted_before_what_is_in_flight_for_it_has_come() -> None:
+    each = request("a")
+    ahead = Ahead(each)
+    ahead.step()
+    scheduler = ahead.core._scheduler
+    scheduler._preempt(scheduler._running[0], now=0.0)
+    ahead.step()
+    assert (ahead.runner.plans[1].released, ahead.runner.plans[1].admitted) == ([0], [])
+    ahead.step()
+    assert [init.output_token_ids for init in ahead.runner.plans[2].admitted] == [ahead.tokens("a")]
+    ahead.run()
+    assert ahead.said(each)
+
+
 def test_a_request_may_end_by_the_token_that_comes_after_its_preemption() -> None:
     for max_tokens in range(2, 14):
         requests = [request("a", prompt=4, max_tokens=14), request("b", prompt=4, max_tokens=max_tokens)]

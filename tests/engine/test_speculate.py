@@ -321,14 +321,15 @@ def test_while_drafts_pay_nothing_is_planned_before_the_token_they_follow_is_kno
 
 
 def test_drafts_in_flight_are_waited_for_even_if_they_do_not_pay_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Engine(most=3, page_size=64)
+    engine = Engine(most=3, page_size=64, max_batch_size=8)
     engine.submit("a", [1, 2], max_tokens=20)
+    engine.submit("never guessed", [3, 4], max_tokens=20, presence_penalty=1.0)
     engine.step()
     plan = engine.scheduler.plan(0.0)
-    assert plan.work[0].drafts == 3
+    assert [work.drafts for work in plan.work] == [3, 0]
     monkeypatch.setattr(Patience, "wait", lambda self: False)
     assert engine.scheduler.plan(0.0).is_empty
-    assert len(engine.scheduler.commit(plan, engine.runner.run(plan), 0.0)[0].token_ids) == 4
+    assert [len(event.token_ids) for event in engine.scheduler.commit(plan, engine.runner.run(plan), 0.0)] == [4, 1]
 
 
 def test_where_drafts_fail_steps_are_planned_ahead_and_guesses_are_tried_again_after_a_while() -> None:
