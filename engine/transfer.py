@@ -36,7 +36,7 @@ class Arrival:
                 there.copy_(tensor, non_blocking=True) for there, tensor in zip(pinned, tensors, strict=True)
             )
             self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._copied.record()
+            self._copied.record(torch.cuda.current_stream(tensors[0].device))
 
     def wait(self) -> tuple[Tensor, ...]:
         """The same numbers in host memory."""
