@@ -91,6 +91,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         tensor_parallel_size: devices that share every matrix of the model, one process for each; on a CPU processes.
         lookahead: steps that are planned and launched before the result of the one before them is known, 0 or 1; the
             tokens are the same. None = 1 on a GPU, 0 on a CPU.
+        cuda_graphs: on a GPU, steps of few tokens are recorded at the start and replayed; not among several devices.
         max_loras: LoRA adapters whose requests can run at the same time; each has a slot of device memory of its own,
             taken at the start. 0 = no adapters, no memory.
         max_cpu_loras: adapters that can be loaded, all of which stay in host memory.
@@ -113,6 +114,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     seed: int | None = None
     tensor_parallel_size: int = 1  # a model that fits on one device makes more tokens as several engines of one
     lookahead: int | None = None  # a GPU would wait for the host after each step; a CPU is host and device in one
+    cuda_graphs: bool = True  # without them small batches wait for the launches of the host
     max_loras: int = 0
     max_cpu_loras: int = 64  # of rank 32 on every matrix of NeMo they are 14 GiB; most change fewer
     max_lora_rank: int = 32  # few adapters have more; a slot for NeMo takes 218 MiB on a GPU

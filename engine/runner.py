@@ -9,19 +9,21 @@ contiguous, nothing exceeds `info`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from engine.checkpoint import open_checkpoint
 from engine.config import EngineConfig, ModelConfig
 from engine.face import Done, LoadProgress
+from engine.graphs import CudaRecord, Graphs, Record, sizes
 from engine.machine import choose_device, choose_dtype, free_memory, usable_cores
 from engine.memory import Device, parameter_count, plan_memory
 from engine.model.cache import KVCache
-from engine.model.decoder import Decoder
+from engine.model.decoder import Decoder, Layer
 from engine.model.footprint import checkpoint_bytes
 from engine.model.load import load_decoder
 from engine.model.lora import LoraPool
@@ -30,7 +32,7 @@ from engine.parallel.checkpoint import RankCheckpoint
 from engine.parallel.communicator import Communicator
 from engine.parallel.layers import join_ranks
 from engine.request import EngineInfo, SamplingParams
-from engine.rows import Rows
+from engine.rows import Batch, Rows
 from engine.sampler import Sampled, Sampler
 from engine.sampling.prompt import TargetScores, score_targets
 from engine.schemes import SCHEMES
@@ -69,6 +71,7 @@ class Runner:
         load_seconds: float = 0.0,
         whole: ModelConfig | None = None,
         communicator: Communicator | None = None,
+        record: Record | None = None,
     ) -> None:
         """Use `load`; this is for a decoder that is there already.
 
@@ -76,6 +79,7 @@ class Runner:
             size: pages to allocate and the context length that they serve.
             whole: the model that `decoder` is one rank's share of; None = it is all of it.
             communicator: to the ranks that have the others.
+            record: how steps are recorded once and replayed from then on; None = as the device does, if it does.
         """
         device, dtype, model = decoder.device, decoder.dtype, decoder.config
         self._decoder = decoder
@@ -88,6 +92,11 @@ class Runner:
         loras = config.max_loras, config.max_lora_rank
         lora_dtype = torch.float32 if device.type == "cpu" else dtype
         self.adapters = LoraPool(model, *loras, lora_dtype, device) if config.max_loras else None
+        record = record or _find_record(config, decoder)
+        self._graphs = None
+        if record is not None:
+            recorded = sizes(config.max_batch_size, config.max_draft_tokens, size.max_model_len)
+            self._graphs = Graphs(decoder, self._cache, recorded, size.pages_per_sequence, record)
         self._rows = Rows(config.max_batch_size, size.pages_per_sequence, config.page_size, device)
         whole = whole or model
         # A file may name tokens that its embedding has not. They never come, and nothing may look for their logits.
@@ -170,7 +179,7 @@ class Runner:
         if self.adapters is not None and segments:
             layers = self.adapters.around(self._decoder.weights.layers, segments)
         began = time.perf_counter()
-        hidden = self._decoder.forward(batch.token_ids, batch.attention, self._cache, layers)
+        hidden = self._forward(batch, layers)
         model_seconds = time.perf_counter() - began
         head = partial(self._decoder.logits, hidden)
         starts = batch.attention.query_starts_list[:-1]
@@ -192,12 +201,20 @@ class Runner:
         self._rows.keep_sampled(batch.sampled_rows, tokens)
         return Launched(work, model_seconds, sampled, targets)
 
+    def _forward(self, batch: Batch, layers: Sequence[Layer] | None) -> Tensor:
+        """Hidden states of a step, which the next one may overwrite; recorded steps know of no adapters."""
+        if self._graphs is not None and layers is None:
+            hidden = self._graphs.forward(batch.token_ids, batch.attention)
+            if hidden is not None:
+                return hidden
+        return self._decoder.forward(batch.token_ids, batch.attention, self._cache, layers)
+
     def run(self, plan: StepPlan) -> StepResult:
         """Launch one step and wait for its result."""
         return self.launch(plan).result()
 
     def warm_up(self) -> None:
-        """A prefill and the largest decode, so that no request pays for first uses.
+        """A prefill and the largest decode, and all steps that can be recorded: no request pays for first uses.
 
         On a GPU it is the largest prefill, whose memory must be there before a request needs it. On a CPU that would be
         a minute of a 12 B model's arithmetic, with nothing to learn from it. Before the first request only: it writes
@@ -214,6 +231,8 @@ class Runner:
         decode = [RowWork(row=row, start=0, token_ids=[0], new_pages=[row], sample=True) for row in range(rows)]
         self.run(StepPlan(work=decode, released=[0], admitted=[_greedy_row(row) for row in range(rows)]))
         self.run(StepPlan(work=[], released=list(range(rows))))
+        if self._graphs is not None:
+            self._graphs.record()
 
 
 def load_runner(
@@ -242,6 +261,13 @@ def load_runner(
     runner.warm_up()
     progress("warm up", done._replace(fraction=1.0))
     return runner
+
+
+def _find_record(config: EngineConfig, decoder: Decoder) -> Record | None:
+    """CUDA graphs, where operators take no number from the host, and no other rank has to record at the same time."""
+    if not config.cuda_graphs or decoder.device.type != "cuda" or config.tensor_parallel_size > 1:
+        return None
+    return CudaRecord(decoder.device) if decoder.replayable else None
 
 
 def _greedy_row(row: int) -> RowInit:

@@ -252,6 +252,13 @@ SETTINGS = (
         "which so never waits, and 0 on a CPU, which is both who waits and who is waited for",
     ),
     Setting(
+        name="cuda_graphs",
+        parse=_flag,
+        default=True,
+        metavar="true|false",
+        why="on one GPU, decode steps are recorded at the start and replayed, so that they do not wait for the host",
+    ),
+    Setting(
         name="lora_dir",
         parse=_folder,
         default=None,
@@ -393,6 +400,7 @@ def engine_config(model: Path, values: Mapping[str, Any]) -> EngineConfig:
         threads=values["threads"],
         tensor_parallel_size=values["tensor_parallel_size"],
         lookahead=values["lookahead"],
+        cuda_graphs=values["cuda_graphs"],
         max_loras=values["max_loras"] if values["lora_dir"] else 0,
         max_cpu_loras=values["max_cpu_loras"],
         max_lora_rank=values["max_lora_rank"],

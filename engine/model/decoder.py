@@ -71,6 +71,7 @@ class Decoder:
         self._ops = ops
         self._rope_table = rope_table
         self._at_once = at_once
+        self.replayable = ops.replayable and at_once is None
 
     def forward(
         self, token_ids: Tensor, batch: AttentionBatch, cache: KVCache, layers: Sequence[Layer] | None = None

@@ -18,6 +18,8 @@ class CpuOps:
     not asked for: the linear kernel of a CPU rounds its input itself.
     """
 
+    replayable = False
+
     def __init__(self, kernels: Kernels) -> None:
         self._library = kernels.library
         self._threads = kernels.threads

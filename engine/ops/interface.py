@@ -137,6 +137,8 @@ class CodedWeight:
 class Ops(Protocol):
     """What a device must offer. Tensors of a call share one floating dtype unless said otherwise; x is [T, width]."""
 
+    replayable: bool  # lengths are read from tensors, never from a batch's lists: launches can be recorded
+
     def add_rms_norm(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, rounding: Rounding | None = None
     ) -> Activations:

@@ -13,6 +13,8 @@ from engine.schemes import E4M3_MAX, LEAST_SCALE, SCORE_SLAB
 class ReferenceOps:
     """`Ops` in plain torch: one sequence at a time, pages gathered, everything in float32."""
 
+    replayable = False
+
     def add_rms_norm(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, rounding: Rounding | None = None
     ) -> Activations:

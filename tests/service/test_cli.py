@@ -136,6 +136,7 @@ def test_every_setting_reaches_the_server(served: list[ServerConfig], folder: Pa
         "--max-draft-tokens": "0",
         "--kv-memory": "2Mi",
         "--prefix-caching": "false",
+        "--cuda-graphs": "false",
         "--threads": "1",
         "--drain-timeout": "1.5",
     }
@@ -152,6 +153,7 @@ def test_every_setting_reaches_the_server(served: list[ServerConfig], folder: Pa
         max_draft_tokens=0,
         kv_memory_bytes=2 * 2**20,
         prefix_caching=False,
+        cuda_graphs=False,
         threads=1,
     )
     expected = ServerConfig(engine=engine, model_name="bob", grpc_address="[::1]:9000", drain_timeout=1.5)

@@ -23,6 +23,8 @@ class TritonOps:
     The arguments are what the decoder made itself; shapes are its contract and are not checked on each call.
     """
 
+    replayable = True
+
     def __init__(self, capability: tuple[int, int]) -> None:
         """
         Args:
