@@ -10,7 +10,6 @@ itself is compared with float32. The model is the embedded one, or any that the 
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import sys
 import time
@@ -175,8 +174,7 @@ class Bench:
 
         def cell(layer: int | None, kind: str, weights: Weights) -> Cell:
             _say(f"sensitivity of {name}: layer {'all' if layer is None else layer}, {kind}")
-            decoder = copy.copy(self._decoder)
-            decoder.weights = weights
+            decoder = self._decoder.over(weights)
             found = compare(reference, observe(decoder, passages, self.dtype), passages)
             return Cell(layer=layer, kind=kind, kl_mean=summarise(found, self._kinds[:count]).kl_mean)
 

@@ -73,6 +73,10 @@ class Decoder:
         self._at_once = at_once
         self.replayable = ops.replayable and at_once is None
 
+    def over(self, weights: Weights) -> Decoder:
+        """The same decoder over other weights, one operator after the other."""
+        return Decoder(self.config, weights, self._ops, self._rope_table)
+
     def forward(
         self, token_ids: Tensor, batch: AttentionBatch, cache: KVCache, layers: Sequence[Layer] | None = None
     ) -> Tensor:
