@@ -33,7 +33,8 @@ class ReferenceOps:
             if scales is None:
                 pages[page, :, offset] = numbers.to(pages.dtype)
             else:
-                pages[page, :, offset], scales[page, :, offset] = quantise(numbers)
+                codes, scales[page, :, offset] = quantise(numbers)
+                pages.view(torch.uint8)[page, :, offset] = codes.view(torch.uint8)  # as bytes: see `numbers_of`
         return rotate(query, rotation).to(query.dtype)
 
     def attention(self, query: Tensor, cache: LayerCache, batch: AttentionBatch, window: int | None) -> Tensor:

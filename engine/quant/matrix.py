@@ -100,7 +100,10 @@ def concat(pieces: Sequence[Matrix]) -> Matrix:
     first = pieces[0]
 
     def joined(field: str) -> Tensor:
-        return torch.cat([getattr(piece, field) for piece in pieces])
+        found = [getattr(piece, field) for piece in pieces]
+        if found[0].dtype != torch.float8_e4m3fn:
+            return torch.cat(found)
+        return torch.cat([each.view(torch.uint8) for each in found]).view(found[0].dtype)  # CUDA joins no float8
 
     if isinstance(first, FloatMatrix):
         return FloatMatrix(joined("values"))
