@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 from engine.adapters import slot_size
 from engine.config import EngineConfig, ModelConfig
-from engine.schemes import DECODE_SLAB, SCHEMES, SCORE_SLAB, Kept, Scheme
+from engine.limits import CHOICE_CHUNK, DECODE_SLAB, LOGITS_SLAB, SCORE_SLAB, SPLIT_ROWS, WORKSPACE
+from engine.schemes import SCHEMES, Kept, Scheme
 
 LONGEST_CONTEXT = 131072  # what NeMo was trained for; its files claim up to 1,024,000
 
@@ -37,6 +38,10 @@ _PLAIN_MLP_BYTES = 22  # per token and inner width in plain torch
 _SCORE_BYTES = 8  # per score of attention in plain torch: it and its weight
 _MASK_BYTES = 17  # per query and key of it: how far apart they are, twice, and whether that is seen
 _GATHERED_BYTES = 13  # per number of a context: the key in float32, the value as stored, in float32, and in order
+# Per logit beside it, with Triton: to choose, a copy of it and its id, where the token may be left, and the largest of
+# each block; for logprobs a copy of it, its exponential, and whether it is larger than the chosen one.
+_CHOICE_BYTES = 9
+_TARGET_BYTES = 9  # per logit of a prompt's tokens: it, its exponential, and whether it is larger
 # Per weight decoded in plain torch: codes, numbers, products, the result; scales and minima too where groups are small.
 _DECODE_BYTES = {Kept.STORED: 22, Kept.INT4: 22, Kept.INT6: 22, Kept.INT8: 22, Kept.FP8: 13}
 
@@ -61,8 +66,9 @@ class Device:
         kind: "cpu" or "cuda".
         free: bytes that nobody has taken; on a GPU after the context was made.
         float_bytes: of the compute dtype.
-        plain: plain torch computes, on GPUs and where no compiler is: coded weights become floats slab by slab before
-            they are multiplied, and attention gathers the keys and values of a sequence as float32.
+        plain: plain torch computes, on a GPU without Triton or too old for it, and on a CPU without a compiler: coded
+            weights become floats slab by slab before they are multiplied, and attention gathers the keys and values of
+            a sequence as float32.
     """
 
     kind: str
@@ -213,6 +219,8 @@ def step_bytes(model: ModelConfig, engine: EngineConfig, device: Device) -> int:
     attention where it is plain torch (compiled kernels keep their scores on the chip), or at the end (the draw from the
     logits of all rows, whichever rank made them).
     """
+    if device.kind == "cuda" and not device.plain:
+        return _triton_bytes(model, engine, device.float_bytes)
     tokens, floats = engine.max_batch_tokens, device.float_bytes
     rows = min(tokens, max(engine.max_batch_size, 1 + engine.max_draft_tokens))
     ranks, width, inner = engine.tensor_parallel_size, model.hidden_size, model.intermediate_size
@@ -240,3 +248,23 @@ def _attention_bytes(model: ModelConfig, engine: EngineConfig, floats: int) -> i
     scores = queries * context * (model.num_heads * _SCORE_BYTES + _MASK_BYTES)
     outputs = engine.max_batch_tokens * model.q_size * floats
     return model.kv_size * context * _GATHERED_BYTES + scores + outputs
+
+
+def _triton_bytes(model: ModelConfig, engine: EngineConfig, floats: int) -> int:
+    """Of a step in Triton kernels: products decode weights in registers, attention reads keys and values in place.
+
+    What is left are activations and WORKSPACE: in attention the sums of a context's parts, in products of few rows
+    those of parts of the inputs, never both. A table in codes is looked up in plain torch. At the end there are the
+    logits of the rows that sample or of a slab of a prompt's, and what the choice or logprobs need beside them.
+    """
+    tokens, width, inner = engine.max_batch_tokens, model.hidden_size, model.intermediate_size
+    stream = tokens * (width * (4 + 2 * floats) + (model.q_size + 2 * model.kv_size) * floats + 6 * 8)
+    parts = WORKSPACE + floats * max(tokens * model.q_size, min(tokens, SPLIT_ROWS) * 2 * inner)
+    embedding = SCHEMES[engine.precision].embedding
+    looked_up = 0 if embedding is Kept.FLOAT else tokens * width * _DECODE_BYTES[embedding]
+    layers = max(stream + max(tokens * 3 * inner * floats, parts), looked_up)
+    vocab = model.vocab_size * engine.tensor_parallel_size
+    rows = min(tokens, max(engine.max_batch_size, 1 + engine.max_draft_tokens))
+    chosen = rows * (4 * vocab + -(-vocab // CHOICE_CHUNK) * CHOICE_CHUNK * _CHOICE_BYTES)
+    scored = min(tokens, max(1, LOGITS_SLAB // (4 * vocab))) * vocab * _TARGET_BYTES
+    return max(layers, tokens * width * floats + max(chosen, scored))

@@ -45,6 +45,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
         free_bytes, limit_bytes: of main memory; the limit is the container's, None where there is none.
         compiler: path, None where there is none.
         kernels: the engine's own are compiled and loaded; without them a CPU runs plain torch.
+        triton_lacks: what Triton misses to run kernels on a GPU, which then runs plain torch; None = nothing.
         device, dtype: what the engine would take for the ones asked for.
     """
 
@@ -56,6 +57,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     torch: str
     compiler: str | None
     kernels: bool
+    triton_lacks: str | None
     device: str
     dtype: str
     gpus: tuple[Gpu, ...]
@@ -120,7 +122,7 @@ def _machine(device: torch.device, dtype: torch.dtype) -> Machine:
     import torch
 
     from engine.machine import cpu, free_memory, memory_limit, usable_cores
-    from engine.ops import find_compiler, load_kernels
+    from engine.ops import find_compiler, load_kernels, triton_lacks
 
     cores = usable_cores()
     name, flags = cpu()
@@ -133,6 +135,7 @@ def _machine(device: torch.device, dtype: torch.dtype) -> Machine:
         torch=str(torch.__version__),
         compiler=find_compiler(),
         kernels=load_kernels(cores) is not None,
+        triton_lacks=triton_lacks(),
         device=device.type,
         dtype=str(dtype).removeprefix("torch."),
         gpus=tuple(_gpu(index) for index in range(torch.cuda.device_count())),

@@ -27,7 +27,7 @@ from engine.model.decoder import Decoder, Layer
 from engine.model.footprint import checkpoint_bytes
 from engine.model.load import load_decoder
 from engine.model.lora import LoraPool
-from engine.ops import load_kernels
+from engine.ops import has_triton, load_kernels
 from engine.parallel.checkpoint import RankCheckpoint
 from engine.parallel.communicator import Communicator
 from engine.parallel.layers import join_ranks
@@ -142,7 +142,7 @@ class Runner:
             model: ModelConfig = source.config
             # Sized before the weights are read, so that what cannot fit fails in a second and not in minutes.
             weights = checkpoint_bytes(source, scheme, dtype)
-            plain = device.type != "cpu" or load_kernels(threads) is None
+            plain = not has_triton(device) and (device.type != "cpu" or load_kernels(threads) is None)
             free = free_memory(device) // (ranks if device.type == "cpu" else 1)  # which ranks on a CPU share
             on = Device(kind=device.type, free=free, float_bytes=dtype.itemsize, plain=plain)
             size = size_cache(config, model, plan_memory(model, config, on, weights), device.type)

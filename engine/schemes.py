@@ -36,8 +36,6 @@ E4M3_MAX = 448.0  # the largest number of float8_e4m3fn
 LEAST_SCALE = 2.0**-126  # the least normal number, so that a vector of zeros is safe and 1 / scale is finite
 INT4_GROUP = 32  # inputs that share a scale (and a minimum)
 INT8_GROUP = 64  # the same, in 6 bits too: half the KL of a scale per row for 3 % more bytes (docs/quality.md)
-DECODE_SLAB = 2**25  # weights that plain torch decodes at a time: 64 MiB of bfloat16
-SCORE_SLAB = 2**26  # attention scores that plain torch has in hand at a time: 256 MiB of float32
 
 
 @dataclass(frozen=True, slots=True)

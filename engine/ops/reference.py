@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from engine.limits import SCORE_SLAB
 from engine.ops.interface import Activations, AttentionBatch, LayerCache, Quantised, Rounding
-from engine.schemes import E4M3_MAX, LEAST_SCALE, SCORE_SLAB
+from engine.schemes import E4M3_MAX, LEAST_SCALE
 
 
 class ReferenceOps:

@@ -8,19 +8,18 @@ Matrix ──fill──► CodedWeight ─┬─ Triton: few rows stream the cod
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from engine.ops import Activations, CodedWeight, Quantised, Rounding
+from engine.limits import DECODE_SLAB
+from engine.ops import Activations, CodedWeight, Quantised, Rounding, has_triton
 from engine.ops.reference import quantise_tokens
 from engine.quant.form import Form
 from engine.quant.linear import nbytes
 from engine.quant.matrix import FloatMatrix, GroupMatrix, Matrix
-from engine.schemes import DECODE_SLAB
 
 # Rows from which on the matrix units of FP8 serve W8A8. Below, a product is the bytes of its weight, which our kernel
 # streams in whole; cuBLAS has its tiles of 64 rows mostly empty, and up to 16 is known to be slow (vLLM pads to 17).
@@ -176,8 +175,8 @@ def has_fp8_units(device: torch.device) -> bool:
 
 
 def find_products(device: torch.device) -> Products | None:
-    """Our kernels, on a card that has bfloat16 (Ampere and later) and with Triton beside torch."""
-    if device.type != "cuda" or find_spec("triton") is None or torch.cuda.get_device_capability(device) < (8, 0):
+    """Our kernels, where Triton runs."""
+    if not has_triton(device):
         return None
     from engine.ops.triton.linear import TritonProducts  # needs Triton, which is not everywhere
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+from engine.ops import has_triton
 from engine.request import SamplingParams
 from engine.sampling.draw import mix
 from engine.transfer import to_device
@@ -40,8 +40,8 @@ class DeviceRows:
 
 
 def find_device_rows(max_rows: int, device: torch.device) -> DeviceRows | None:
-    """None where there are no kernels: on a CPU, and without Triton."""
-    if device.type != "cuda" or find_spec("triton") is None:
+    """None where there are no kernels."""
+    if not has_triton(device):
         return None
     from engine.ops.triton.sampler import choose  # needs Triton, which is not everywhere
 

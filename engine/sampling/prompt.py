@@ -11,12 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.limits import LOGITS_SLAB
 from engine.request import TokenLogprob
 from engine.sampling.logprobs import Logprobs
 from engine.step import RowWork
 from engine.transfer import to_device
-
-SLAB_BYTES = 2**26  # of logits: 128 rows of NeMo, with which the head is as fast as with more
 
 Head = Callable[[Tensor], Tensor]
 """Logits float32 [n, V] after the hidden states with the numbers int64 [n]."""
@@ -64,7 +63,7 @@ def score_targets(
     if not rows:
         return None
     slabs = []
-    slab = max(1, SLAB_BYTES // (4 * vocab_size))
+    slab = max(1, LOGITS_SLAB // (4 * vocab_size))
     for at in range(0, len(after), slab):
         part = slice(at, at + slab)
         index, tokens = to_device([after[part], chosen[part]], torch.int64, device)

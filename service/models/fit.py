@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine import EngineConfig, EngineConfigError, ModelConfig
+from engine.limits import LEAST_CAPABILITY
 from engine.memory import CUDA_CONTEXT, Device, MemoryPlan, context_limit, parameter_count, plan_memory, weight_bytes
 from engine.parallel.share import share_of
 from engine.probe import Machine, Weights
@@ -32,7 +33,8 @@ class Place:
         free: bytes that nobody has taken; on a GPU after the context was made.
         float_bytes: of the compute dtype.
         multiplies_fp8: it has units for FP8; None where nobody knows.
-        kernels: the engine's own compute; else plain torch does, which takes more memory for a step.
+        kernels: the engine's own compute, on a GPU those in Triton; else plain torch does, which takes more memory for
+            a step.
     """
 
     slug: str
@@ -41,16 +43,22 @@ class Place:
     free: int
     float_bytes: int = 2
     multiplies_fp8: bool | None = None
-    kernels: bool = False
+    kernels: bool = True
 
     @classmethod
     def of_gpu(cls, gpu: KnownGpu) -> Place:
-        free = gpu.memory_bytes - CUDA_CONTEXT
-        return cls(slug=gpu.slug, name=gpu.name, kind="cuda", free=free, multiplies_fp8=gpu.multiplies_fp8)
+        return cls(
+            slug=gpu.slug,
+            name=gpu.name,
+            kind="cuda",
+            free=gpu.memory_bytes - CUDA_CONTEXT,
+            multiplies_fp8=gpu.multiplies_fp8,
+            kernels=gpu.capability >= LEAST_CAPABILITY,
+        )
 
     @classmethod
     def of_size(cls, gib: float) -> Place:
-        """A GPU of which only the memory is known."""
+        """A GPU of which only the memory is known, and that it is recent enough for the kernels is assumed."""
         return cls(slug="gpu", name=f"a GPU with {gib:g} GiB", kind="cuda", free=max(int(gib * GIB) - CUDA_CONTEXT, 0))
 
     @classmethod
@@ -75,6 +83,7 @@ class Place:
             free=gpu.free_bytes,
             float_bytes=float_bytes,
             multiplies_fp8=gpu.capability >= FP8_SINCE,
+            kernels=machine.triton_lacks is None and gpu.capability >= LEAST_CAPABILITY,
         )
 
 

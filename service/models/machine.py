@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 
 from engine.errors import EngineDeadError, error_of
+from engine.limits import LEAST_CAPABILITY
 from engine.probe import Found, Machine
 from engine.wire import Failed
 
@@ -88,12 +89,17 @@ def _gpus(machine: Machine, ranks: int) -> Check:
 
 
 def _kernels(machine: Machine) -> Check:
+    if machine.device == "cuda":
+        why = machine.triton_lacks
+        if why is None and machine.gpus[0].capability < LEAST_CAPABILITY:
+            why = f"the GPU is older than compute capability {'.'.join(map(str, LEAST_CAPABILITY))}"
+        if why is None:
+            return Check("kernels", True, "compiled for the GPU by Triton when a model is loaded")
+        return Check("kernels", False, f"{why}; the GPU runs plain torch, several times slower")
     if machine.kernels:
         return Check("kernels", True, f"compiled for this processor by {machine.compiler}")
-    needed = machine.device == "cpu"
     why = "there is no C++ compiler (g++ or c++)" if machine.compiler is None else f"{machine.compiler} failed"
-    remedy = "; a CPU runs plain torch, several times slower: install g++" if needed else "; a GPU needs none"
-    return Check("kernels", not needed, why + remedy)
+    return Check("kernels", False, f"{why}; a CPU runs plain torch, several times slower: install g++")
 
 
 def check_port(host: str, port: int) -> Check:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,10 @@ from engine.model.load import load_decoder
 from engine.ops import load_kernels
 from engine.request import SamplingParams
 from engine.runner import Runner
+from engine.sampling.device import DeviceRows
 from engine.schemes import SCHEMES
 from engine.sizing import CacheSize, size_cache
-from engine.step import RowInit, RowWork, StepPlan
+from engine.step import RowInit, RowWork, StepPlan, Targets
 from tests.fp8_models import write_fp8, write_mistral_fp8
 from tests.tiny_models import MID, write_gguf, write_hf
 
@@ -72,12 +74,12 @@ def test_a_token_of_nemo_takes_160_kib_of_cache_and_half_of_it_in_fp8() -> None:
 
 @pytest.mark.parametrize(
     ("gpu_gib", "precision", "kv", "thousand_tokens"),
-    # 8 % of reserve and 1.5 GiB of workspace, worked out by hand, leave so many.
+    # 8 % of reserve and 0.2 GiB of workspace, worked out by hand, leave so many.
     [(80, "fp8", "auto", 390), (80, "bf16", "auto", 323), (40, "fp8", "auto", 148), (141, "fp8", "auto", 745)],
 )
 def test_what_fits_a_gpu_is_near_the_sum_by_hand(gpu_gib: int, precision: str, kv: str, thousand_tokens: int) -> None:
     options = msgspec.structs.replace(OPTIONS, precision=precision, kv_precision=kv)
-    plan = plan_memory(NEMO, options, Device(kind="cuda", free=gpu_gib * 2**30 - CUDA_CONTEXT, plain=True))
+    plan = plan_memory(NEMO, options, Device(kind="cuda", free=gpu_gib * 2**30 - CUDA_CONTEXT))
     assert plan.tokens / 1000 == pytest.approx(thousand_tokens, rel=0.08)
 
 
@@ -218,6 +220,83 @@ def test_in_plain_torch_too(
     with Tally() as tally:
         runner.run(StepPlan(work=[last]))
     assert 0.7 * planned < tally.peak <= planned
+
+
+@pytest.fixture
+def unlaunched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models are built for Triton, on a CPU. Its launchers take the memory that they would take, and launch nothing."""
+    jit = pytest.importorskip("triton.runtime.jit")
+    from engine.ops.triton import TritonOps
+    from engine.ops.triton.linear import TritonProducts
+    from engine.ops.triton.sampler import choose
+
+    def first_token(*arguments: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(each.zero_() for each in choose(*arguments))  # else what is chosen would be any bits
+
+    monkeypatch.setattr(jit.JITFunction, "run", lambda *arguments, **options: None)
+    monkeypatch.setattr("engine.model.load.load_kernels", lambda threads: None)
+    monkeypatch.setattr("engine.model.load.select_ops", lambda kernels, device: TritonOps((9, 0)))
+    monkeypatch.setattr("engine.model.load.find_products", lambda device: TritonProducts(CPU, 132, decodes=True))
+    monkeypatch.setattr("engine.sampler.find_device_rows", lambda rows, device: DeviceRows(rows, device, first_token))
+
+
+@pytest.mark.usefixtures("unlaunched")
+@pytest.mark.parametrize(
+    ("batch", "tokens", "context", "kv", "slab", "workspace"),
+    [
+        pytest.param(1, 2048, 2048, "auto", 2**16, 2**20, id="MLP"),
+        pytest.param(1, 512, 4096, "auto", 2**16, 2**23, id="parts of attention"),
+        pytest.param(5, 16, 4096, "fp8", 2**16, 2**21, id="parts, few tokens"),
+        pytest.param(1, 1024, 1024, "fp8", 2**26, 2**20, id="logprobs of a prompt"),
+        pytest.param(48, 64, 256, "auto", 2**16, 2**20, id="choice and logprobs"),
+    ],
+)
+@pytest.mark.parametrize("precision", ["bf16", "int4", "fp8"])
+def test_with_triton_too(
+    forms: dict[str, Path],
+    batch: int,
+    tokens: int,
+    context: int,
+    kv: str,
+    slab: int,
+    workspace: int,
+    precision: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A prompt's last chunk, the whole context behind it and logprobs of all its tokens; the choice of all rows.
+
+    What an operator of torch takes inside and gives back is not counted: of logsumexp 4 bytes per logit, which of a
+    prompt's logprobs are 4 of 9.
+    """
+    for module in ("engine.memory", "engine.ops.triton.attention", "engine.ops.triton.linear"):
+        monkeypatch.setattr(import_module(module), "WORKSPACE", workspace)
+    for module in ("engine.memory", "engine.sampling.prompt"):
+        monkeypatch.setattr(f"{module}.LOGITS_SLAB", slab)
+    options = msgspec.structs.replace(
+        OPTIONS,
+        max_batch_size=batch,
+        max_batch_tokens=tokens,
+        max_model_len=context,
+        precision=precision,
+        kv_precision=kv,
+        threads=1,
+        seed=0,
+    )
+    with torch.inference_mode(), open_checkpoint(str(forms["safetensors"])) as checkpoint:
+        decoder = load_decoder(
+            checkpoint, torch.bfloat16, CPU, context, 1, lambda phase, done: None, SCHEMES[precision]
+        )
+    planned = plan_memory(decoder.config, options, Device(kind="cuda", free=10**10)).workspace
+    pages = context // 64
+    runner = Runner(options, decoder, CacheSize(batch * pages, context, pages))
+    asked = Targets(context - tokens + 1, [1] * (tokens - 1), 5)
+    prefill = RowWork(0, context - tokens, [1] * tokens, list(range(pages)), sample=True, targets=asked)
+    decode = [
+        RowWork(row, context - 1, [1], list(range(row * pages, (row + 1) * pages)), sample=True) for row in range(batch)
+    ]
+    wide = SamplingParams(temperature=5.0, top_p=0.99999, logprobs=5)
+    peaks = [peak_of_a_step(runner, work, wide) for work in ([prefill], decode)]
+    assert 0.6 * planned < max(peaks) <= planned
 
 
 @pytest.mark.parametrize(("kv", "dtype"), [("auto", torch.bfloat16), ("fp8", torch.float8_e4m3fn)])

@@ -98,7 +98,7 @@ def test_slabs_of_rows_give_what_all_rows_at_once_give(monkeypatch: pytest.Monke
         sizes.append(len(index))
         return logits[index]
 
-    monkeypatch.setattr(engine.sampling.prompt, "SLAB_BYTES", 4 * vocab * 6 + 3)
+    monkeypatch.setattr(engine.sampling.prompt, "LOGITS_SLAB", 4 * vocab * 6 + 3)
     scores = score_targets(work, starts, head, vocab, torch.device("cpu"))
     assert scores is not None
     found = scores.result()

@@ -18,6 +18,7 @@ from engine.probe import Gpu, Machine
 from service.cli import main
 from service.models import machine as surroundings
 from service.models.catalog import CATALOG
+from service.models.fit import Place
 from service.models.machine import check_disk, check_machine, check_port, check_store, look
 from service.tables import table
 from tests.tiny_models import write_hf
@@ -31,6 +32,7 @@ MACHINE = Machine(
     torch="2.11",
     compiler="/usr/bin/g++",
     kernels=True,
+    triton_lacks=None,
     device="cpu",
     dtype="bfloat16",
     gpus=(),
@@ -145,10 +147,22 @@ def test_a_machine_without_a_compiler_is_told_what_to_install() -> None:
     [kernels] = [check for check in check_machine(bare) if check.name == "kernels"]
     assert not kernels.ok
     assert "install g++" in kernels.detail
+
+
+def test_a_gpu_is_told_what_its_kernels_lack() -> None:
     gpu = Gpu(name="NVIDIA H100", capability=(9, 0), memory_bytes=80 * 2**30, free_bytes=79 * 2**30)
-    checks = {check.name: check for check in check_machine(msgspec.structs.replace(bare, device="cuda", gpus=(gpu,)))}
-    assert checks["kernels"].ok
-    assert checks["GPU"].detail == "NVIDIA H100, 79.0 of 80.0 GiB free"
+    with_gpu = msgspec.structs.replace(MACHINE, compiler=None, kernels=False, device="cuda", gpus=(gpu,))
+    old = (msgspec.structs.replace(gpu, capability=(7, 5)),)
+    for machine, lack in [
+        (with_gpu, None),
+        (msgspec.structs.replace(with_gpu, triton_lacks="Triton is not installed"), "Triton is not installed; the GPU"),
+        (msgspec.structs.replace(with_gpu, gpus=old), "older than compute capability 8.0"),
+    ]:
+        checks = {check.name: check for check in check_machine(machine)}
+        assert checks["kernels"].ok == (lack is None)
+        assert (lack or "by Triton") in checks["kernels"].detail
+        assert checks["GPU"].detail == "NVIDIA H100, 79.0 of 80.0 GiB free"
+        assert Place.here(machine).kernels == (lack is None)
 
 
 def test_ranks_need_a_gpu_each() -> None:

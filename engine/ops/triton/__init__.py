@@ -14,8 +14,6 @@ from engine.ops.triton.attention import attention
 from engine.ops.triton.norm import add_rms_norm
 from engine.ops.triton.rope import rope_and_write
 
-LEAST_CAPABILITY = (8, 0)  # the first with bfloat16 matrix units
-
 
 class TritonOps:
     """`Ops` over Triton kernels, for contiguous CUDA tensors; keys and values may be e4m3.
@@ -28,7 +26,7 @@ class TritonOps:
     def __init__(self, capability: tuple[int, int]) -> None:
         """
         Args:
-            capability: of the card, (9, 0) for an H100; LEAST_CAPABILITY or later.
+            capability: of the card, (9, 0) for an H100; `engine.limits.LEAST_CAPABILITY` or later.
         """
         self._capability = capability
 

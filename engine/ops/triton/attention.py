@@ -29,6 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.limits import WORKSPACE
 from engine.ops.interface import AttentionBatch, LayerCache
 from engine.ops.triton.e4m3 import decode_e4m3
 
@@ -37,7 +38,6 @@ FEW_ROWS = 64  # at most, of queries × heads of a group, but where one query ha
 MAX_PARTS = 64
 PROGRAMS = 264  # two to each multiprocessor of an H100: with fewer, a context is cut into more parts
 PART_TOKENS = 4096  # so that among short sequences a long one is not left to one multiprocessor: 2 MiB of bfloat16
-WORKSPACE = 64 * 2**20  # bytes of parts in memory: 15 parts of 256 sequences of NeMo
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.limits import SPLIT_ROWS, WORKSPACE
 from engine.ops.interface import Activations, CodedWeight, Quantised, Rounding
 from engine.ops.reference import floats
 from engine.ops.triton.linear_kernels import bytes_linear, groups_linear
@@ -75,12 +76,12 @@ def choose(rows: int, weight: CodedWeight, processors: int) -> tuple[Shape, int]
     shape = next((each for each in table if rows <= each.rows), table[-1])
     if weight.bits == 0 and weight.group:
         shape = replace(shape, depth=min(shape.depth, _LEAST_BLOCK))  # a step has one scale per output
-    if shape.rows > 64:
+    if shape.rows > SPLIT_ROWS:
         return shape, 1
     programs = triton.cdiv(weight.outputs, shape.columns)
     steps = triton.cdiv(weight.inputs, shape.depth)
-    splits = 1
-    while programs * splits < _WAVES * processors and steps // (2 * splits) >= _LEAST_STEPS and splits < 16:
+    splits, most = 1, min(16, WORKSPACE // (4 * rows * weight.outputs))
+    while programs * splits < _WAVES * processors and steps // (2 * splits) >= _LEAST_STEPS and 2 * splits <= most:
         splits *= 2
     return shape, splits
 

@@ -17,7 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CHUNK: tl.constexpr = tl.constexpr(4096)  # 16 logits for each of 256 threads: 32 programs for a row of NeMo
+from engine.limits import CHOICE_CHUNK
+
+CHUNK: tl.constexpr = tl.constexpr(CHOICE_CHUNK)
 BLOCK: tl.constexpr = tl.constexpr(128)  # whose largest bound what top_k leaves from below, up to top_k = 1,024
 WARPS = 8
 PARAMETERS = 4  # of a row: temperature (0 = greedy), top_k (0 = all), top_p, min_p

@@ -211,7 +211,7 @@ def test_this_machine_is_the_device_that_the_engine_takes() -> None:
     gpu = Gpu(name="NVIDIA L40S", capability=(8, 9), memory_bytes=int(44.4 * GIB), free_bytes=40 * GIB)
     machine = Machine(
         cpu="x", cores=4, instructions=(), free_bytes=7, limit_bytes=None, torch="2", compiler=None, kernels=False,
-        device="cuda", dtype="bfloat16", gpus=(gpu,),
+        triton_lacks=None, device="cuda", dtype="bfloat16", gpus=(gpu,),
     )  # fmt: skip
     place = Place.here(machine)
     assert (place.slug, place.kind, place.free, place.multiplies_fp8) == ("l40s", "cuda", 40 * GIB, True)
