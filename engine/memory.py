@@ -33,8 +33,9 @@ CUDA_RESERVE, CUDA_RESERVE_SHARE = 512 * MIB, 0.05
 CPU_RESERVE = 256 * MIB  # interpreter, libraries and tokenizer of both processes, beyond the pages that they share
 
 # Measured with every tensor of a step counted (tests/engine/test_memory.py).
-_DRAW_BYTES = 17 * 4  # per logit, where the cut of top_p lies beyond the likeliest 4,096: all are sorted, in float64
+_DRAW_BYTES = 81  # per logit, where the cut of top_p lies beyond the likeliest 4,096: all are sorted, in float64
 _PLAIN_MLP_BYTES = 22  # per token and inner width in plain torch
+_PLAIN_W8A8_BYTES = 26  # the same where its inputs are rounded
 _SCORE_BYTES = 8  # per score of attention in plain torch: it and its weight
 _MASK_BYTES = 17  # per query and key of it: how far apart they are, twice, and whether that is seen
 _GATHERED_BYTES = 13  # per number of a context: the key in float32, the value as stored, in float32, and in order
@@ -229,9 +230,10 @@ def step_bytes(model: ModelConfig, engine: EngineConfig, device: Device) -> int:
     if ranks > 1 and device.kind == "cpu":
         stream += tokens * width * (ranks * floats + 4)  # the parts of a sum side by side, and their float32 sum
     draw = rows * vocab * _DRAW_BYTES
-    if not device.plain:
-        return max(stream + tokens * 3 * inner * floats, draw)
-    mlp, head, scheme = tokens * inner * _PLAIN_MLP_BYTES, 0, SCHEMES[engine.precision]
+    if not device.plain:  # all layers in one call, which keeps normed and attended tokens too, outside of torch
+        return max(stream + tokens * (width + model.q_size + 3 * inner) * floats, draw)
+    head, scheme = 0, SCHEMES[engine.precision]
+    mlp = tokens * inner * (_PLAIN_W8A8_BYTES if scheme.quantise_inputs else _PLAIN_MLP_BYTES)
     if scheme.linear is not Kept.FLOAT:
         mlp = max(
             mlp, tokens * 2 * inner * (4 + floats) + min(DECODE_SLAB, 2 * inner * width) * _DECODE_BYTES[scheme.linear]

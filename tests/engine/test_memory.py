@@ -167,10 +167,12 @@ def peak_of_a_step(runner: Runner, work: list[RowWork], sampling: SamplingParams
 
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 2048), (32, 64)], ids=["prefill", "draw"])
 def test_a_step_takes_no_more_than_the_workspace_and_not_much_less(
-    forms: dict[str, Path], batch: int, tokens: int
+    forms: dict[str, Path], batch: int, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """One operator after the other: what all layers in one call take is the same, but not from torch."""
     if load_kernels(1) is None:
         pytest.skip("no C++ compiler")
+    monkeypatch.setattr("engine.model.load.fuse", lambda *arguments: None)
     options = msgspec.structs.replace(
         OPTIONS, max_batch_size=batch, max_batch_tokens=tokens, max_model_len=2048, threads=1, seed=0
     )

@@ -236,7 +236,7 @@ def test_profiles_of_every_known_gpu() -> None:
     assert "mistral-nemo-12b-instruct/a100-80gb-fp8-weight-only-tp1" in ids
     assert len(ids) == len(set(ids)) == 4 * 7
     h100 = next(row for row in found if row["profile"].endswith("h100-fp8-tp1"))
-    assert h100["sequences"] == h100["tokens"] // 131072 == 2
+    assert h100["sequences"] == h100["tokens"] // 131072 == 3
 
 
 def test_profiles_of_every_model_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
