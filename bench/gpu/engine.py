@@ -69,7 +69,8 @@ class EngineBench:
         kinds = modes(subject.config)
         for self._mode, config in kinds.items():
             start = time.perf_counter()
-            runner = Runner(config, subject.decoder, subject.size)
+            with torch.inference_mode():  # as `Runner.load` does
+                runner = Runner(config, subject.decoder, subject.size)
             runner.warm_up()
             warm = time.perf_counter() - start
             core = EngineCore(runner, config)

@@ -37,9 +37,10 @@ def step_cases(bench: Bench) -> Iterator[Named]:
         for kind, rounding in ROUNDINGS.items() if bench.triton else [("", None)]:
             yield named(f"add_rms_norm {tokens} tokens{kind}", norm_case, bench, tokens, rounding)
             yield named(f"silu_mul {tokens} tokens{kind}", silu_case, bench, tokens, rounding)
+        whole = -(-tokens // PAGE_SIZE) * PAGE_SIZE
         for fp8 in (False, True):
             where = "FP8" if fp8 else "plain"
-            yield named(f"rope_and_write {tokens} tokens, {where} cache", rope_case, bench, tokens, fp8)
+            yield named(f"rope_and_write {whole} tokens, {where} cache", rope_case, bench, whole, fp8)
 
 
 def sampler_cases(bench: Bench) -> Iterator[Named]:
@@ -82,8 +83,11 @@ def silu_case(bench: Bench, tokens: int, rounding: Rounding | None) -> Case:
 
 
 def rope_case(bench: Bench, tokens: int, fp8: bool) -> Case:
-    """The written pages are compared as well as the queries: `tokens` fill whole ones."""
-    tokens = -(-tokens // PAGE_SIZE) * PAGE_SIZE
+    """The written pages are compared as well as the queries.
+
+    Args:
+        tokens: that fill whole pages, so that all of them is written.
+    """
     model = bench.workload.model
     batch = random_batch(bench, ((0, tokens),))
     cache = random_cache(bench, batch, fp8)
