@@ -21,7 +21,6 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -35,6 +34,8 @@ from bench.gpu.linear_cases import linear_cases
 from bench.gpu.report import Journal, Report
 from bench.gpu.step_cases import sampler_cases, step_cases
 from bench.gpu.workload import FULL, TRIAL, Workload
+from engine.limits import LEAST_CAPABILITY
+from engine.ops import triton_lacks
 
 # Most seconds of each, so that one cannot take the time of all; in this order, in case there is too little.
 PARTS = {
@@ -51,7 +52,6 @@ PARTS = {
 CASES = {"step": step_cases, "attention": attention_cases, "sampler": sampler_cases, "linear": linear_cases}
 LEAST_SECONDS = 8  # that a part needs to begin at all
 GRACE_SECONDS = 20  # for what a part has in hand when its time is over; then it is ended
-LEAST_CAPABILITY = (8, 0)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -96,12 +96,10 @@ def find_obstacle() -> str | None:
     """Why nothing can be measured here."""
     if not torch.cuda.is_available():
         return "torch sees no CUDA device here"
-    if find_spec("triton") is None:
-        return "Triton is not installed, and with it every kernel"
     found = torch.cuda.get_device_capability()
     if found < LEAST_CAPABILITY:
-        return f"compute capability {found[0]}.{found[1]} is below 8.0, the first with bfloat16 units"
-    return None
+        return f"compute capability {found} is older than {LEAST_CAPABILITY}"
+    return triton_lacks()
 
 
 def run_all(options: argparse.Namespace, work: Workload, device: torch.device, path: Path, deadline: float) -> Report:

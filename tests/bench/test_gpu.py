@@ -163,6 +163,22 @@ def test_without_a_gpu_it_says_so_and_measures_nothing(
     assert "torch sees no CUDA device here. Nothing was measured" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("capability", "lacks", "said"),
+    [
+        ((7, 5), None, "compute capability (7, 5) is older"),
+        ((9, 0), "there is no C compiler", "there is no C compiler"),
+    ],
+)
+def test_a_gpu_without_our_kernels_is_not_measured(
+    capability: tuple[int, int], lacks: str | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(program, "triton_lacks", lambda: lacks)
+    assert said in (program.find_obstacle() or "")
+
+
 def test_it_needs_nothing_but_torch_triton_and_msgspec() -> None:
     others = ("click", "rich", "transformers", "grpc", "safetensors", "tokenizers", "jinja2", "pydantic")
     code = f"import sys, bench.gpu.__main__; print([name for name in {others} if name in sys.modules])"
