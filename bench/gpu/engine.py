@@ -42,7 +42,7 @@ GOALS = {
     "TTFT of 1000 tokens": 30.0,
     "256 requests of 1000 + 1000": 11_400.0,
 }
-WARM_UP_GOAL, COLD_START_GOAL = 10.0, 20.0
+WARM_UP_GOAL = 10.0
 
 
 class EngineBench:
@@ -64,6 +64,8 @@ class EngineBench:
     def run(self) -> None:
         began = time.perf_counter()
         subject = build(self._work, self._precision, self._device)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()  # the last weights are still being made
         loaded = time.perf_counter()
         self._tell("weights made", loaded - began, "s")
         kinds = modes(subject.config)
@@ -77,7 +79,7 @@ class EngineBench:
             if self._mode == "eager":
                 self._tell("warm-up, kernels loaded with it", warm, "s")
                 first_token(core, self._work.prompt)
-                self._tell("cold start to the first token", time.perf_counter() - began, "s", goal=COLD_START_GOAL)
+                self._tell("cold start, no file read", time.perf_counter() - began, "s")
             else:
                 self._tell("warm-up, graphs captured in it", warm, "s", goal=WARM_UP_GOAL)
             fill(runner._cache)

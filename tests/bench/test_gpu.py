@@ -77,7 +77,7 @@ def test_the_engine_gives_a_figure_for_every_shape_or_says_why_not(precision: st
 
     assert report.faults == []
     names = {figure.name for figure in report.figures}
-    assert {"weights made", "cold start to the first token", "TTFT of 40 tokens", "4 requests of 40 + 8"} <= names
+    assert {"weights made", "cold start, no file read", "TTFT of 40 tokens", "4 requests of 40 + 8"} <= names
     assert {f"decode {batch} x {context}" for batch in TRIAL.batches for context in TRIAL.contexts} <= names
     assert {f"prefill {tokens}" for tokens in TRIAL.prefills} <= names
     assert all(figure.value > 0 and figure.part == precision for figure in report.figures)
