@@ -115,8 +115,9 @@ def _noises(rng: np.random.Generator) -> dict[str, _Noise]:
 # -- safetensors ------------------------------------------------------------------------------------------------------
 
 
-def _write_safetensors(folder: Path, model: ModelConfig, rng: np.random.Generator, *, fp8: bool) -> None:
-    config: dict[str, Any] = {
+def hf_config(model: ModelConfig) -> dict[str, Any]:
+    """The config.json of a model whose weights are bfloat16."""
+    return {
         "architectures": [model.architecture],
         "model_type": "mistral",
         "vocab_size": model.vocab_size,
@@ -136,6 +137,10 @@ def _write_safetensors(folder: Path, model: ModelConfig, rng: np.random.Generato
         "eos_token_id": list(model.eos_token_ids),
         "torch_dtype": "bfloat16",
     }
+
+
+def _write_safetensors(folder: Path, model: ModelConfig, rng: np.random.Generator, *, fp8: bool) -> None:
+    config = hf_config(model)
     if fp8:
         config["quantization_config"] = {
             "quant_method": "fp8",
