@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-from dataclasses import dataclass
 from dataclasses import replace as replaced
 from pathlib import Path
 
@@ -19,14 +18,13 @@ import pytest
 from msgspec.structs import replace
 
 from engine import speculate
-from engine.config import EngineConfig
-from engine.core import EngineCore
 from engine.face import Engine
 from engine.local import LocalEngine
 from engine.remote import RemoteEngine
-from engine.request import FinishReason, Request, SamplingParams
-from engine.runner import Runner, load_runner
+from engine.request import Request, SamplingParams
+from engine.runner import load_runner
 from engine.speculate import Guess
+from tests.engine.ways import UNSHARED, Way, config_for, tokens_of
 from tests.tiny_models import write_hf
 
 STYLES = (
@@ -62,27 +60,6 @@ def some_requests(vocab_size: int, count: int, longest: int, new_tokens: int, se
     ]
 
 
-@dataclass(frozen=True)
-class Way:
-    """One way of scheduling. Of three arrivals each has another class, if there are `classes`; `gap` steps pass between
-    them; `pages` None = as many as are needed; it `shares` a page at least once, where it says so; `drafts` at most,
-    wherever something can be guessed."""
-
-    batch: int = 4
-    budget: int = 512
-    page_size: int = 16
-    pages: int | None = None
-    gap: int = 0
-    backwards: bool = False
-    preempts: bool = False
-    classes: bool = False
-    caching: bool = True
-    shares: bool = True
-    drafts: int = 0
-    lookahead: int = 0
-
-
-UNSHARED = Way(caching=False, shares=False)
 WAYS = {
     "as expected, with pages of others": Way(),
     "alone, without them": Way(batch=1, caching=False, shares=False),
@@ -110,54 +87,6 @@ WAYS = {
 @pytest.fixture(autouse=True)
 def drafts_always_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speculate, "CPU_READING", math.inf)
-
-
-def tokens_of(runner: Runner, config: EngineConfig, requests: list[Request], way: Way) -> dict[str, list[int]]:
-    """Run the requests to their ends, step by step; every one must end by its max_tokens."""
-    core = EngineCore(runner, config, clock=lambda: 0.0)
-    arrivals = list(reversed(requests)) if way.backwards else list(requests)
-    tokens: dict[str, list[int]] = {request.request_id: [] for request in requests}
-    ended = 0
-    step = 0
-    while ended < len(requests):
-        while arrivals and step >= way.gap * (len(requests) - len(arrivals)):
-            request = arrivals.pop(0)
-            core.add(replace(request, priority=-(len(arrivals) % 3)) if way.classes else request)
-        for event in core.step():
-            tokens[event.request_id] += event.token_ids
-            if event.finish_reason is not None:
-                assert event.finish_reason is FinishReason.LENGTH
-                ended += 1
-        step += 1
-    stats = core.stats()
-    assert (stats.kv_pages_used, stats.running, stats.queued) == (0, 0, 0)
-    assert (stats.preemptions > 0) == way.preempts
-    assert (stats.prefix_cache_hit_tokens > 0) == way.shares
-    core.check()
-    assert (stats.accepted_draft_tokens > 0) == (way.drafts > 0)
-    assert (stats.draft_tokens > stats.accepted_draft_tokens) == (way.drafts > 0)
-    return tokens
-
-
-def config_for(
-    path: Path, way: Way, kv_bytes_per_token: int, max_model_len: int, kv: str = "auto", precision: str = "auto"
-) -> EngineConfig:
-    pages = way.pages or way.batch * -(-max_model_len // way.page_size)
-    return EngineConfig(
-        model_path=str(path),
-        dtype="float32",
-        max_model_len=min(max_model_len, pages * way.page_size),
-        max_batch_size=way.batch,
-        max_batch_tokens=way.budget,
-        page_size=way.page_size,
-        precision=precision,
-        kv_precision=kv,
-        kv_memory_bytes=pages * way.page_size * kv_bytes_per_token,
-        threads=1,
-        prefix_caching=way.caching,
-        max_draft_tokens=way.drafts,
-        lookahead=way.lookahead,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -236,29 +165,3 @@ async def test_tokens_do_not_depend_on_the_process(
     finally:
         await engine.close()
     assert dict(zip(expected["fp8"], found, strict=True)) == expected["fp8"]
-
-
-SMOLLM2_WAYS = {
-    "in a crowd": Way(batch=6, page_size=32),
-    "in chunks, arriving late": Way(batch=4, budget=24, gap=2),
-    "pre-empted": Way(batch=6, page_size=8, pages=20, preempts=True),
-    "with drafts": Way(batch=4, page_size=32, drafts=7),
-    "ahead, pre-empted": Way(batch=6, page_size=8, pages=20, preempts=True, lookahead=1),
-}
-
-
-# An FP8 cache makes the last bit of a float the fourth bit of a key, where a code falls on the other side. So it needs
-# weights that our own kernels multiply: their bits do not depend on the batch, those of float32 matrices do.
-@pytest.mark.parametrize(
-    ("precision", "kv", "kv_bytes"), [("auto", "auto", 2 * 23_040), ("int8", "fp8", 2 * 30 * 3 * (64 + 4))]
-)
-def test_tokens_of_the_embedded_model_do_not_depend_on_scheduling(
-    smollm2_path: Path, precision: str, kv: str, kv_bytes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    requests = some_requests(vocab_size=49152, count=6, longest=90, new_tokens=40, seed=1)
-    found: dict[str, dict[str, list[int]]] = {}
-    monkeypatch.setattr(speculate, "PromptLookup", lambda longest: Foreseen(requests, found["alone"]))
-    for name, way in {"alone": Way(batch=1, caching=False, shares=False), **SMOLLM2_WAYS}.items():
-        config = config_for(smollm2_path, way, kv_bytes, 160, kv, precision)
-        found[name] = tokens_of(load_runner(config, lambda phase, fraction: None), config, requests, way)
-    assert all(tokens == found["alone"] for tokens in found.values()), found
