@@ -13,10 +13,12 @@
 
 #include "kernels.h"
 #include "pages.h"
+#include "products.h"
 
 namespace {
 
-constexpr int kTile = 128;                    // keys at a time
+constexpr int kTile = 128;                    // keys of a part
+constexpr int kKeys = 64;                     // of them transposed at a time: they stay in the first level of cache
 constexpr int kRows = 64;                     // query rows of a task
 constexpr int kFewRows = 4;                   // for so few, values are read where they lie and not widened first
 constexpr int64_t kMostPartFloats = 1 << 23;  // 32 MiB: parts of tasks whose tiles are shared out
@@ -29,8 +31,6 @@ using Factor = T;
 template <typename T>
 using Factor = float;
 #endif
-template <typename X>
-constexpr int kPair = sizeof(X) == 2 ? 2 : 1;  // inputs that lie together in a tile of keys: what fills 32 bits
 
 template <typename T, typename C>
 struct Attention {
@@ -44,23 +44,46 @@ struct Task {
     int32_t sequence, first, count, kv_head;
 };
 
-// Where the keys and values of one tile lie in the cache, in vectors.
+// Where the keys and values of one tile lie in the cache, in vectors; up to the next multiple of 16 the last again, and
+// then somewhere in it.
 struct Places {
-    int64_t at[kTile];
+    int64_t at[kTile] = {};
     int n = 0;
 };
 
 // What one tile, or all up to one, make of some rows.
 struct Part {
-    float *peak, *total, *values;  // [rows], [rows], [rows, padded dim]
+    float *values, *peak, *total;  // [rows, padded dim], [rows], [rows]
+
+    Part(float* memory, int64_t rows, int64_t dim)
+        : values(memory), peak(memory + rows * dim), total(memory + rows * (dim + 1)) {}
+    static int64_t floats(int64_t rows, int64_t dim) { return (rows * (dim + 2) + kLanes - 1) / kLanes * kLanes; }
+};
+
+// Numbers that begin with a cache line: a vector across two of them takes twice as long to read.
+template <typename X>
+class Memory {
+  public:
+    explicit Memory(int64_t n = 0) { at_least(n); }
+    void at_least(int64_t n) {
+        const size_t lines = (n * sizeof(X) + 63) / 64;
+        if (lines_.size() < lines) lines_.resize(lines);
+    }
+    X* data() { return (X*)lines_.data(); }
+
+  private:
+    struct alignas(64) Line {
+        char bytes[64];
+    };
+    std::vector<Line> lines_;
 };
 
 // Memory of one thread, kept from call to call.
 template <typename X>
 struct Scratch {
     int64_t dim = 0;  // padded to whole vectors
-    std::vector<X> query, keys, key;
-    std::vector<float> values, scores, part, folded;
+    Memory<X> query, keys, key;
+    Memory<float> values, scores, part, folded;
 
     static Scratch& of(int64_t dim, int64_t rows) {
         thread_local Scratch scratch;
@@ -69,54 +92,11 @@ struct Scratch {
     }
     void resize(int64_t padded, int64_t rows) {
         dim = padded;
-        const auto atLeast = [](auto& memory, int64_t size) {
-            if (int64_t(memory.size()) < size) memory.resize(size);
-        };
-        atLeast(query, rows * dim), atLeast(keys, kTile * dim), atLeast(key, kLanes * dim);
-        atLeast(values, kTile * dim), atLeast(scores, rows * kTile);
-        atLeast(part, rows * (dim + 2)), atLeast(folded, rows * (dim + 2));
+        query.at_least(rows * dim), keys.at_least(kKeys * dim), key.at_least(kLanes * dim);
+        values.at_least(kTile * dim), scores.at_least(rows * kTile);
+        part.at_least(Part::floats(rows, dim)), folded.at_least(Part::floats(rows, dim));
     }
 };
-inline Part part_at(float* memory, int64_t rows) { return {memory, memory + rows, memory + 2 * rows}; }
-
-// ---- products ---------------------------------------------------------------------------------------------------
-// out[r][0..16*NV) = sum_k a[r][k] * b(k)[0..16*NV) for ROWS rows, the sums held in registers. b is called for every
-// kPair-th k, and gives vectors of so many inputs of 16 outputs.
-
-inline Vec multiply_pair(const float* a, Vec b, Vec sum) { return multiply_add(Vec{} + *a, b, sum); }
-#ifdef __AVX512BF16__
-inline Vec multiply_pair(const Bf16* a, Vec b, Vec sum) {
-    int32_t pair;
-    std::memcpy(&pair, a, sizeof pair);
-    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)b);
-}
-#endif
-
-template <int ROWS, int NV, typename X, typename B>
-inline void multiply_block(const X* a, int64_t lda, const B& b, int64_t column, float* out, int64_t ldo, int depth) {
-    Vec sum[ROWS][NV] = {};
-    for (int k = 0; k < depth; k += kPair<X>)
-        for (int v = 0; v < NV; v++) {
-            const Vec row = b(k, column + v * kLanes);
-            for (int r = 0; r < ROWS; r++) sum[r][v] = multiply_pair(a + r * lda + k, row, sum[r][v]);
-        }
-    for (int r = 0; r < ROWS; r++)
-        for (int v = 0; v < NV; v++) *(Vec*)(out + r * ldo + column + v * kLanes) = sum[r][v];
-}
-template <int ROWS, typename X, typename B>
-inline void multiply_rows(const X* a, int64_t lda, const B& b, float* out, int64_t ldo, int depth, int64_t columns) {
-    int64_t c = 0;
-    for (; c + 4 * kLanes <= columns; c += 4 * kLanes) multiply_block<ROWS, 4>(a, lda, b, c, out, ldo, depth);
-    for (; c < columns; c += kLanes) multiply_block<ROWS, 1>(a, lda, b, c, out, ldo, depth);
-}
-template <typename X, typename B>
-void multiply(const X* a, int64_t lda, const B& b, float* out, int64_t ldo, int rows, int depth, int64_t columns) {
-    int r = 0;
-    for (; r + 4 <= rows; r += 4) multiply_rows<4>(a + r * lda, lda, b, out + r * ldo, ldo, depth, columns);
-    if (rows - r == 3) multiply_rows<3>(a + r * lda, lda, b, out + r * ldo, ldo, depth, columns);
-    if (rows - r == 2) multiply_rows<2>(a + r * lda, lda, b, out + r * ldo, ldo, depth, columns);
-    if (rows - r == 1) multiply_rows<1>(a + r * lda, lda, b, out + r * ldo, ldo, depth, columns);
-}
 
 // ---- keys -------------------------------------------------------------------------------------------------------
 
@@ -126,11 +106,12 @@ inline void fetch(const T* from, int64_t n) {
     for (int64_t i = 0; i < n; i += int64_t(64 / sizeof(T))) __builtin_prefetch(from + i, 0, 2);
 }
 
-// Column i of `to`, which has kTile of them, is what rows[i] points to: 16 rows of 16 words of 32 bits.
-inline void transpose(const uint32_t* const* rows, uint32_t* to) {
+// Column i of `to`, which has kKeys of them, is the row from + at[i]: 16 rows of 16 words of 32 bits.
+template <typename X>
+inline void transpose(const X* from, const int64_t* at, uint32_t* to) {
 #ifdef __AVX512F__
     __m512i a[16], b[16];
-    for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(rows[i]);
+    for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(from + at[i]);
     for (int i = 0; i < 16; i += 2) {
         b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
         b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
@@ -146,12 +127,12 @@ inline void transpose(const uint32_t* const* rows, uint32_t* to) {
             b[i + j + 4] = _mm512_shuffle_i32x4(a[i + j], a[i + j + 4], 0xdd);
         }
     for (int j = 0; j < 8; j++) {
-        _mm512_storeu_si512(to + j * kTile, _mm512_shuffle_i32x4(b[j], b[j + 8], 0x88));
-        _mm512_storeu_si512(to + (j + 8) * kTile, _mm512_shuffle_i32x4(b[j], b[j + 8], 0xdd));
+        _mm512_storeu_si512(to + j * kKeys, _mm512_shuffle_i32x4(b[j], b[j + 8], 0x88));
+        _mm512_storeu_si512(to + (j + 8) * kKeys, _mm512_shuffle_i32x4(b[j], b[j + 8], 0xdd));
     }
 #else
     for (int i = 0; i < 16; i++)
-        for (int j = 0; j < 16; j++) to[j * kTile + i] = rows[i][j];
+        for (int j = 0; j < 16; j++) std::memcpy(to + j * kKeys + i, (const char*)(from + at[i]) + 4 * j, 4);
 #endif
 }
 
@@ -164,48 +145,54 @@ inline void read_key(const C* from, X* to, int64_t dim) {
         widen(from, to, dim);
 }
 
-// Keys at the places into s.keys [padded dim / pair, kTile, pair]; columns up to the next 16 are the last key. Asks for
-// the values beside them.
+// Keys at `at`, a multiple of 16, into s.keys [padded dim / pair, kKeys, pair]. Asks for the values beside them.
 template <typename T, typename C, typename X>
-void read_keys(const Attention<T, C>& a, const Places& places, Scratch<X>& s) {
+void read_keys(const Attention<T, C>& a, const int64_t* at, int64_t n, Scratch<X>& s) {
     constexpr int kWords = 64 / sizeof(X);  // numbers in a vector
-    const bool in_place = std::is_same_v<C, X> && a.dim % kWords == 0;
-    for (int j = 0; j < places.n; j += kLanes) {
-        const uint32_t* rows[kLanes];
-        for (int i = 0; i < kLanes; i++) {
-            const int64_t at = places.at[std::min(j + i, places.n - 1)] * a.dim;
-            X* key = s.key.data() + i * s.dim;
-            if (!in_place) {
-                read_key(a.cache.keys + at, key, a.dim);
-                std::fill(key + a.dim, key + s.dim, X{});  // not what another model left there
+    for (int64_t j = 0; j < n; j += kLanes) {
+        int64_t from[kLanes];
+        for (int i = 0; i < kLanes; i++) from[i] = at[j + i] * a.dim;
+        uint32_t* to = (uint32_t*)s.keys.data() + j;
+        if constexpr (std::is_same_v<C, X>) {
+            if (a.dim % kWords == 0) {
+                for (int64_t d = 0; d < a.dim; d += kWords) {
+                    transpose(a.cache.keys + d, from, to + d / kPair<X> * kKeys);
+                    for (int i = 0; i < kLanes; i++) fetch(a.cache.values + d + from[i], kWords);
+                }
+                continue;
             }
-            rows[i] = in_place ? (const uint32_t*)(a.cache.keys + at) : (const uint32_t*)key;
-            fetch(a.cache.values + at, a.dim);
         }
-        for (int64_t d = 0; d < a.dim; d += kWords) {
-            transpose(rows, (uint32_t*)s.keys.data() + d / kPair<X> * kTile + j);
-            for (int i = 0; i < kLanes; i++) rows[i] += kLanes;
+        for (int i = 0; i < kLanes; i++) {
+            X* key = s.key.data() + i * s.dim;
+            read_key(a.cache.keys + from[i], key, a.dim);
+            std::fill(key + a.dim, key + s.dim, X{});  // not what another model left there
+            fetch(a.cache.values + from[i], a.dim);
+            from[i] = i * s.dim;
         }
+        for (int64_t d = 0; d < a.dim; d += kWords) transpose(s.key.data() + d, from, to + d / kPair<X> * kKeys);
     }
 }
 
 // ---- one tile -----------------------------------------------------------------------------------------------------
 
-// Scores of one row become weights, and its peak and total; positions outside [low, high] weigh nothing. Without scales
-// (null) keys and values are as they are.
-inline void soften(float* score, float scale, const float* key_scales, const float* value_scales, int64_t low,
-                   int64_t high, int n, float& peak, float& total) {
+// Scores of one row times `scale` and, unless null, each key's own; positions outside [low, high] count for nothing. The
+// peak of them.
+inline float scaled(float* score, float scale, const float* key_scales, int low, int high, int n) {
+    constexpr IntVec kCount = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     Vec peaks = Vec{} - INFINITY;
     for (int j = 0; j < n; j += kLanes) {
         Vec x = *(Vec*)(score + j) * scale;
         if (key_scales != nullptr) x *= *(const Vec*)(key_scales + j);
-        if (low > j || high < j + kLanes - 1)
-            for (int i = 0; i < kLanes; i++) x[i] = j + i < low || j + i > high ? -INFINITY : x[i];
+        const IntVec position = kCount + j;
+        x = (position < low) | (position > high) ? Vec{} - INFINITY : x;
         *(Vec*)(score + j) = x;
         peaks = x > peaks ? x : peaks;
     }
-    peak = peaks[0];
-    for (int i = 1; i < kLanes; i++) peak = std::max(peak, peaks[i]);
+    return largest_lane(peaks);
+}
+
+// Those scores become weights, of values times their scales unless null. The sum of them.
+inline float soften(float* score, float peak, const float* value_scales, int n) {
     const float shift = peak == -INFINITY ? 0.0f : peak;  // all masked: exp(-inf - 0), not exp(-inf + inf)
     Vec sums = {};
     for (int j = 0; j < n; j += kLanes) {
@@ -214,8 +201,7 @@ inline void soften(float* score, float scale, const float* key_scales, const flo
         *(Vec*)(score + j) = value_scales == nullptr ? y : y * *(const Vec*)(value_scales + j);
         sums += y;
     }
-    total = 0.0f;
-    for (int i = 0; i < kLanes; i++) total += sums[i];
+    return sum_lanes(sums);
 }
 
 // All that one sequence's rows need to know of where they stand.
@@ -231,10 +217,13 @@ void locate(const Attention<T, C>& a, const Span& span, int kv_head, int64_t til
     const int64_t first = tile * kTile;
     to.n = int(std::min<int64_t>(span.last + 1 - first, kTile));
     int64_t page = first / a.page_size, offset = first % a.page_size;
-    for (int j = 0; j < to.n; j++) {
-        to.at[j] = (span.table[page] * a.kv_heads + kv_head) * a.page_size + offset;
-        if (++offset == a.page_size) offset = 0, page++;
+    for (int64_t j = 0; j < to.n; page++, offset = 0) {
+        const int64_t begin = (span.table[page] * a.kv_heads + kv_head) * a.page_size + offset;
+        const int64_t count = std::min(a.page_size - offset, to.n - j);
+        for (int64_t i = 0; i < count; i++) to.at[j + i] = begin + i;
+        j += count;
     }
+    for (int j = to.n; j % kLanes != 0; j++) to.at[j] = to.at[j - 1];
 }
 
 // The part of a tile of keys. Asks for the keys of the `next` one on the way.
@@ -242,41 +231,54 @@ template <typename T, typename C, typename X>
 void attend_tile(const Attention<T, C>& a, const Span& span, int64_t tile, const Places& places, const Places& next,
                  Scratch<X>& s, Part part) {
     const int n = places.n, columns = (n + kLanes - 1) / kLanes * kLanes;
-    read_keys(a, places, s);
-    const auto keys = [&](int k, int64_t column) {
-        return load_vec((const float*)s.keys.data() + k / kPair<X> * kTile + column);
-    };
     const int depth = int((a.dim + kPair<X> - 1) / kPair<X> * kPair<X>);
-    multiply(s.query.data(), s.dim, keys, s.scores.data(), kTile, span.rows, depth, columns);
+    const auto keys = [&](int k, int64_t column) {
+        return load_vec((const float*)s.keys.data() + k / kPair<X> * kKeys + column);
+    };
+    for (int j = 0; j < n; j += kKeys) {
+        const int some = std::min(columns - j, kKeys);
+        read_keys(a, places.at + j, some, s);
+        multiply(s.query.data(), s.dim, keys, kAskNothing, s.scores.data() + j, kTile, span.rows, depth, some);
+    }
 
-    float key_scales[kTile] = {}, value_scales[kTile] = {};
-    for (int j = 0; kCoded<C> && j < n; j++) {
+    alignas(64) float key_scales[kTile], value_scales[kTile];
+    for (int j = 0; kCoded<C> && j < columns; j++) {
         key_scales[j] = a.cache.key_scales[places.at[j]];
         value_scales[j] = a.cache.value_scales[places.at[j]];
     }
-    for (int r = 0; r < span.rows; r++) {
-        const int64_t mine = span.position + r / span.group - tile * kTile;
-        soften(s.scores.data() + r * kTile, 1.0f / std::sqrt(float(a.dim)), kCoded<C> ? key_scales : nullptr,
-               kCoded<C> ? value_scales : nullptr, a.window ? mine - a.window + 1 : 0, std::min<int64_t>(mine, n - 1),
-               columns, part.peak[r], part.total[r]);
+    const float scale = 1.0f / std::sqrt(float(a.dim));
+    for (int some = 0; some < span.rows; some += 4) {  // in two loops: a CPU computes rows side by side
+        const int end = std::min(some + 4, span.rows);
+        for (int r = some; r < end; r++) {
+            const int64_t mine = span.position + r / span.group - tile * kTile;
+            const int64_t least = a.window ? mine - a.window + 1 : 0;
+            part.peak[r] = scaled(s.scores.data() + r * kTile, scale, kCoded<C> ? key_scales : nullptr,
+                                  int(std::clamp<int64_t>(least, 0, kTile)), int(std::min<int64_t>(mine, n - 1)), columns);
+        }
+        for (int r = some; r < end; r++)
+            part.total[r] =
+                soften(s.scores.data() + r * kTile, part.peak[r], kCoded<C> ? value_scales : nullptr, columns);
     }
 
-    if constexpr (!kCoded<C>) {
-        if (span.rows <= kFewRows && a.dim % kLanes == 0) {
-            const auto values = [&](int k, int64_t column) {
-                if (column == 0 && k < next.n) fetch(a.cache.keys + next.at[k] * a.dim, a.dim);
-                return load_vec(a.cache.values + places.at[k] * a.dim + column);
-            };
-            return multiply(s.scores.data(), kTile, values, part.values, s.dim, span.rows, n, a.dim);
-        }
+    const auto ask = [&](int k, int64_t column, int64_t count) {
+        fetch(a.cache.keys + next.at[k] * a.dim + column, count);
+    };
+    for (int k = n; k < next.n; k++) ask(k, 0, a.dim);  // and the others one by one with the values
+    for (int k = 0; kCoded<C> && k < next.n; k += kLanes)
+        fetch(a.cache.key_scales + next.at[k], kLanes), fetch(a.cache.value_scales + next.at[k], kLanes);
+    if (span.rows <= kFewRows && a.dim % kLanes == 0) {
+        const auto values = [&](int k, int64_t column) {
+            return load_vec(a.cache.values + places.at[k] * a.dim + column);
+        };
+        return multiply(s.scores.data(), kTile, values, ask, part.values, s.dim, span.rows, n, a.dim);
     }
     for (int k = 0; k < n; k++) {
-        if (k < next.n) fetch(a.cache.keys + next.at[k] * a.dim, a.dim);
+        ask(k, 0, a.dim);
         widen(a.cache.values + places.at[k] * a.dim, s.values.data() + k * s.dim, a.dim);
         std::fill_n(s.values.data() + k * s.dim + a.dim, s.dim - a.dim, 0.0f);
     }
     const auto values = [&](int k, int64_t column) { return load_vec(s.values.data() + k * s.dim + column); };
-    multiply(s.scores.data(), kTile, values, part.values, s.dim, span.rows, n, s.dim);
+    multiply(s.scores.data(), kTile, values, kAskNothing, part.values, s.dim, span.rows, n, s.dim);
 }
 
 // ---- all tiles ------------------------------------------------------------------------------------------------------
@@ -346,7 +348,7 @@ struct Attend {
     void whole(const Task& task, const Task* next) const {
         const Span span = span_of(task);
         auto& s = Scratch<X>::of(a.dim, span.rows);
-        const Part part = part_at(s.part.data(), span.rows), folded = part_at(s.folded.data(), span.rows);
+        const Part part(s.part.data(), span.rows, s.dim), folded(s.folded.data(), span.rows, s.dim);
         read_query(task, span, s);
         clear(folded, span.rows, s.dim);
         const int64_t first = first_tile(span), last = span.last / kTile;
@@ -370,7 +372,7 @@ struct Attend {
         std::vector<Piece> pieces;
         for (const Task& task : tasks)
             for (int64_t i = 0; i < tiles(span_of(task)); i++) pieces.push_back({&task, first_tile(span_of(task)) + i});
-        std::vector<float> memory(all_tiles * part_floats);
+        Memory<float> memory(all_tiles * part_floats);
         parallel_for(all_tiles, INT32_MAX, threads, [&](int64_t p) {
             const Task& task = *pieces[p].task;
             const Span span = span_of(task);
@@ -382,17 +384,18 @@ struct Attend {
                 const Piece& next = pieces[p + 1];
                 locate(a, span_of(*next.task), next.task->kv_head, next.tile, there);
             }
-            attend_tile(a, span, pieces[p].tile, here, there, s, part_at(memory.data() + p * part_floats, span.rows));
+            const Part part(memory.data() + p * part_floats, span.rows, s.dim);
+            attend_tile(a, span, pieces[p].tile, here, there, s, part);
         });
         int64_t p = 0;
         for (const Task& task : tasks) {
             const Span span = span_of(task);
             auto& s = Scratch<X>::of(a.dim, span.rows);
-            const Part folded = part_at(s.folded.data(), span.rows);
+            const Part folded(s.folded.data(), span.rows, s.dim);
             clear(folded, span.rows, s.dim);
             for (int64_t i = 0; i < tiles(span); i++, p++)
                 for (int r = 0; r < span.rows; r++)
-                    fold(part_at(memory.data() + p * part_floats, span.rows), folded, r, s.dim);
+                    fold(Part(memory.data() + p * part_floats, span.rows, s.dim), folded, r, s.dim);
             write(task, span, folded, s.dim);
         }
     }
@@ -409,7 +412,7 @@ struct Attend {
                     all_tiles += tiles(span);
                     rows = std::max<int64_t>(rows, span.rows);
                 }
-        const int64_t part_floats = rows * (Scratch<X>::of(a.dim, rows).dim + 2);
+        const int64_t part_floats = Part::floats(rows, Scratch<X>::of(a.dim, rows).dim);
         const bool few = int64_t(tasks.size()) < 4 * threads && all_tiles > int64_t(tasks.size());
         if (threads > 1 && few && all_tiles * part_floats <= kMostPartFloats)
             return split(tasks, part_floats, all_tiles, threads);

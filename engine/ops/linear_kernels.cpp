@@ -39,8 +39,6 @@ inline float half_to_float(uint16_t h) {  // IEEE 754 binary16, subnormals inclu
     return __builtin_bit_cast(float, __builtin_bit_cast(uint32_t, magnitude) | sign);
 }
 
-inline Vec splat(float x) { return x - Vec{}; }  // x + 0 would be an addition: it makes 0 of -0
-
 // What the memory shall bring meanwhile: `lines` cache lines for each pair of inputs that is multiplied.
 struct Ahead {
     const char* at;
@@ -160,16 +158,6 @@ void add_tile(const Step<X>& step, const Scaling& by, Ahead& ahead, float* total
             }
         }
     }
-}
-
-inline float sum_lanes(Vec lanes) {
-#ifdef __AVX512F__
-    return _mm512_reduce_add_ps((__m512)lanes);
-#else
-    float sum = 0.0f;
-    for (int i = 0; i < kLanes; i++) sum += lanes[i];
-    return sum;
-#endif
 }
 
 // Minus the sums of x over its groups.

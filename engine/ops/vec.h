@@ -68,12 +68,44 @@ inline void narrow(const float* from, T* to, int64_t n, float scale = 1.0f) {
     for (int64_t i = 0; i < n; i++) store(to[i], from[i] * scale);
 }
 
+inline Vec splat(float x) { return x - Vec{}; }  // x + 0 would be an addition: it makes 0 of -0
+inline float sum_lanes(Vec lanes) {
+#ifdef __AVX512F__
+    return _mm512_reduce_add_ps((__m512)lanes);
+#else
+    float sum = 0.0f;
+    for (int i = 0; i < kLanes; i++) sum += lanes[i];
+    return sum;
+#endif
+}
+inline float largest_lane(Vec lanes) {  // none is NaN
+#ifdef __AVX512F__
+    return _mm512_reduce_max_ps((__m512)lanes);
+#else
+    float most = lanes[0];
+    for (int i = 1; i < kLanes; i++) most = std::max(most, lanes[i]);
+    return most;
+#endif
+}
+
 inline Vec load_vec(const float* from) { return *(const Vec*)from; }
 inline Vec load_vec(const Bf16* from) {
 #ifdef __AVX512F__
     return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16);
 #else
     return (Vec)(__builtin_convertvector(*(const HalfVec*)from, IntVec) << 16);
+#endif
+}
+
+inline Vec load_vec(const E4m3* from) {
+#ifdef __AVX512F__  // as halfs, in whose places a code means 2^-8 of it
+    const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)from));
+    const __m256i half = _mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16(int16_t(0xbfff)));
+    return (Vec)_mm512_cvtph_ps(half) * 256.0f;
+#else
+    Vec x;
+    for (int i = 0; i < kLanes; i++) x[i] = load(from[i]);
+    return x;
 #endif
 }
 
@@ -91,7 +123,7 @@ inline void write_vec(Vec x, T* to, int n) {
 }
 
 #ifdef __AVX512BW__
-// 32 codes as halfs, in whose places a code means 2^-8 of it.
+// 32 codes as halfs.
 inline __m512i halfs_of(const E4m3* from) {
     const __m512i wide = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)from));
     return _mm512_and_si512(_mm512_slli_epi16(wide, 7), _mm512_set1_epi16(int16_t(0xbfff)));
