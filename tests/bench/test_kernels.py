@@ -9,12 +9,11 @@ import pytest
 from click.testing import CliRunner
 
 from bench import kernels
-from engine.ops import load_kernels
+from tests.compiled import compiled
 
 
 def test_bytes_and_operations_are_those_of_the_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if load_kernels(1) is None:
-        pytest.skip("no C++ compiler")
+    compiled(1)
     monkeypatch.setitem(kernels.MODELS, "1b", kernels.Model(((128, 64), (64, 128)), 3, (640, 64)))
     monkeypatch.setattr(kernels, "READ_BYTES", 2**20)
     path = tmp_path / "kernels.json"

@@ -14,10 +14,10 @@ from engine.model.decoder import Decoder
 from engine.model.fused import fuse
 from engine.model.load import load_decoder
 from engine.model.rope import inverse_frequencies, rope_table
-from engine.ops import load_kernels
 from engine.ops.cpu import CpuOps
 from engine.ops.reference import ReferenceOps
 from engine.schemes import SCHEMES
+from tests.compiled import compiled
 from tests.engine.oracle import BASE, LLAMA3_SCALING, StateDict, decoder_of, teacher_forced, transformers_model
 
 VARIANTS = {
@@ -64,8 +64,7 @@ def test_logits_do_not_depend_on_chunks_or_pages() -> None:
 def test_with_our_own_matrix_kernels_no_bit_depends_on_chunks_batch_or_pages(
     precision: str, dtype: torch.dtype, kv_dtype: torch.dtype | None
 ) -> None:
-    if load_kernels(1) is None:
-        pytest.skip("no C++ compiler")
+    compiled(1)
     config = msgspec.structs.replace(BASE, hidden_size=64, intermediate_size=96, num_heads=4, sliding_window=50)
     source = StateDict(config, transformers_model(config).state_dict())
     decoder = load_decoder(source, dtype, torch.device("cpu"), 128, 1, lambda *progress: None, SCHEMES[precision])
@@ -83,9 +82,7 @@ def test_with_our_own_matrix_kernels_no_bit_depends_on_chunks_batch_or_pages(
 def test_all_layers_in_one_call_are_the_loop_to_the_bit(
     name: str, dtype: torch.dtype, kv_dtype: torch.dtype | None, threads: int
 ) -> None:
-    kernels = load_kernels(threads)
-    if kernels is None:
-        pytest.skip("no C++ compiler")
+    kernels = compiled(threads)
     config = msgspec.structs.replace(BASE, **VARIANTS[name])
     source = StateDict(config, transformers_model(config).state_dict())
     device = torch.device("cpu")
@@ -103,9 +100,7 @@ def test_all_layers_in_one_call_are_the_loop_to_the_bit(
 
 
 def test_layers_that_are_more_than_our_products_are_not_one_call() -> None:
-    kernels = load_kernels(1)
-    if kernels is None:
-        pytest.skip("no C++ compiler")
+    kernels = compiled(1)
     source, device = StateDict(BASE, transformers_model(BASE).state_dict()), torch.device("cpu")
     table = rope_table(BASE, 8, device)
     for precision, fits in {"bf16": False, "fp8-weight-only": True, "fp8": False}.items():  # oneDNN; ours; W8A8

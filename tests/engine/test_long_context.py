@@ -22,10 +22,11 @@ from engine.core import EngineCore
 from engine.errors import InvalidRequestError
 from engine.memory import token_bytes
 from engine.model.rope import rope_table
-from engine.ops import AttentionBatch, LayerCache, Ops, load_kernels, select_ops
+from engine.ops import AttentionBatch, LayerCache, Ops, select_ops
 from engine.ops.reference import ReferenceOps, quantise
 from engine.request import Request, SamplingParams, TokenLogprob, validate_request
 from engine.runner import Runner, load_runner
+from tests.compiled import compiled
 from tests.engine.oracle import BASE
 from tests.tiny_models import write_hf
 
@@ -117,10 +118,7 @@ def through_fp8(numbers: Tensor) -> Tensor:
 
 
 def kernels() -> Ops:
-    found = load_kernels(1)
-    if found is None:
-        pytest.skip("no C++ compiler")
-    return select_ops(found, torch.device("cpu"))
+    return select_ops(compiled(1), torch.device("cpu"))
 
 
 def spread() -> tuple[Tensor, Tensor, Tensor]:

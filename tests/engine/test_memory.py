@@ -27,13 +27,13 @@ from engine.memory import (
 from engine.model.cache import KVCache
 from engine.model.footprint import checkpoint_bytes
 from engine.model.load import load_decoder
-from engine.ops import load_kernels
 from engine.request import SamplingParams
 from engine.runner import Runner
 from engine.sampling.device import DeviceRows
 from engine.schemes import SCHEMES
 from engine.sizing import CacheSize, size_cache
 from engine.step import RowInit, RowWork, StepPlan, Targets
+from tests.compiled import compiled
 from tests.fp8_models import write_fp8, write_mistral_fp8
 from tests.tiny_models import MID, write_gguf, write_hf
 
@@ -170,8 +170,7 @@ def test_a_step_takes_no_more_than_the_workspace_and_not_much_less(
     forms: dict[str, Path], batch: int, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One operator after the other: what all layers in one call take is the same, but not from torch."""
-    if load_kernels(1) is None:
-        pytest.skip("no C++ compiler")
+    compiled(1)
     monkeypatch.setattr("engine.model.load.fuse", lambda *arguments: None)
     options = msgspec.structs.replace(
         OPTIONS, max_batch_size=batch, max_batch_tokens=tokens, max_model_len=2048, threads=1, seed=0

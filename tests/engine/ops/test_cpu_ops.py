@@ -20,6 +20,7 @@ from engine.ops.cpu import CpuOps
 from engine.ops.interface import AttentionBatch, LayerCache
 from engine.ops.native import Kernels, load_kernels
 from engine.ops.reference import ReferenceOps, numbers_of, quantise
+from tests.compiled import compiled
 
 REFERENCE = ReferenceOps()
 DTYPES = [torch.float32, torch.bfloat16]
@@ -44,11 +45,7 @@ def any_ops(request: pytest.FixtureRequest) -> CpuOps:
 
 
 def kernels(architecture: str = "native") -> Kernels:
-    if native.find_compiler() is None:
-        pytest.skip("no C++ compiler on this machine")
-    found = load_kernels(threads=2, architecture=architecture)
-    assert found is not None, "the kernels do not compile"
-    return found
+    return compiled(threads=2, architecture=architecture)
 
 
 @dataclass

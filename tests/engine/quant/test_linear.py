@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import CheckpointError
-from engine.ops import Kernels, Rounding, load_kernels
+from engine.ops import Kernels, Rounding
 from engine.ops.cpu import CpuOps
 from engine.ops.reference import ReferenceOps, quantise_tokens
 from engine.quant.activations import quantise_rows
@@ -20,6 +21,7 @@ from engine.quant.form import Form
 from engine.quant.linear import DenseLinear, JoinedLinear, Linear, PackedLinear
 from engine.quant.matrix import FloatMatrix, Fp8Matrix, GroupMatrix, Matrix
 from engine.schemes import Kept
+from tests.compiled import compiled
 
 SHAPES = [(64, 32), (960, 576), (97, 96), (130, 416)]  # outputs, inputs
 ODD_SHAPES = [(1, 7), (130, 33)]  # only formats without groups
@@ -62,19 +64,15 @@ WHOLE_ROWS = ["bf16", "fp8", "fp8 subnormal", "fp8 blocks", "int8 rows"]
 
 @pytest.fixture(scope="module")
 def kernels() -> Kernels:
-    found = load_kernels(threads=2)
-    if found is None:
-        pytest.skip("no C++ compiler")
-    return found
+    return compiled(threads=2)
 
 
 @pytest.fixture(scope="module")
 def portable(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
     """The kernels as a CPU without bfloat16 dot products has them."""
-    found = load_kernels(threads=2, cache=tmp_path_factory.mktemp("kernels"), architecture="x86-64-v3")
-    if found is None:
-        pytest.skip("no C++ compiler for x86-64")
-    return found
+    if platform.machine() != "x86_64":
+        pytest.skip("no x86-64")
+    return compiled(2, tmp_path_factory.mktemp("kernels"), "x86-64-v3")
 
 
 def cases(kinds: list[str] | None = None) -> list[tuple[str, int, int]]:
@@ -299,11 +297,10 @@ def test_matrices_with_pages_of_their_own_are_multiplied_alike(kernels: Kernels,
 
 
 def test_a_compiled_library_is_reused(tmp_path: Path) -> None:
-    if load_kernels(threads=1, cache=tmp_path) is None:
-        pytest.skip("no C++ compiler")
+    compiled(1, tmp_path)
     (library,) = tmp_path.iterdir()
     stamp = library.stat().st_mtime_ns
-    assert load_kernels(threads=1, cache=tmp_path) is not None
+    compiled(1, tmp_path)
     assert [path.stat().st_mtime_ns for path in tmp_path.iterdir()] == [stamp]
 
 
