@@ -54,6 +54,11 @@ def next_token(tokens: list[int], seed: int) -> int:
     return zlib.crc32(struct.pack(f"<Q{len(tokens)}q", seed, *tokens)) % VOCAB
 
 
+def prompt_logprob(before: list[int], token: int) -> TokenLogprob:
+    """Of a token of a prompt behind those before it."""
+    return TokenLogprob(token, -float(next_token(before, token)), len(before))
+
+
 @dataclass(frozen=True)
 class Expected:
     token_ids: list[int]
@@ -199,8 +204,9 @@ class FakeRunner:
             self._rows[init.row] = Row(init, [])
         for work in plan.work:
             self._write(work)
+        targets = {work.row: self._score(work) for work in plan.work if work.targets is not None}
         sampled = [token for work in plan.work if work.sample for token in self._sample(work)]
-        return StepResult(sampled, model_seconds=0.25)
+        return StepResult(sampled, targets, model_seconds=0.25)
 
     def _write(self, work: RowWork) -> None:
         row, size = self._rows[work.row], self.info.page_size
@@ -235,6 +241,20 @@ class FakeRunner:
         cell = self._pages[row.pages[page]][offset]
         assert cell is not None, "a page was never written"
         return cell
+
+    def _score(self, work: RowWork) -> list[TokenLogprob]:
+        """Of each target a number that depends on all tokens before it, and not on the adapter."""
+        row, targets = self._rows[work.row], work.targets
+        assert targets is not None
+        assert targets.token_ids, "targets without tokens"
+        end = targets.start + len(targets.token_ids)
+        assert work.start < targets.start, "the token before a target is not computed in its step"
+        assert end <= work.start + len(work.token_ids) + 1, "a target stands behind what is computed"
+        assert targets.token_ids == row.init.prompt_token_ids[targets.start : end], "a target is not the prompt's"
+        known = [self._cell(row, position).token for position in range(end - 1)]
+        return [
+            prompt_logprob(known[:position], token) for position, token in enumerate(targets.token_ids, targets.start)
+        ]
 
     def _sample(self, work: RowWork) -> list[SampledToken]:
         """The next token, and one more for each draft that is what the one before it says."""

@@ -28,7 +28,16 @@ from engine.scheduler import Scheduler
 from engine.speculate import PromptLookup, Speculation
 from engine.step import SampledToken, StepPlan, StepResult
 from tests.engine.fake_drafts import SOURCES
-from tests.engine.fake_runner import EOS, NAN, FakeAdapter, FakePending, FakeRunner, engine_info, expected
+from tests.engine.fake_runner import (
+    EOS,
+    NAN,
+    FakeAdapter,
+    FakePending,
+    FakeRunner,
+    engine_info,
+    expected,
+    prompt_logprob,
+)
 
 ADAPTERS = ("a", "b", "c", "d")
 BEGINNINGS = ([1, 2, 3, 4, 5, 6] * 4, [1, 2, 3, 4] * 6)  # of prompts; equal up to the fourth token
@@ -289,6 +298,7 @@ def arrivals(draw: st.DrawFn) -> list[Arrival]:
             seed=number,
             ignore_eos=draw(st.booleans()),
             stop_token_ids=draw(st.sampled_from([(), (3, 5, 11)])),
+            prompt_logprobs=draw(st.sampled_from([None, None, 0])),
         )
         begin = BEGINNINGS[draw(st.integers(0, 1))][: draw(st.integers(0, 20))]
         prompt = begin + draw(st.lists(st.integers(0, NAN), min_size=1, max_size=8))  # NAN: some fail
@@ -400,6 +410,13 @@ def test_whatever_arrives_nothing_leaks_all_end_once_in_turn_and_with_the_same_t
         assert [event.finish_reason is not None for event in events] == [False] * (len(events) - 1) + [True]
         tokens = [token for event in events for token in event.token_ids]
         oracle, last = expected(arrival.request, info), events[-1]
+        scores = [each for event in events for each in event.prompt_logprobs or []]
+        prompt = arrival.request.prompt_token_ids
+        wanted = [prompt_logprob(prompt[:at], prompt[at]) for at in range(1, len(prompt))]
+        if arrival.request.sampling.prompt_logprobs is None:
+            assert not scores
+        else:
+            assert scores == (wanted if tokens else wanted[: len(scores)])
         if last.finish_reason is FinishReason.CANCELLED:
             assert tokens == oracle.token_ids[: len(tokens)]
         else:
