@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 
 from engine.adapters import LoadedAdapter
 from engine.kv.prefix import Prefix
@@ -114,8 +116,9 @@ class WaitingLine:
         return self._plain[0] if self._plain else None
 
     def first_few(self, count: int, *, plain: bool) -> list[Sequence]:
-        """The first `count` in order, of all or of those without an adapter; walks the line."""
-        return heapq.nsmallest(count, self._plain if plain else [*self._plain, *self._adapted])
+        """The first `count` in order, of all or of those without an adapter; takes time with `count` alone."""
+        heaps = (self._plain,) if plain else (self._plain, self._adapted)
+        return list(islice(heapq.merge(*map(_in_order, heaps)), count))
 
     @property
     def waiting_since(self) -> float | None:
@@ -139,3 +142,13 @@ class WaitingLine:
 
     def _heap_of(self, sequence: Sequence) -> list[Sequence]:
         return self._plain if sequence.adapter is None else self._adapted
+
+
+def _in_order(heap: list[Sequence]) -> Iterator[Sequence]:
+    """All of a heap, the first one first: who comes next stands below one that has come."""
+    below = [(heap[0], 0)] if heap else []
+    while below:
+        first, index = heapq.heappop(below)
+        yield first
+        for child in range(2 * index + 1, min(2 * index + 3, len(heap))):
+            heapq.heappush(below, (heap[child], child))
