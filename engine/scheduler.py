@@ -40,7 +40,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from bisect import insort
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -49,6 +48,7 @@ from msgspec.structs import replace
 
 from engine.adapters import Adapters, LoadedAdapter
 from engine.errors import InvalidRequestError
+from engine.holdings import Holdings
 from engine.kv.pages import PagePool
 from engine.kv.prefix import Prefix
 from engine.request import FinishReason, Request, TokenEvent, TokenLogprob
@@ -82,7 +82,6 @@ class Scheduler:
         prefix_caching: bool = True,
         speculation: Speculation | None = None,
     ) -> None:
-        self._pool = pool
         self._page_size = page_size
         self._budget = max_batch_tokens
         self._max_model_len = max_model_len
@@ -92,12 +91,10 @@ class Scheduler:
         self._eos = frozenset(eos_token_ids)
         self._prefix_caching = prefix_caching
         self._adapters = adapters if adapters is not None else Adapters(slots=0)
+        self._holdings = Holdings(pool, self._adapters, page_size, max_batch_size)
         self.waiting = WaitingLine()
-        self._running: list[Sequence] = []  # sorted by order
         self._by_id: dict[str, Sequence] = {}
         self._max_rows = max_batch_size
-        self._rows = list(range(max_batch_size - 1, -1, -1))
-        self._released: list[int] = []
         self._in_flight: deque[list[Sequence]] = deque()  # of each step, in the order of its work
         self._arrivals = 0
         self.preemptions = 0
@@ -111,11 +108,11 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """There is something to compute, or a row to be released."""
-        return bool(self._by_id or self._released)
+        return bool(self._by_id) or self._holdings.has_released
 
     @property
     def num_running(self) -> int:
-        return len(self._running)
+        return len(self._holdings.running)
 
     def submit(self, request: Request, seed: int, now: float, adapter: LoadedAdapter | None = None) -> None:
         """Queue a request that `engine.request.validate_request` has passed: it fits into an empty pool.
@@ -149,10 +146,8 @@ class Scheduler:
 
     def check(self) -> None:
         """Raise AssertionError unless every page and row is where it belongs. For tests and idle moments."""
-        self._pool.check(page for sequence in self._running for page in sequence.pages)
-        rows = [*self._rows, *(sequence.row for sequence in self._running if sequence.row is not None)]
-        assert sorted(rows) == list(range(self._max_rows)), "a row is lost or given out twice"
-        assert len(self._by_id) == len(self._running) + len(self.waiting), "a request is lost"
+        self._holdings.check()
+        assert len(self._by_id) == self.num_running + len(self.waiting), "a request is lost"
 
     # -- planning ----------------------------------------------------------------------------------------------
 
@@ -163,7 +158,7 @@ class Scheduler:
             return StepPlan([])
         self._make_way(now)
         agenda = Agenda(self._budget)
-        growing = [sequence for sequence in self._running if self._tokens_left(sequence) > sequence.coming]
+        growing = [sequence for sequence in self._holdings.running if self._tokens_left(sequence) > sequence.coming]
         # Decodes first: a long prompt must not hold up the streams that are already flowing.
         decoding = [sequence for sequence in growing if sequence.behind == 1]
         prefilling = [sequence for sequence in growing if sequence.behind > 1]
@@ -177,8 +172,8 @@ class Scheduler:
             self._admit(agenda, newcomer, now)
         if self._speculation is not None and self._patience.lasts:
             self._speculate(agenda, self._speculation)
-        released, self._released = self._released, []
-        plan = StepPlan(list(agenda.work.values()), agenda.admitted, released, self._adapters.take_fills())
+        released, fills = self._holdings.take_released(), self._adapters.take_fills()
+        plan = StepPlan(list(agenda.work.values()), agenda.admitted, released, fills)
         if not plan.is_empty:
             self._launch(agenda.work)
         return plan
@@ -198,23 +193,24 @@ class Scheduler:
 
         Nobody gives way to who could not run even so (as far as pages tell that others hold as well).
         """
-        if not (self.waiting and self._running and self.waiting.first.outranks(self._running[-1])):
+        holdings, running = self._holdings, self._holdings.running
+        if not (self.waiting and running and self.waiting.first.outranks(running[-1])):
             return
-        rows, pages, budget, newcomers = len(self._rows), self._pool.num_free, self._budget, 0
-        for newcomer in self.waiting.first_few(self._max_rows, plain=not self._has_slot(self.waiting.first)):
-            if not self._has_slot(newcomer):
+        rows, pages, budget, newcomers = holdings.free_rows, holdings.free_pages, self._budget, 0
+        for newcomer in self.waiting.first_few(self._max_rows, plain=not holdings.has_slot(self.waiting.first)):
+            if not holdings.has_slot(newcomer):
                 return
-            lower = [sequence for sequence in self._running if newcomer.outranks(sequence)]
+            lower = [sequence for sequence in running if newcomer.outranks(sequence)]
             most = pages + sum(len(sequence.pages) for sequence in lower)
-            needed = self._pages_to_take(newcomer) + len(self._running) - len(lower) + newcomers
+            needed = holdings.pages_to_take(newcomer) + len(running) - len(lower) + newcomers
             if not lower or needed > most:
                 return
-            while lower and (not rows or self._pages_to_take(newcomer) + len(self._running) + newcomers > pages):
-                free = self._pool.num_free
+            while lower and (not rows or holdings.pages_to_take(newcomer) + len(running) + newcomers > pages):
+                free = holdings.free_pages
                 self._preempt(lower.pop(), now)
-                rows, pages = rows + 1, pages + self._pool.num_free - free
-            rows, pages, newcomers = rows - 1, pages - self._pages_to_take(newcomer), newcomers + 1
-            budget -= len(newcomer.tokens) - len(self._found(newcomer)) * self._page_size
+                rows, pages = rows + 1, pages + holdings.free_pages - free
+            rows, pages, newcomers = rows - 1, pages - holdings.pages_to_take(newcomer), newcomers + 1
+            budget -= holdings.tokens_to_compute(newcomer)
             if rows < 0 or budget <= 0:
                 return
 
@@ -230,10 +226,10 @@ class Scheduler:
                 return
             if agenda.admitted:
                 return
-            victim = self._running[-1]
+            victim = self._holdings.running[-1]
             if (lost := agenda.work.pop(victim, None)) is not None:
                 agenda.budget += len(lost.token_ids)
-                self._pool.forget(victim.pages[lost.start // self._page_size :])
+                self._holdings.forget_pages(victim, lost.start)
             self._preempt(victim, now)
 
     def _next(self, agenda: Agenda) -> Sequence | None:
@@ -244,65 +240,32 @@ class Scheduler:
         One page is left for each that runs: without it the newcomer would soon be pre-empted by those who grow, and
         computed twice. The rule cannot block: an empty batch needs no such reserve, and uses no slot.
         """
-        if not (agenda.budget and self.waiting and self._rows):
+        if not (agenda.budget and self.waiting and self._holdings.free_rows):
             return None
         first: Sequence | None = self.waiting.first
-        if first is not None and not self._has_slot(first):
+        if first is not None and not self._holdings.has_slot(first):
             first = self.waiting.first_plain
         if first is None or first.in_flight:
             return None
-        needed = self._pages_to_take(first) + len(self._running)
-        return first if needed <= self._pool.num_free else None
-
-    def _has_slot(self, sequence: Sequence) -> bool:
-        """It needs no slot, or there is one for its adapter."""
-        return sequence.adapter is None or self._adapters.has_room(sequence.adapter)
-
-    def _found(self, sequence: Sequence) -> list[int]:
-        """Pages that hold the beginning of a sequence already, as many as it may have."""
-        pages: list[int] = []
-        if sequence.prefix is not None:
-            for number in range(sequence.shareable // self._page_size):
-                if (page := self._pool.find(sequence.prefix.key(number))) is None:
-                    break
-                pages.append(page)
-        return pages
-
-    def _pages_to_take(self, sequence: Sequence) -> int:
-        """Free pages that one who waits needs for all its tokens: those that it finds held by others are not free."""
-        held = sum(self._pool.is_held(page) for page in self._found(sequence))
-        return self._pages_for(len(sequence.tokens)) - held
-
-    def _pages_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._page_size)
+        needed = self._holdings.pages_to_take(first) + self.num_running
+        return first if needed <= self._holdings.free_pages else None
 
     def _room(self, sequence: Sequence, budget: int) -> int:
         """How many tokens the sequence can compute: those it is behind, as far as budget and pages go."""
-        pages = len(sequence.pages) + self._pool.num_free
-        return min(sequence.behind, budget, pages * self._page_size - sequence.computed)
+        return min(sequence.behind, budget, self._holdings.room(sequence) - sequence.computed)
 
     def _advance(self, agenda: Agenda, sequence: Sequence, count: int, found: Iterable[int] = ()) -> None:
         """Plan the next `count` tokens of a sequence and take pages for them, behind those `found`; there is room."""
         end = sequence.computed + count
-        new_pages = self._pool.take(self._pages_for(end) - len(sequence.pages))
-        assert new_pages is not None
+        new_pages = self._holdings.grow(sequence, end)
         assert sequence.row is not None
-        sequence.pages += new_pages
         tokens = sequence.tokens[sequence.computed : end] or [LAST_SAMPLED]
         sample = end == sequence.length
         targets = self._targets(sequence, end)
         work = RowWork(sequence.row, sequence.computed, tokens, [*found, *new_pages], sample, targets)
         agenda.work[sequence] = work
         agenda.budget -= count
-        self._name_pages(sequence, end)
-
-    def _name_pages(self, sequence: Sequence, end: int) -> None:
-        """Let others find the pages that are full of known tokens when `end` of them are computed."""
-        if sequence.prefix is not None:
-            full = min(end, len(sequence.tokens)) // self._page_size
-            for number in range(sequence.named, full):
-                self._pool.name(sequence.pages[number], sequence.prefix.key(number))
-            sequence.named = full
+        self._holdings.name_pages(sequence, end)
 
     def _speculate(self, agenda: Agenda, speculation: Speculation) -> None:
         """Put drafts behind the known tokens of rows that decode, as far as they pay, out of what all others left."""
@@ -311,15 +274,13 @@ class Scheduler:
         for sequence, work in agenda.work.items():
             if sequence.drafter is None or not work.sample or len(work.token_ids) > 1 or sequence.coming:
                 continue
-            known, spare = len(sequence.tokens), max(0, self._pool.num_free - len(self._running))  # as for a newcomer
-            room = (len(sequence.pages) + spare) * self._page_size - known
+            known = len(sequence.tokens)
+            room = self._holdings.room(sequence, spare=self.num_running) - known  # as for a newcomer
             limit = min(speculation.max_tokens, agenda.budget, logits, room, self._tokens_left(sequence) - 1)
             drafts = sequence.drafter.propose(sequence.tokens, limit, step) if limit > 0 else []
             if not drafts:
                 continue
-            pages = self._pool.take(max(0, self._pages_for(known + len(drafts)) - len(sequence.pages)))
-            assert pages is not None
-            sequence.pages += pages
+            pages = self._holdings.grow(sequence, known + len(drafts))
             agenda.work[sequence] = dataclasses.replace(
                 work, token_ids=work.token_ids + drafts, new_pages=work.new_pages + pages, drafts=len(drafts)
             )
@@ -329,7 +290,7 @@ class Scheduler:
     def _waits_for_tokens(self) -> bool:
         """Drafts are in flight, or likely to pay behind tokens that are coming. Then all wait for those: rows that are
         left out of a step would fall behind the others."""
-        guessable = [each for each in self._running if each.coming and each.drafter is not None]
+        guessable = [each for each in self._holdings.running if each.coming and each.drafter is not None]
         return bool(guessable) and (self._patience.wait() or any(sequence.guessing for sequence in guessable))
 
     def _tokens_left(self, sequence: Sequence) -> int:
@@ -347,22 +308,17 @@ class Scheduler:
     def _admit(self, agenda: Agenda, sequence: Sequence, now: float) -> None:
         """Give a row to one that waits, and the pages that it finds; plan its first work."""
         self.waiting.remove(sequence)
-        sequence.row = self._rows.pop()
-        found = self._found(sequence)
-        self._pool.hold(found)
-        sequence.pages, sequence.named = list(found), len(found)
-        sequence.computed = len(found) * self._page_size
+        slot = self._holdings.enter(sequence)
+        assert sequence.row is not None
         if sequence.started is None:
             sequence.started = now
             sequence.cached = sequence.computed
             sequence.drafter = self._drafter(sequence)
             self.prefix_query_tokens += sequence.num_prompt
             self.prefix_hit_tokens += sequence.cached
-        insort(self._running, sequence)
         prompt, output = sequence.tokens[: sequence.num_prompt], sequence.tokens[sequence.num_prompt :]
-        slot = None if sequence.adapter is None else self._adapters.enter(sequence.adapter)
         agenda.admitted.append(RowInit(sequence.row, sequence.request.sampling, sequence.seed, prompt, output, slot))
-        self._advance(agenda, sequence, self._room(sequence, agenda.budget), found)
+        self._advance(agenda, sequence, self._room(sequence, agenda.budget), list(sequence.pages))
 
     def _drafter(self, sequence: Sequence) -> Drafter | None:
         """None where penalties make logits depend on the tokens that are chosen: then no guess can run ahead."""
@@ -371,21 +327,9 @@ class Scheduler:
         return Drafter(self._speculation.source(len(sequence.tokens) + self._tokens_left(sequence)))
 
     def _preempt(self, sequence: Sequence, now: float) -> None:
-        self._free(sequence)
+        self._holdings.leave(sequence)
         self.waiting.push(sequence, now)
         self.preemptions += 1
-
-    def _free(self, sequence: Sequence) -> None:
-        """Take a running sequence's row, pages and part in a slot away."""
-        assert sequence.row is not None
-        self._running.remove(sequence)
-        self._pool.give_back(sequence.pages)
-        sequence.pages, sequence.named, sequence.computed = [], 0, 0
-        self._rows.append(sequence.row)
-        self._released.append(sequence.row)
-        sequence.row = None
-        if sequence.adapter is not None:
-            self._adapters.leave(sequence.adapter)
 
     # -- committing --------------------------------------------------------------------------------------------
 
@@ -481,9 +425,9 @@ class Scheduler:
     def _end(self, sequence: Sequence, reason: FinishReason, now: float, **details: object) -> TokenEvent:
         """Remove a request, wherever it is, and make its terminal event."""
         if reason is FinishReason.ERROR:  # whatever made its numbers wrong, nobody else shall have them
-            self._pool.forget(sequence.pages)
+            self._holdings.forget_tokens(sequence)
         if sequence.row is not None:
-            self._free(sequence)
+            self._holdings.leave(sequence)
         else:
             self.waiting.remove(sequence)
         sequence.ended = True

@@ -11,7 +11,8 @@ The pool knows numbers and keys only: the tensors are `engine.model.cache`, the 
                       └─ kept: free, and still found ──take, when no page is blank: the least recently used──► held
 
 Pages without a key are reused last in, first out, so that a small working set stays in the caches of the CPU. Of the
-pages of one sequence the first are kept longest: the others are of no use without them.
+pages of one sequence the first are kept longest: the others are of no use without them. What is forgotten loses its
+key; a kept page is blank then.
 """
 
 from __future__ import annotations
@@ -87,10 +88,13 @@ class PagePool:
         return self._holders[page] > 0
 
     def forget(self, pages: Iterable[int]) -> None:
-        """These pages, which somebody holds, do not contain what their keys say: nothing finds them any more."""
+        """These pages do not contain what their keys say: nothing finds them any more."""
         for page in pages:
             if (key := self._key_of.pop(page, None)) is not None:
                 del self._page_of[key]
+                if page in self._kept:
+                    del self._kept[page]
+                    self._blank.append(page)
 
     def _evict(self) -> int:
         page, _ = self._kept.popitem(last=False)

@@ -186,7 +186,7 @@ def test_whoever_was_preempted_is_not_admitted_before_what_is_in_flight_for_it_h
     ahead = Ahead(each)
     ahead.step()
     scheduler = ahead.core._scheduler
-    scheduler._preempt(scheduler._running[0], now=0.0)
+    scheduler._preempt(scheduler._holdings.running[0], now=0.0)
     ahead.step()
     assert (ahead.runner.plans[1].released, ahead.runner.plans[1].admitted) == ([0], [])
     ahead.step()

@@ -37,8 +37,14 @@ class Model:
         named = set(self.names.values())
         self.freed += [page for page in reversed(pages) if page not in self.held and page in named]
 
+    def forgotten(self, pages: list[int]) -> None:
+        self.names = {key: page for key, page in self.names.items() if page not in pages}
+        self.freed = [page for page in self.freed if page not in pages]
 
-MOVES = st.lists(st.tuples(st.sampled_from(["take", "give", "name", "hold", "forget"]), st.integers(0, 8)), max_size=80)
+
+MOVES = st.lists(
+    st.tuples(st.sampled_from(["take", "give", "name", "hold", "forget", "forget key"]), st.integers(0, 8)), max_size=80
+)
 
 
 @given(num_pages=st.integers(0, 20), moves=MOVES)
@@ -68,7 +74,10 @@ def test_whatever_happens_pages_are_held_exactly_and_found_until_they_are_taken_
             model.freed = [page for page in model.freed if page != found]
         elif move == "forget" and owner:
             pool.forget(owner)
-            model.names = {key: page for key, page in model.names.items() if page not in owner}
+            model.forgotten(owner)
+        elif move == "forget key" and (found := pool.find(key)) is not None:
+            pool.forget([found])  # it may be free
+            model.forgotten([found])
         assert {key: pool.find(key) for key in model.names} == model.names
         assert sum(pool.find(str(other).encode()) is not None for other in range(9)) == len(model.names)
         used = len(set(model.held))
@@ -114,6 +123,17 @@ def test_a_page_that_is_used_again_outlives_one_that_was_not() -> None:
     pool.give_back([used])
     pool.take(1)
     assert (pool.find(b"used"), pool.find(b"not")) == (used, None)
+
+
+def test_a_page_that_is_forgotten_while_it_is_kept_is_blank() -> None:
+    pool = PagePool(2)
+    pages = pool.take(2)
+    assert pages is not None
+    pool.name(pages[0], b"key")
+    pool.give_back(pages)
+    pool.forget([pages[0]])
+    pool.check([])
+    assert pool.take(2) is not None
 
 
 @pytest.mark.parametrize("damage", ["held", "_blank", "_kept", "_page_of", "_key_of", "_holders"])

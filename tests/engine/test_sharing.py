@@ -170,6 +170,19 @@ def test_the_pages_of_one_whose_numbers_are_wrong_are_not_found() -> None:
     assert starts(driver) == [0]
 
 
+def test_nor_are_those_of_one_that_was_pre_empted_before_its_numbers_were_known() -> None:
+    driver = Driver(page_size=4, max_batch_tokens=100)
+    driver.submit(ask("broken", TEXT[:8]), request("other", 1))
+    plan = driver.scheduler.plan(0.0)
+    driver.scheduler._preempt(driver.scheduler._holdings.running[0], now=0.0)
+    driver.scheduler.commit(plan, StepResult([SampledToken(0, -1, failed="not numbers"), SampledToken(1, 9)]), 0.0)
+    driver.scheduler.check()
+    driver.submit(ask("next", [*TEXT[:8], 1]))
+    driver.step()
+    assert starts(driver) == [1, 0]
+    driver.scheduler.check()
+
+
 def test_a_page_is_not_found_if_the_step_that_should_have_filled_it_was_not_done() -> None:
     driver = Driver(token=9, page_size=1, kv_pages=18, max_batch_tokens=5)
     driver.submit(ask("other", [*TEXT[:2], 7]))
@@ -184,7 +197,7 @@ def test_a_page_is_not_found_if_the_step_that_should_have_filled_it_was_not_done
     victim = driver.scheduler.waiting.first
     assert len(victim.tokens) == computed + 1  # what it has not computed was planned, and taken out of the step
     driver.submit(ask("next", [*victim.tokens, 1]))
-    assert len(driver.scheduler._found(driver.scheduler._by_id["next"])) <= computed
+    assert len(driver.scheduler._holdings.found(driver.scheduler._by_id["next"])) <= computed
 
 
 def test_a_pre_empted_request_finds_its_pages_again_and_says_what_it_found_first() -> None:
