@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from engine.config import ModelConfig
-from engine.errors import EngineError
+from engine.errors import EngineConfigError, EngineError
 from engine.schemes import SCHEMES
 from engine.wire import Failed
 
@@ -69,7 +69,7 @@ class Weights(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         parameters: numbers stored, a tied head counted once.
         nbytes: what the weights of a rank take in each precision of `engine.schemes.SCHEMES`.
-        refused: precision -> why this file cannot be kept so.
+        refused: precision -> why this file cannot be kept so; all of them where so many ranks cannot share the model.
     """
 
     model: ModelConfig
@@ -103,7 +103,7 @@ def probe(device_name: str, dtype_name: str, model: str | None, ranks: int = 1) 
     """Look at this machine, and into the files of a model. Imports torch.
 
     Raises:
-        EngineConfigError: there is no such device or dtype here, or so many ranks cannot share the model.
+        EngineConfigError: there is no such device or dtype here.
         CheckpointError: the model cannot be opened.
     """
     from engine.checkpoint import open_checkpoint
@@ -158,13 +158,16 @@ def _weights(checkpoint: Checkpoint, dtype: torch.dtype, ranks: int) -> Weights:
     from engine.model.footprint import checkpoint_bytes
     from engine.parallel.checkpoint import RankCheckpoint
 
-    source = _FirstRows(checkpoint if ranks == 1 else RankCheckpoint(checkpoint, 0, ranks))
     nbytes, refused = {}, {}
-    for precision, scheme in SCHEMES.items():
-        try:
-            nbytes[precision] = checkpoint_bytes(source, scheme, dtype)
-        except EngineError as error:
-            refused[precision] = str(error)
+    try:
+        source = _FirstRows(checkpoint if ranks == 1 else RankCheckpoint(checkpoint, 0, ranks))
+        for precision, scheme in SCHEMES.items():
+            try:
+                nbytes[precision] = checkpoint_bytes(source, scheme, dtype)
+            except EngineError as error:
+                refused[precision] = str(error)
+    except EngineConfigError as error:
+        refused = dict.fromkeys(SCHEMES, str(error))
     return Weights(model=checkpoint.config, parameters=checkpoint.num_parameters, nbytes=nbytes, refused=refused)
 
 

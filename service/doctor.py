@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from engine.parallel.share import share_of
 from engine.probe import Found, Weights
 from engine.schemes import SCHEMES
 from service.models import catalog
@@ -101,13 +102,14 @@ def examine(values: Mapping[str, Any], elsewhere: Place | None) -> Examination:
 
     Raises:
         StoreError: the model is not known, or not here and of unknown shape.
-        EngineError: the model cannot be opened, or the settings are wrong for any model.
+        EngineError: the model cannot be opened or divided among so many ranks, or the settings are wrong for any model.
     """
     store = ModelStore.default()
     path = _path(store, values["model"])
     ranks = values["tensor_parallel_size"]
     found = look(path, *_device(values, elsewhere), ranks) if elsewhere is None or path else None
     subject = _subject(values["model"], found.weights if found else None)
+    share_of(subject.shape, ranks)  # once, instead of as the reason of every precision
     place = _place(elsewhere, found, values)
     options = engine_config(path or Path("-"), values)
     kvs = [options.kv_precision] if options.kv_precision != "auto" else ["auto", "fp8"]
@@ -130,7 +132,10 @@ def examine(values: Mapping[str, Any], elsewhere: Place | None) -> Examination:
 
 
 def list_profiles(models: Sequence[str], elsewhere: Sequence[Place | None], values: Mapping[str, Any]) -> list[Profile]:
-    """Profiles of these models at these places. Raises what `examine` raises."""
+    """Profiles of these models at these places, also of those that so many ranks cannot share: they do not fit.
+
+    Raises what `examine` raises otherwise.
+    """
     store = ModelStore.default()
     options = engine_config(Path("-"), values)
     here = look(None, *_device(values, None)) if None in elsewhere else None

@@ -272,7 +272,7 @@ async def _interleave(
         pending = {asyncio.ensure_future(anext(stream, None)): stream for stream in streams}
         while pending:
             done, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
+            for task in [each for each in pending if each in done]:  # of one step the first completion comes first
                 stream = pending.pop(task)
                 if (event := task.result()) is not None:
                     yield event

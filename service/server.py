@@ -195,10 +195,11 @@ class Server:
         # Not the port's own grace period: an open Watch or an idle stream would last until its limit.
         idle, hurry = asyncio.ensure_future(self.model.idle.wait()), asyncio.ensure_future(self._hurry.wait())
         await asyncio.wait({idle, hurry}, timeout=self._config.drain_timeout, return_when=asyncio.FIRST_COMPLETED)
+        lost = self.model.in_flight
         await grpc_server.stop(LAST_WORDS_SECONDS if idle.done() else 0)
         idle.cancel()
         hurry.cancel()
-        log.info("stopped", extra={"lost": self.model.in_flight})
+        log.info("stopped", extra={"lost": lost})
         return EXIT_DRAINED if engine.failure is None else EXIT_ENGINE_LOST
 
 

@@ -127,6 +127,7 @@ def test_a_reason_says_which_keys_and_values_it_is_about() -> None:
         (("doctor", "hf://org/name", "--gpu", "h100"), 1, "hf://org/name: not in the store"),
         (("doctor", "mistral-nmeo-12b"), 1, "did you mean mistral-nemo-12b"),
         (("doctor", "mistral-nemo-12b", "--gpu", "h100", "--precision", "fp4"), 2, "must be one of auto, bf16"),
+        (("doctor", "mistral-nemo-12b", "--gpu", "h100", "--tensor-parallel-size", "7"), 1, "7 must divide"),
         (("profiles", "--gpu", "mi300x"), 2, "--memory GiB plans for any other"),
     ],
 )

@@ -118,6 +118,12 @@ async def test_n_completions_share_one_started_and_end_once_each() -> None:
     assert [text(events, index) for index in range(4)] == ["abc"] * 4
 
 
+async def test_of_what_comes_together_the_first_completion_comes_first() -> None:
+    """So `Started` tells of the one that was queued and computed for all."""
+    events = await run(FakeEngine(b"ab"), ask(n=16, sampling={"max_tokens": 2}))
+    assert [event.index for event in events if isinstance(event, Delta)] == [*range(16)] * 2
+
+
 async def test_deltas_are_whole_characters_and_carry_every_token() -> None:
     events = await run(FakeEngine("é🚆".encode()), ask(sampling={"max_tokens": 6}))
     deltas = [event for event in events if isinstance(event, Delta)]

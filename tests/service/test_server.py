@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -115,7 +116,10 @@ async def test_draining_finishes_what_was_accepted_and_refuses_the_rest(tmp_path
 
 
 @pytest.mark.parametrize("how", ["drain limit", "second signal"])
-async def test_draining_ends_at_its_limit_or_at_a_second_signal(tmp_path: Path, how: str) -> None:
+async def test_draining_ends_at_its_limit_or_at_a_second_signal(
+    tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     async with living(config(tmp_path, drain_timeout=0.2 if how == "drain limit" else 60.0)) as life:
         call = await life.accepted()
         life.server.stop()
@@ -126,6 +130,8 @@ async def test_draining_ends_at_its_limit_or_at_a_second_signal(tmp_path: Path, 
         assert lost.value.code() == grpc.StatusCode.UNAVAILABLE
         assert await asyncio.wait_for(life.end, 10) == 0
         assert len(life.engine.cancelled) == 1
+    [stopped] = [record for record in caplog.records if record.message == "stopped"]
+    assert stopped.lost == 1  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("draining", [False, True])
