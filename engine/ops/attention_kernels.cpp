@@ -232,9 +232,7 @@ void attend_tile(const Attention<T, C>& a, const Span& span, int64_t tile, const
                  Scratch<X>& s, Part part) {
     const int n = places.n, columns = (n + kLanes - 1) / kLanes * kLanes;
     const int depth = int((a.dim + kPair<X> - 1) / kPair<X> * kPair<X>);
-    const auto keys = [&](int k, int64_t column) {
-        return load_vec((const float*)s.keys.data() + k / kPair<X> * kKeys + column);
-    };
+    const auto keys = [from = (const float*)s.keys.data()](int k) { return from + k / kPair<X> * kKeys; };
     for (int j = 0; j < n; j += kKeys) {
         const int some = std::min(columns - j, kKeys);
         read_keys(a, places.at + j, some, s);
@@ -260,16 +258,14 @@ void attend_tile(const Attention<T, C>& a, const Span& span, int64_t tile, const
                 soften(s.scores.data() + r * kTile, part.peak[r], kCoded<C> ? value_scales : nullptr, columns);
     }
 
-    const auto ask = [&](int k, int64_t column, int64_t count) {
-        fetch(a.cache.keys + next.at[k] * a.dim + column, count);
+    const auto ask = [from = a.cache.keys, at = next.at, dim = a.dim](int k, int64_t column, int64_t count) {
+        fetch(from + at[k] * dim + column, count);
     };
     for (int k = n; k < next.n; k++) ask(k, 0, a.dim);  // and the others one by one with the values
     for (int k = 0; kCoded<C> && k < next.n; k += kLanes)
         fetch(a.cache.key_scales + next.at[k], kLanes), fetch(a.cache.value_scales + next.at[k], kLanes);
     if (span.rows <= kFewRows && a.dim % kLanes == 0) {
-        const auto values = [&](int k, int64_t column) {
-            return load_vec(a.cache.values + places.at[k] * a.dim + column);
-        };
+        const auto values = [from = a.cache.values, at = places.at, dim = a.dim](int k) { return from + at[k] * dim; };
         return multiply(s.scores.data(), kTile, values, ask, part.values, s.dim, span.rows, n, a.dim);
     }
     for (int k = 0; k < n; k++) {
@@ -277,7 +273,7 @@ void attend_tile(const Attention<T, C>& a, const Span& span, int64_t tile, const
         widen(a.cache.values + places.at[k] * a.dim, s.values.data() + k * s.dim, a.dim);
         std::fill_n(s.values.data() + k * s.dim + a.dim, s.dim - a.dim, 0.0f);
     }
-    const auto values = [&](int k, int64_t column) { return load_vec(s.values.data() + k * s.dim + column); };
+    const auto values = [from = (const float*)s.values.data(), dim = s.dim](int k) { return from + k * dim; };
     multiply(s.scores.data(), kTile, values, kAskNothing, part.values, s.dim, span.rows, n, s.dim);
 }
 

@@ -10,8 +10,8 @@ template <typename X>
 constexpr int kPair = sizeof(X) == 2 ? 2 : 1;  // inputs that are multiplied together: what fills 32 bits
 
 // out[r][0..16*NV) = sum_k a[r][k] * b(k)[0..16*NV) for ROWS rows, the sums held in registers: left to itself, GCC keeps
-// them in memory, at four times the time. b is called for every kPair-th k, and gives vectors of so many inputs of 16
-// outputs; ask(k, column, columns) is called before it, for what memory can do in the meantime.
+// them in memory, at four times the time. b(k) is where the row of every kPair-th k begins, so many inputs of each output;
+// ask(k, column, columns) is called before it, for what memory can do in the meantime.
 
 inline Vec multiply_pair(const float* a, Vec b, Vec sum) { return multiply_add(splat(*a), b, sum); }
 #ifdef __AVX512BF16__
@@ -28,9 +28,10 @@ __attribute__((noinline)) void multiply_block(const X* a, int64_t lda, const B& 
     Vec sum[ROWS][NV] = {};
     for (int k = 0; k < depth; k += kPair<X>) {
         ask(k, column, NV * kLanes);
+        const auto* from = b(k) + column;
 #pragma GCC unroll 4
         for (int v = 0; v < NV; v++) {
-            const Vec row = b(k, column + v * kLanes);
+            const Vec row = load_vec(from + v * kLanes);
 #pragma GCC unroll 4
             for (int r = 0; r < ROWS; r++) sum[r][v] = multiply_pair(a + r * lda + k, row, sum[r][v]);
         }
