@@ -319,7 +319,8 @@ def _combine(
 def attention(
     query: Tensor, cache: LayerCache, batch: AttentionBatch, window: int | None, capability: tuple[int, int]
 ) -> Tensor:
-    """As `Ops.attention`. Sequences of few new tokens and of many are two launches: each passes over the other's.
+    """As `Ops.attention`. Sequences of few new tokens and of many are two launches: each passes over the other's, and
+    there is one where a look at the batch's list says that all are many.
 
     A sequence without a context (padding of a captured graph) gets zeros.
 
@@ -333,7 +334,8 @@ def attention(
     few = max(1, min(FEW_QUERIES, FEW_ROWS // group))
     sequences, longest = len(batch.context_lens), batch.max_query_len
     fp8 = cache.key_scales is not None
-    if longest <= few or tokens < sequences * longest:  # else all are of the same length, and many
+    alike = batch.query_starts_list and tokens == sequences * longest  # a recorded batch has no list: it may be any
+    if longest <= few or not alike:
         block = 1 if longest == 1 else few
         tile = few_tile(max(16, triton.next_power_of_2(block * group)), head_dim, query.dtype)
         _launch(query, cache, batch, window, out, capability, tile, block, few, sequences, is_few=True)

@@ -147,6 +147,16 @@ def test_a_batch_made_for_a_larger_graph_gives_the_same(programs: int, monkeypat
     assert (out[2:] == 0).all()
 
 
+@pytest.mark.parametrize("queries", [1, FEW_QUERIES, FEW_QUERIES + 1])
+def test_a_launch_that_was_recorded_for_many_drafts_serves_few(queries: int) -> None:
+    torch.manual_seed(14)
+    case = make_case([(20, queries)], 1, 16, 16, torch.float32)
+    query = torch.randn(16, 4, 16)
+    recorded = replace(case.batch, max_query_len=16, query_starts_list=[], context_lens_list=[])
+    out = attention(query, case.cache, recorded, None, H100)
+    assert_close(out[:queries], REFERENCE.attention(query[:queries], case.cache, case.batch, None))
+
+
 @pytest.mark.parametrize(("programs", "fp8"), [(1, True), (264, False)])
 def test_a_sequence_with_nan_in_its_cache_spoils_itself_and_no_other(
     programs: int, fp8: bool, monkeypatch: pytest.MonkeyPatch
