@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from engine.errors import EngineConfigError
+from engine.limits import LEAST_CAPABILITY
 
 CGROUP = Path("/sys/fs/cgroup")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -63,7 +64,11 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
         EngineConfigError: unknown name.
     """
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" or _cpu_multiplies_bfloat16() else torch.float32
+        if device.type == "cuda":
+            multiplies = torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
+        else:
+            multiplies = _cpu_multiplies_bfloat16()
+        return torch.bfloat16 if multiplies else torch.float32
     if name not in DTYPES:
         raise EngineConfigError(f"dtype: {name!r} must be auto, {' or '.join(DTYPES)}")
     return DTYPES[name]

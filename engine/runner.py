@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +42,7 @@ from engine.speculate import standing
 from engine.step import RowInit, RowWork, StepPlan, StepResult
 
 CPU_WARM_UP_TOKENS = 32  # more than the row counts that kernels treat as few
+GPU_WARM_UP_ROWS = (1, 16, 32, 64)  # up to each of them a matrix product has a kernel of its own, and beyond them
 READ_SHARE = 0.8  # of the time to load; the rest is one step of each kind
 
 
@@ -214,25 +216,49 @@ class Runner:
         return self.launch(plan).result()
 
     def warm_up(self) -> None:
-        """A prefill and the largest decode, and all steps that can be recorded: no request pays for first uses.
+        """All steps that can be recorded, a prefill and the largest decode: no request pays for first uses.
 
-        On a GPU it is the largest prefill, whose memory must be there before a request needs it. On a CPU that would be
-        a minute of a 12 B model's arithmetic, with nothing to learn from it. Before the first request only: it writes
-        into pages and leaves all rows free.
+        On a GPU it is the largest prefill, whose memory must be there before a request needs it; recording comes first,
+        because it gives back what the allocator holds. And it is a step of each kind, since Triton compiles a kernel
+        for seconds where it is launched for the first time. On a CPU the largest prefill would be a minute of a 12 B
+        model's arithmetic, with nothing to learn from it. Before the first request only: it writes into pages and
+        leaves all rows free.
         """
-        info = self.info
-        tokens = min(info.max_batch_tokens, info.max_model_len)
-        if info.device == "cpu":
-            tokens = min(tokens, CPU_WARM_UP_TOKENS)
-        pages = -(-tokens // info.page_size)
-        rows = min(info.max_batch_size, info.kv_pages)
-        prefill = RowWork(row=0, start=0, token_ids=[0] * tokens, new_pages=list(range(pages)), sample=True)
-        self.run(StepPlan(work=[prefill], admitted=[_greedy_row(0)]))
-        decode = [RowWork(row=row, start=0, token_ids=[0], new_pages=[row], sample=True) for row in range(rows)]
-        self.run(StepPlan(work=decode, released=[0], admitted=[_greedy_row(row) for row in range(rows)]))
-        self.run(StepPlan(work=[], released=list(range(rows))))
         if self._graphs is not None:
             self._graphs.record()
+        info = self.info
+        rows = min(info.max_batch_size, info.kv_pages)
+        for step in warm_up_steps(info.device, rows, min(info.max_batch_tokens, info.max_model_len)):
+            pages = list(range(-(-(step.start + step.tokens) // info.page_size)))
+            work = [RowWork(0, step.start, [0] * step.tokens, pages, sample=True)]
+            work += [RowWork(row, 0, [0], [row], sample=True) for row in range(1, step.rows)]
+            self.run(StepPlan(work, admitted=[_greedy_row(row) for row in range(step.rows)]))
+            self.run(StepPlan(work=[], released=list(range(step.rows))))
+
+
+class WarmUpStep(NamedTuple):
+    """The first of `rows` computes `tokens` tokens from position `start` on, the others one token each."""
+
+    rows: int
+    start: int
+    tokens: int
+
+
+def warm_up_steps(device: str, rows: int, tokens: int) -> list[WarmUpStep]:
+    """What `Runner.warm_up` runs: the largest prefill first, whose keys the others read; the largest decode last.
+
+    Args:
+        device: "cpu" or "cuda".
+        rows, tokens: the most of a step.
+    """
+    steps = [WarmUpStep(1, 0, min(tokens, CPU_WARM_UP_TOKENS) if device == "cpu" else tokens)]
+    if device == "cuda":
+        counts = [count for count in GPU_WARM_UP_ROWS if count <= tokens]
+        steps += [WarmUpStep(1, 0, count) for count in (*counts, min(4 * counts[-1], tokens))]  # prompts
+        steps += [WarmUpStep(1, tokens - count, count) for count in (1, 2) if count <= tokens]  # behind a long context
+        steps += [WarmUpStep(2, 0, min(tokens - 1, GPU_WARM_UP_ROWS[1]))] if rows > 1 and tokens > 1 else []  # a mix
+        steps += [WarmUpStep(count, 0, 1) for count in GPU_WARM_UP_ROWS if count < rows]
+    return [*steps, WarmUpStep(rows, 0, 1)]
 
 
 def load_runner(

@@ -11,13 +11,14 @@ import msgspec
 import pytest
 import torch
 
+from engine import runner as runner_module
 from engine.config import EngineConfig
 from engine.errors import EngineConfigError
 from engine.machine import choose_device, choose_dtype, free_memory, usable_cores
 from engine.memory import MemoryPlan
 from engine.model.decoder import Decoder
 from engine.request import SamplingParams
-from engine.runner import Runner
+from engine.runner import Runner, WarmUpStep, warm_up_steps
 from engine.sizing import CacheSize, check_config, size_cache
 from engine.step import RowInit, RowWork, StepPlan
 from tests.engine.oracle import BASE, decoder_of, transformers_model
@@ -134,10 +135,29 @@ def test_tokens_are_the_same_after_preemption(decoder: Decoder, expected: list[l
     assert generate(make_runner(decoder), PROMPTS, random.Random(seed), preempt=0.3) == expected
 
 
-def test_warm_up_leaves_no_trace(decoder: Decoder, expected: list[list[int]]) -> None:
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_warm_up_leaves_no_trace(
+    decoder: Decoder, expected: list[list[int]], device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner_module, "warm_up_steps", lambda _, rows, tokens: warm_up_steps(device, rows, tokens))
     runner = make_runner(decoder)
     runner.warm_up()
     assert generate(runner, PROMPTS, random.Random(0)) == expected
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [(1, 1), (1, 2), (2, 2), (3, 40), (32, 512), (256, 8192)])
+def test_warm_up_on_a_gpu_has_steps_of_every_kind_within_limits(rows: int, tokens: int) -> None:
+    steps = warm_up_steps("cuda", rows, tokens)
+    assert steps[0] == WarmUpStep(1, 0, tokens)
+    assert steps[-1] == WarmUpStep(rows, 0, 1)
+    for step in steps:
+        assert 1 <= step.rows <= rows
+        assert step.tokens >= 1
+        assert 0 <= step.start <= tokens - step.tokens
+        assert step.tokens + step.rows - 1 <= tokens
+    for least, most in ((1, 1), (2, 16), (17, 32), (33, 64)):
+        assert any(least <= step.tokens + step.rows - 1 <= most for step in steps) or tokens < least
+        assert any(least <= step.rows <= most for step in steps) or rows < least
 
 
 def test_a_step_without_work_only_frees_rows(decoder: Decoder) -> None:
@@ -265,6 +285,14 @@ def test_limits_of_a_container_bind(tmp_path: Path) -> None:
     assert usable_cores(tmp_path) == 1
     assert free_memory(torch.device("cpu"), tmp_path) == 2000
     assert free_memory(torch.device("cpu"), tmp_path / "none") > 1 << 20
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [((7, 5), torch.float32), ((8, 0), torch.bfloat16)])
+def test_a_gpu_computes_in_bfloat16_where_it_multiplies_it(
+    capability: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert choose_dtype("auto", torch.device("cuda")) == dtype
 
 
 @pytest.mark.parametrize("choose", [lambda: choose_device("tpu"), lambda: choose_dtype("float16", torch.device("cpu"))])
