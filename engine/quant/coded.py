@@ -87,7 +87,8 @@ class CodedLinear:
             inputs=inputs,
         )
         self._products = products if products is not None and products.takes(self._weight) else None
-        self._units = units and form.bits == 0 and form.group == 0 and not (outputs % 16 or inputs % 16)
+        # They give bfloat16, whose rounding `wide` is there to avoid.
+        self._units = units and not wide and form.bits == 0 and form.group == 0 and not (outputs % 16 or inputs % 16)
         weight = self._weight
         self.nbytes = nbytes(weight.codes, weight.high, weight.scales, weight.mins, bias)
 
@@ -130,7 +131,7 @@ class CodedLinear:
         )
         if self._bias is not None:
             y = y + self._bias
-        return y.float() if self._wide else y.to(x.dtype)
+        return y.to(x.dtype)
 
     def _multiply_decoded(self, x: Activations) -> Tensor:
         numbers, scales = (x, None) if isinstance(x, Tensor) else (x.codes.to(x.dtype), x.scales)

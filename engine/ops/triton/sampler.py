@@ -76,7 +76,7 @@ def _peaks(logits, chunk_peaks, chunk_tokens, block_peaks, vocab, CHUNKS: tl.con
     tl.store(block_peaks + (row * CHUNKS + chunk) * (CHUNK // BLOCK) + block, of_blocks)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows"])
 def _weigh(
     logits,
     rows,
@@ -155,7 +155,7 @@ def _invert(weights, target):
     return found, tl.sum(tl.where(index < found, weights, 0.0), axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows", "positions"])  # two rows of one tensor: of any
 def _choose(
     logits,
     rows,
