@@ -72,6 +72,7 @@ BESIDE: dict[str, Convert] = {
     "include_stop_str_in_output": values.boolean,
     "bad_words": values.strings,
     "lora_name": values.text,
+    "cache_salt": values.text,
 }
 # Accepted where they ask for nothing.
 NEUTRAL: dict[str, Any] = {
@@ -127,6 +128,7 @@ class VllmModel(LlmModel):
             include_stop=read.get("include_stop_str_in_output", False),
             priority=priority(request.priority),
             adapter=self._lora(read.get("lora_name")),
+            cache_salt=read.get("cache_salt", ""),
         )
         return Ask(
             generation=generation,

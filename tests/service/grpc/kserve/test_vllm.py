@@ -193,6 +193,7 @@ async def test_values_may_be_texts(llm: Running, host: FakeHost) -> None:
         "ignore_eos": "false",
         "n": "2",
         "include_stop_str_in_output": "True",
+        "cache_salt": "17",
     }
     await infer(llm, vllm("hi", stream=False, **as_text))
     (request,) = host.requests
@@ -209,7 +210,7 @@ async def test_values_may_be_texts(llm: Running, host: FakeHost) -> None:
         seed=2**64 - 1,
         ignore_eos=False,
     )
-    assert (request.n, request.include_stop) == (2, True)
+    assert (request.n, request.include_stop, request.cache_salt) == (2, True, "17")
 
 
 async def test_lists_and_maps_are_read(llm: Running, host: FakeHost) -> None:
@@ -255,6 +256,7 @@ async def test_bad_words_of_one_token_become_impossible(llm: Running, host: Fake
         ({"stop_token_ids": [1, "x"]}, "stop_token_ids[1]: 'x' must be an integer"),
         ({"logit_bias": {"x": 1}}, "logit_bias: 'x' must be an integer"),
         ({"bad_words": ["long"]}, "bad_words: 'long' takes 4 tokens; only words of one token can be banned"),
+        ({"cache_salt": 17}, "cache_salt: 17 must be a string"),
         ({"n": 0}, "n: 0 must be between 1 and 128"),
         ({"n": 10**9}, "n: 1000000000 must be between 1 and 128"),
         ({"seed": -1}, "seed: -1 must be between 0 and 18446744073709551615"),
