@@ -36,8 +36,9 @@ class AttentionBatch:
 
     Attributes:
         positions: int64 [T], position of each token in its sequence.
-        slots: int64 [T], page * page_size + offset where its key and value go.
-        query_starts: int32 [S + 1], first token of each sequence; the last entry is T.
+        slots: int64 [T], page * page_size + offset where its key and value go. In a recorded step, and nowhere else, -1
+            of padding: it is not written.
+        query_starts: int32 [S + 1], first token of each sequence; the last entry is T, or where padding begins.
         context_lens: int32 [S], tokens in the cache once this step's are written; the new ones are the last of them.
         block_tables: int32 [S, >= pages in use], pages of each sequence.
         max_query_len, max_context_len: the largest of each over the batch.
@@ -137,7 +138,7 @@ class CodedWeight:
 class Ops(Protocol):
     """What a device must offer. Tensors of a call share one floating dtype unless said otherwise; x is [T, width]."""
 
-    replayable: bool  # lengths are read from tensors, never from a batch's lists: launches can be recorded
+    replayable: bool  # launches can be recorded: lengths are read from tensors, and a slot of -1 is not written
 
     def add_rms_norm(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, rounding: Rounding | None = None
