@@ -7,7 +7,6 @@ import logging
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,18 +18,14 @@ from engine.ops import native
 from engine.ops.cpu import CpuOps
 from engine.ops.interface import AttentionBatch, LayerCache
 from engine.ops.native import Kernels, load_kernels
-from engine.ops.reference import ReferenceOps, numbers_of, quantise
+from engine.ops.reference import ReferenceOps, numbers_of
 from tests.compiled import compiled
+from tests.engine.ops.cases import MIXES, in_fp8, make_case
 
 REFERENCE = ReferenceOps()
 DTYPES = [torch.float32, torch.bfloat16]
 HEADS = [(9, 3, 64), (32, 8, 128), (4, 1, 16), (6, 2, 24), (70, 1, 8)]  # heads, kv heads, head_dim
 FP8_HEADS = [(2, 2, 64), (4, 2, 128), (3, 1, 64), (8, 2, 128), (8, 1, 128), (10, 2, 24)]
-MIXES = {  # (context before the step, new tokens) of each sequence
-    "decode": [(0, 1), (63, 1), (64, 1), (130, 1)],
-    "prefill": [(0, 70), (0, 1), (0, 33)],
-    "mixed": [(100, 1), (65, 50), (0, 7), (3, 2), (40, 1), (0, 129)],
-}
 
 
 @pytest.fixture(scope="module")
@@ -46,53 +41,6 @@ def any_ops(request: pytest.FixtureRequest) -> CpuOps:
 
 def kernels(architecture: str = "native") -> Kernels:
     return compiled(threads=2, architecture=architecture)
-
-
-@dataclass
-class Case:
-    batch: AttentionBatch
-    cache: LayerCache
-
-
-def make_case(mix: list[tuple[int, int]], kv_heads: int, dim: int, page_size: int, dtype: torch.dtype) -> Case:
-    """A cache of shuffled pages. What no sequence owns is NaN, so that any read beyond a context shows."""
-    contexts = [past + new for past, new in mix]
-    pages_of = [-(-context // page_size) for context in contexts]
-    total = sum(pages_of) + 3
-    order = torch.randperm(total).tolist()
-    tables = torch.full((len(mix), max(pages_of) + 1), -1, dtype=torch.int32)
-    keys, values = (torch.full((total, kv_heads, page_size, dim), torch.nan, dtype=dtype) for _ in range(2))
-    positions, slots, starts = [], [], [0]
-    for s, (past, new) in enumerate(mix):
-        pages = [order.pop() for _ in range(pages_of[s])]
-        tables[s, : len(pages)] = torch.tensor(pages)
-        for p in range(past + new):
-            page, offset = pages[p // page_size], p % page_size
-            keys[page, :, offset], values[page, :, offset] = torch.randn(2, kv_heads, dim).to(dtype)
-            if p >= past:
-                positions.append(p)
-                slots.append(page * page_size + offset)
-        starts.append(len(positions))
-    batch = AttentionBatch(
-        positions=torch.tensor(positions),
-        slots=torch.tensor(slots),
-        query_starts=torch.tensor(starts, dtype=torch.int32),
-        context_lens=torch.tensor(contexts, dtype=torch.int32),
-        block_tables=tables,
-        max_query_len=max(new for _, new in mix),
-        max_context_len=max(contexts),
-        query_starts_list=starts,
-        context_lens_list=contexts,
-    )
-    return Case(batch, LayerCache(keys, values))
-
-
-def in_fp8(cache: LayerCache) -> LayerCache:
-    """The same in codes. What is not a number stays none, by its scale alone: its codes are the largest number."""
-    (keys, key_scales), (values, value_scales) = quantise(cache.keys), quantise(cache.values)
-    for codes, scales in ((keys, key_scales), (values, value_scales)):
-        codes.view(torch.uint8)[scales.isnan()] = 0x7E
-    return LayerCache(keys, values, key_scales, value_scales)
 
 
 def everything(cache: LayerCache) -> tuple[Tensor, Tensor]:

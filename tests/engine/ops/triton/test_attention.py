@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engine.ops.reference import ReferenceOps
 from engine.ops.triton.attention import FEW_QUERIES, MAX_PARTS, Tile, attention, count_parts, few_tile, many_tile
-from tests.engine.ops.triton.cases import Case, assert_close, in_fp8, make_case
+from tests.engine.ops.cases import Case, assert_close, in_fp8, make_case
 
 REFERENCE = ReferenceOps()
 module = sys.modules["engine.ops.triton.attention"]  # the package has the function under this name

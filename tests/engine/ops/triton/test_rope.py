@@ -8,7 +8,7 @@ import torch
 from engine.ops.interface import LayerCache
 from engine.ops.reference import ReferenceOps, quantise
 from engine.ops.triton.rope import rope_and_write
-from tests.engine.ops.triton.cases import MIXES, assert_close, in_fp8, make_case, rotations
+from tests.engine.ops.cases import MIXES, assert_close, in_fp8, make_case, rotations
 
 REFERENCE = ReferenceOps()
 HEADS = [(9, 3, 64), (8, 2, 128), (4, 1, 16), (6, 2, 24), (12, 2, 96), (5, 1, 8)]  # heads, kv heads, head_dim

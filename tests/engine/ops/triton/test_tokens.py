@@ -14,7 +14,7 @@ from engine.ops.reference import quantise_tokens as reference_quantise
 from engine.ops.triton.activation import silu_mul
 from engine.ops.triton.norm import add_rms_norm
 from engine.ops.triton.tokens import quantise_tokens
-from tests.engine.ops.triton.cases import assert_close
+from tests.engine.ops.cases import assert_close
 
 REFERENCE = ReferenceOps()
 DTYPES = [torch.float32, torch.bfloat16]
