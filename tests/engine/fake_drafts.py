@@ -1,9 +1,11 @@
-"""Sources of drafts that are always wrong, always right, or either, for sequences of the fake runner."""
+"""Sources of drafts that are always wrong, always right, or either: for sequences of the fake runner, and for real
+models whose texts are known."""
 
 from __future__ import annotations
 
 import random
 
+from engine.request import Request
 from engine.speculate import Guess
 from tests.engine.fake_runner import VOCAB, next_token
 
@@ -47,3 +49,29 @@ class Mixed(Right):
 
 
 SOURCES = (Right, Wrong, Mixed)
+
+
+class Foreseen:
+    """Guesses from texts that are known already: random models and prompts never repeat themselves.
+
+    Args:
+        mistakes: the share of tokens that are guessed wrong.
+    """
+
+    def __init__(self, texts: list[list[int]], mistakes: float) -> None:
+        self._texts, self._mistakes, self._random = texts, mistakes, random.Random(3)
+
+    def propose(self, tokens: list[int], limit: int) -> Guess | None:
+        for text in self._texts:
+            if text[: len(tokens)] == tokens and len(text) > len(tokens):
+                guess = text[len(tokens) : len(tokens) + limit]
+                return Guess([self._mistaken(token) for token in guess], kind=0)
+        return None
+
+    def _mistaken(self, token: int) -> int:
+        return abs(token - 1) if self._random.random() < self._mistakes else token
+
+
+def texts_of(requests: list[Request], outputs: dict[str, list[int]]) -> list[list[int]]:
+    """Prompt and output of each request, by whose id its output is found."""
+    return [request.prompt_token_ids + outputs[request.request_id] for request in requests]

@@ -20,8 +20,9 @@ from engine.core import EngineCore
 from engine.request import EngineStats, FinishReason, Request, SamplingParams, TokenLogprob
 from engine.runner import Runner, load_runner
 from engine.sampler import Sampler
-from engine.speculate import DraftSource, Guess, standing
+from engine.speculate import DraftSource, standing
 from engine.step import RowInit, RowWork
+from tests.engine.fake_drafts import Foreseen
 from tests.tiny_adapters import write_peft
 from tests.tiny_models import model_config, write_hf
 
@@ -59,20 +60,6 @@ def run(runner: Runner, config: EngineConfig, requests: list[Request]) -> tuple[
             if event.finish_reason is not None:
                 found.ends.append((event.finish_reason, event.stop_token_id))
     return said, core.stats()
-
-
-class Foreseen:
-    """Guesses from texts that are known already, with a mistake now and then."""
-
-    def __init__(self, texts: list[list[int]], mistakes: float) -> None:
-        self._texts, self._mistakes, self._random = texts, mistakes, random.Random(3)
-
-    def propose(self, tokens: list[int], limit: int) -> Guess | None:
-        for text in self._texts:
-            if text[: len(tokens)] == tokens and len(text) > len(tokens):
-                guess = text[len(tokens) : len(tokens) + limit]
-                return Guess([(t + 1) % VOCAB if self._random.random() < self._mistakes else t for t in guess], 0)
-        return None
 
 
 SAMPLING = {

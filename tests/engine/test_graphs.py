@@ -31,8 +31,10 @@ from engine.rows import Batch, Rows
 from engine.runner import Runner
 from engine.sizing import CacheSize
 from engine.step import RowInit, RowWork, SlotFill, StepPlan
+from tests.engine.fake_drafts import Foreseen, texts_of
 from tests.engine.oracle import BASE, decoder_of, transformers_model
-from tests.engine.test_invariance import Foreseen, Way, some_requests, tokens_of
+from tests.engine.test_invariance import some_requests
+from tests.engine.ways import Way, tokens_of
 from tests.tiny_adapters import write_peft
 
 PAGE_SIZE, MAX_LEN = 8, 96
@@ -145,7 +147,8 @@ def test_tokens_are_the_same_from_recorded_steps(
     way, record = WAYS[name], Recorded()
     runner = runner_of(decoder, way, record)
     runner.warm_up()
-    monkeypatch.setattr(speculate, "PromptLookup", lambda longest: Foreseen(REQUESTS, expected))
+    texts = texts_of(REQUESTS, expected)
+    monkeypatch.setattr(speculate, "PromptLookup", lambda longest: Foreseen(texts, mistakes=0.2))
     recorded = record.recorded
     assert tokens_of(runner, config_of(way), REQUESTS, way) == expected
     assert record.replayed > 20

@@ -23,7 +23,7 @@ from engine.local import LocalEngine
 from engine.remote import RemoteEngine
 from engine.request import Request, SamplingParams
 from engine.runner import load_runner
-from engine.speculate import Guess
+from tests.engine.fake_drafts import Foreseen, texts_of
 from tests.engine.ways import UNSHARED, Way, config_for, tokens_of
 from tests.tiny_models import write_hf
 
@@ -114,19 +114,6 @@ def expected(tiny: Path) -> dict[str, dict[str, list[int]]]:
     return found
 
 
-class Foreseen:
-    """Knows what comes, and is mistaken now and then: random models and prompts never repeat themselves."""
-
-    def __init__(self, requests: list[Request], outputs: dict[str, list[int]]) -> None:
-        self._texts = [request.prompt_token_ids + outputs[request.request_id] for request in requests]
-        self._random = random.Random(5)
-
-    def propose(self, tokens: list[int], limit: int) -> Guess:
-        [text] = [text for text in self._texts if text[: len(tokens)] == tokens]
-        guess = text[len(tokens) : len(tokens) + limit]
-        return Guess([token if self._random.random() < 0.8 else 3 for token in guess], kind=0)
-
-
 @pytest.mark.parametrize("kv", TINY_KV_BYTES)
 @pytest.mark.parametrize("lookahead", [0, 1])
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
@@ -138,7 +125,8 @@ def test_tokens_of_a_random_model_do_not_depend_on_scheduling(
     kv: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(speculate, "PromptLookup", lambda longest: Foreseen(TINY_REQUESTS, expected[kv]))
+    texts = texts_of(TINY_REQUESTS, expected[kv])
+    monkeypatch.setattr(speculate, "PromptLookup", lambda longest: Foreseen(texts, mistakes=0.2))
     assert run_tiny(tiny, replaced(way, lookahead=lookahead), kv) == expected[kv]
 
 
