@@ -281,9 +281,11 @@ def engines(draw: st.DrawFn) -> EngineInfo:
 
 @st.composite
 def speculations(draw: st.DrawFn) -> Speculation | None:
-    """None, or drafts wherever there is room for them, right or wrong."""
+    """None, or drafts wherever there is room for them or where they seem to pay, right or wrong."""
     source = draw(st.sampled_from([None, PromptLookup, *SOURCES]))
-    return None if source is None else Speculation(draw(st.integers(1, 9)), math.inf, source)
+    return (
+        None if source is None else Speculation(draw(st.integers(1, 9)), draw(st.sampled_from([math.inf, 4.0])), source)
+    )
 
 
 @st.composite
