@@ -41,8 +41,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         top_k: keep the k most likely tokens; 0 = all.
         top_p: keep the smallest set whose probability reaches top_p; in (0, 1].
         min_p: drop tokens less likely than min_p times the likeliest; in [0, 1].
-        repetition_penalty: > 0; divides positive and multiplies negative logits of tokens seen in prompt or output
-            (CTRL, arXiv 1909.05858).
+        repetition_penalty: in [0.001, 100]; divides positive and multiplies negative logits of tokens seen in prompt or
+            output (CTRL, arXiv 1909.05858).
         presence_penalty, frequency_penalty: in [-2, 2]; subtracted once / per occurrence for tokens of the output
             (OpenAI).
         seed: 0 <= seed < 2**64; the same seed gives the same tokens whatever else runs. None = drawn by the engine.
@@ -96,12 +96,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             "must be greater than 0 and at most 1",
         )
         _check_range("min_p", self.min_p, 0.0, 1.0)
-        _check(
-            math.isfinite(self.repetition_penalty) and 0.0 < self.repetition_penalty <= 100.0,
-            "repetition_penalty",
-            self.repetition_penalty,
-            "must be greater than 0 and at most 100",
-        )
+        _check_range("repetition_penalty", self.repetition_penalty, 0.001, 100.0)  # 1e-40 makes a logit infinite
         _check_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _check_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _check(self.seed is None or 0 <= self.seed < 2**64, "seed", self.seed, "must be between 0 and 2**64 - 1")

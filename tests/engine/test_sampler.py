@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.errors import InvalidRequestError
 from engine.request import SamplingParams
 from engine.sampler import Sampler
 from engine.sampling import draw as drawing
@@ -345,6 +346,17 @@ def test_a_row_keeps_nothing_of_the_request_before() -> None:
         used.sample(logits.clone(), [2], [4])
     used.set_row(Sequence(GREEDY, 1, [greedy_choice], []).init(2))
     assert used.sample(logits.clone(), [2], [1]).result() == [SampledToken(2, greedy_choice)]
+
+
+@pytest.mark.parametrize("penalty", [1e-40, 0.0009, 0.001, 100.0, 101.0, math.nan])
+def test_a_repetition_penalty_that_makes_logits_overflow_is_refused(penalty: float) -> None:
+    params = SamplingParams(temperature=0.0, repetition_penalty=penalty)
+    if 0.001 <= penalty <= 100:
+        params.validate(64)
+        assert all(sample_one(sign * torch.linspace(-1e30, 1e30, 64), params).failed is None for sign in (-1, 1))
+    else:
+        with pytest.raises(InvalidRequestError, match=r"repetition_penalty: .* must be between 0.001 and 100"):
+            params.validate(64)
 
 
 def test_nothing_waits_for_the_device_before_the_result_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
