@@ -28,7 +28,7 @@ from engine.model.decoder import Decoder, Layer
 from engine.model.footprint import checkpoint_bytes
 from engine.model.load import load_decoder
 from engine.model.lora import LoraPool
-from engine.ops import has_triton, load_kernels
+from engine.ops import has_kernels
 from engine.parallel.checkpoint import RankCheckpoint
 from engine.parallel.communicator import Communicator
 from engine.parallel.layers import join_ranks
@@ -144,7 +144,7 @@ class Runner:
             model: ModelConfig = source.config
             # Sized before the weights are read, so that what cannot fit fails in a second and not in minutes.
             weights = checkpoint_bytes(source, scheme, dtype)
-            plain = not has_triton(device) and (device.type != "cpu" or load_kernels(threads) is None)
+            plain = not has_kernels(device, threads)
             free = free_memory(device) // (ranks if device.type == "cpu" else 1)  # which ranks on a CPU share
             on = Device(kind=device.type, free=free, float_bytes=dtype.itemsize, plain=plain)
             size = size_cache(config, model, plan_memory(model, config, on, weights), device.type)
@@ -232,7 +232,7 @@ class Runner:
             pages = list(range(-(-(step.start + step.tokens) // info.page_size)))
             work = [RowWork(0, step.start, [0] * step.tokens, pages, sample=True)]
             work += [RowWork(row, 0, [0], [row], sample=True) for row in range(1, step.rows)]
-            self.run(StepPlan(work, admitted=[_greedy_row(row) for row in range(step.rows)]))
+            self.run(StepPlan(work, admitted=[greedy_row(row) for row in range(step.rows)]))
             self.run(StepPlan(work=[], released=list(range(step.rows))))
 
 
@@ -296,5 +296,6 @@ def _find_record(config: EngineConfig, decoder: Decoder) -> Record | None:
     return CudaRecord(decoder.device) if decoder.replayable else None
 
 
-def _greedy_row(row: int) -> RowInit:
+def greedy_row(row: int) -> RowInit:
+    """A row as steps that only take time have it."""
     return RowInit(row, SamplingParams(temperature=0.0), seed=0, prompt_token_ids=[0], output_token_ids=[])

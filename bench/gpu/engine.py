@@ -26,9 +26,9 @@ from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.errors import EngineError
 from engine.request import Request, SamplingParams
-from engine.runner import Launched, Runner
+from engine.runner import Launched, Runner, greedy_row
 from engine.sizing import CacheSize
-from engine.step import LAST_SAMPLED, RowInit, RowWork, StepPlan
+from engine.step import LAST_SAMPLED, RowWork, StepPlan
 
 WARM_STEPS = 3  # that do not count
 ENOUGH_SECONDS = 3.0  # of steps for one figure
@@ -185,7 +185,7 @@ def decode_seconds(runner: Runner, batch: int, context: int, steps: int) -> floa
             )
             for row in range(batch)
         ]
-        launched = runner.launch(StepPlan(work, admitted=[_greedy(row) for row in range(batch)] if first else []))
+        launched = runner.launch(StepPlan(work, admitted=[greedy_row(row) for row in range(batch)] if first else []))
         if flight is not None:
             flight.result()
             arrivals.append(time.perf_counter())
@@ -209,7 +209,7 @@ def prefill_seconds(runner: Runner, tokens: int) -> float:
         chunk = ids[start : start + info.max_batch_tokens]
         last = start + len(chunk) == tokens
         work = RowWork(row=0, start=start, token_ids=chunk, new_pages=pages if start == 0 else [], sample=last)
-        runner.run(StepPlan([work], admitted=[_greedy(0)] if start == 0 else []))
+        runner.run(StepPlan([work], admitted=[greedy_row(0)] if start == 0 else []))
     seconds = time.perf_counter() - began
     runner.run(StepPlan([], released=[0]))
     return seconds
@@ -263,7 +263,3 @@ def random_prompt(tokens: int, vocab_size: int) -> list[int]:
 
 def short(tokens: int) -> str:
     return f"{tokens // 1024}K" if tokens % 1024 == 0 else str(tokens)
-
-
-def _greedy(row: int) -> RowInit:
-    return RowInit(row, SamplingParams(temperature=0.0), seed=0, prompt_token_ids=[0], output_token_ids=[])

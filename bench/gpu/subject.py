@@ -18,7 +18,7 @@ from engine.memory import Device, plan_memory
 from engine.model.cache import KVCache
 from engine.model.decoder import Decoder
 from engine.model.load import load_decoder
-from engine.ops import has_triton, load_kernels
+from engine.ops import has_kernels
 from engine.schemes import SCHEMES
 from engine.sizing import CacheSize, check_config, size_cache
 
@@ -51,7 +51,7 @@ def build(work: Workload, precision: str, device: torch.device) -> Subject:
     check_config(config)
     dtype, scheme, threads = choose_dtype("auto", device), SCHEMES[precision], usable_cores()
     torch.set_num_threads(threads)
-    plain = not has_triton(device) and (device.type != "cpu" or load_kernels(threads) is None)
+    plain = not has_kernels(device, threads)
     on = Device(kind=device.type, free=free_memory(device), float_bytes=dtype.itemsize, plain=plain)
     size = size_cache(config, work.model, plan_memory(work.model, config, on), device.type)
     source = RandomCheckpoint(work.model, scheme, dtype, device)

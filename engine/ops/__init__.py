@@ -29,6 +29,7 @@ __all__ = [
     "Rounding",
     "find_compiler",
     "floats",
+    "has_kernels",
     "has_triton",
     "load_kernels",
     "select_ops",
@@ -48,6 +49,11 @@ def select_ops(kernels: Kernels | None, device: torch.device) -> Ops:
         why = triton_lacks() or f"it is older than compute capability {'.'.join(map(str, LEAST_CAPABILITY))}"
         log.warning("the GPU falls back to plain torch, which is several times slower: %s", why)
     return ReferenceOps() if kernels is None else CpuOps(kernels)
+
+
+def has_kernels(device: torch.device, threads: int) -> bool:
+    """Kernels of our own compute there; else plain torch does."""
+    return has_triton(device) if device.type == "cuda" else load_kernels(threads) is not None
 
 
 def has_triton(device: torch.device) -> bool:
