@@ -228,7 +228,8 @@ class Runner:
             self._graphs.record()
         info = self.info
         rows = min(info.max_batch_size, info.kv_pages)
-        for step in warm_up_steps(info.device, rows, min(info.max_batch_tokens, info.max_model_len)):
+        tokens = min(info.max_batch_tokens, info.max_model_len)
+        for step in warm_up_steps(info.device, rows, tokens, info.max_model_len):
             pages = list(range(-(-(step.start + step.tokens) // info.page_size)))
             work = [RowWork(0, step.start, [0] * step.tokens, pages, sample=True)]
             work += [RowWork(row, 0, [0], [row], sample=True) for row in range(1, step.rows)]
@@ -244,19 +245,20 @@ class WarmUpStep(NamedTuple):
     tokens: int
 
 
-def warm_up_steps(device: str, rows: int, tokens: int) -> list[WarmUpStep]:
-    """What `Runner.warm_up` runs: the largest prefill first, whose keys the others read; the largest decode last.
+def warm_up_steps(device: str, rows: int, tokens: int, context: int) -> list[WarmUpStep]:
+    """What `Runner.warm_up` runs, with pages that may hold anything: nobody looks at the tokens.
 
     Args:
         device: "cpu" or "cuda".
         rows, tokens: the most of a step.
+        context: the longest of a row, `tokens` or more.
     """
     steps = [WarmUpStep(1, 0, min(tokens, CPU_WARM_UP_TOKENS) if device == "cpu" else tokens)]
     if device == "cuda":
         counts = [count for count in GPU_WARM_UP_ROWS if count <= tokens]
-        steps += [WarmUpStep(1, 0, count) for count in (*counts, min(4 * counts[-1], tokens))]  # prompts
-        steps += [WarmUpStep(1, tokens - count, count) for count in (1, 2) if count <= tokens]  # behind a long context
-        steps += [WarmUpStep(2, 0, min(tokens - 1, GPU_WARM_UP_ROWS[1]))] if rows > 1 and tokens > 1 else []  # a mix
+        steps += [WarmUpStep(1, 0, count) for count in counts]  # prompts
+        steps += [WarmUpStep(1, context - count, count) for count in (1, 2, 16) if count <= tokens]  # in parts
+        steps += [WarmUpStep(2, 0, min(tokens - 1, 16))] if rows > 1 else []  # a prompt beside a decode
         steps += [WarmUpStep(count, 0, 1) for count in GPU_WARM_UP_ROWS if count < rows]
     return [*steps, WarmUpStep(rows, 0, 1)]
 

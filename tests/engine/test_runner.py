@@ -139,21 +139,22 @@ def test_tokens_are_the_same_after_preemption(decoder: Decoder, expected: list[l
 def test_warm_up_leaves_no_trace(
     decoder: Decoder, expected: list[list[int]], device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner_module, "warm_up_steps", lambda _, rows, tokens: warm_up_steps(device, rows, tokens))
+    monkeypatch.setattr(runner_module, "warm_up_steps", lambda _, *most: warm_up_steps(device, *most))
     runner = make_runner(decoder)
     runner.warm_up()
     assert generate(runner, PROMPTS, random.Random(0)) == expected
 
 
 @pytest.mark.parametrize(("rows", "tokens"), [(1, 1), (1, 2), (2, 2), (3, 40), (32, 512), (256, 8192)])
-def test_warm_up_on_a_gpu_has_steps_of_every_kind_within_limits(rows: int, tokens: int) -> None:
-    steps = warm_up_steps("cuda", rows, tokens)
+@pytest.mark.parametrize("longer", [0, 100])
+def test_warm_up_on_a_gpu_has_steps_of_every_size_within_limits(rows: int, tokens: int, longer: int) -> None:
+    steps = warm_up_steps("cuda", rows, tokens, tokens + longer)
     assert steps[0] == WarmUpStep(1, 0, tokens)
     assert steps[-1] == WarmUpStep(rows, 0, 1)
     for step in steps:
         assert 1 <= step.rows <= rows
         assert step.tokens >= 1
-        assert 0 <= step.start <= tokens - step.tokens
+        assert 0 <= step.start <= tokens + longer - step.tokens
         assert step.tokens + step.rows - 1 <= tokens
     for least, most in ((1, 1), (2, 16), (17, 32), (33, 64)):
         assert any(least <= step.tokens + step.rows - 1 <= most for step in steps) or tokens < least
