@@ -25,6 +25,7 @@ from engine.memory import (
     weight_bytes,
 )
 from engine.model.cache import KVCache
+from engine.model.decoder import Decoder
 from engine.model.footprint import checkpoint_bytes
 from engine.model.load import load_decoder
 from engine.request import SamplingParams
@@ -156,6 +157,11 @@ class Tally(TorchDispatchMode):
         return made
 
 
+def decoder_in(path: Path, precision: str, context: int) -> Decoder:
+    with torch.inference_mode(), open_checkpoint(str(path)) as checkpoint:
+        return load_decoder(checkpoint, torch.bfloat16, CPU, context, 1, lambda phase, done: None, SCHEMES[precision])
+
+
 def peak_of_a_step(runner: Runner, work: list[RowWork], sampling: SamplingParams) -> int:
     rows = [item.row for item in work]
     plan = StepPlan(work=work, admitted=[RowInit(row, sampling, 0, [0], []) for row in rows])
@@ -175,8 +181,7 @@ def test_a_step_takes_no_more_than_the_workspace_and_not_much_less(
     options = msgspec.structs.replace(
         OPTIONS, max_batch_size=batch, max_batch_tokens=tokens, max_model_len=2048, threads=1, seed=0
     )
-    with torch.inference_mode(), open_checkpoint(str(forms["safetensors"])) as checkpoint:
-        decoder = load_decoder(checkpoint, torch.bfloat16, CPU, 2048, 1, lambda phase, done: None)
+    decoder = decoder_in(forms["safetensors"], "auto", 2048)
     planned = plan_memory(decoder.config, options, Device(kind="cpu", free=10**10)).workspace
     runner = Runner(options, decoder, CacheSize(max(batch, 32), 2048, 32))
     prefill = [RowWork(row=0, start=0, token_ids=[1] * tokens, new_pages=list(range(tokens // 64)), sample=True)]
@@ -209,10 +214,7 @@ def test_in_plain_torch_too(
         threads=1,
         seed=0,
     )
-    with torch.inference_mode(), open_checkpoint(str(forms["safetensors"])) as checkpoint:
-        decoder = load_decoder(
-            checkpoint, torch.bfloat16, CPU, context, 1, lambda phase, done: None, SCHEMES[precision]
-        )
+    decoder = decoder_in(forms["safetensors"], precision, context)
     planned = plan_memory(decoder.config, options, Device(kind="cpu", free=10**10, plain=True)).workspace
     runner = Runner(options, decoder, CacheSize(64, context, 64))
     before = [RowWork(row=0, start=0, token_ids=[1] * (context - tokens), new_pages=list(range(64)), sample=False)]
@@ -283,10 +285,7 @@ def test_with_triton_too(
         threads=1,
         seed=0,
     )
-    with torch.inference_mode(), open_checkpoint(str(forms["safetensors"])) as checkpoint:
-        decoder = load_decoder(
-            checkpoint, torch.bfloat16, CPU, context, 1, lambda phase, done: None, SCHEMES[precision]
-        )
+    decoder = decoder_in(forms["safetensors"], precision, context)
     planned = plan_memory(decoder.config, options, Device(kind="cuda", free=10**10)).workspace
     pages = context // 64
     runner = Runner(options, decoder, CacheSize(batch * pages, context, pages))
