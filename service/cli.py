@@ -45,7 +45,7 @@ def main() -> None:
 
 PLANNED = (
     *("precision", "kv_precision", "dtype", "max_model_len", "max_batch_size", "max_batch_tokens", "kv_memory"),
-    *("tensor_parallel_size", "lora_dir", "max_loras", "max_lora_rank"),
+    *("max_draft_tokens", "tensor_parallel_size", "lora_dir", "max_loras", "max_lora_rank"),
 )
 """Settings that decide what fits."""
 

@@ -99,6 +99,15 @@ def test_any_memory_can_be_planned_for_and_nothing_here_is_looked_at(monkeypatch
     assert not answer("doctor", "mistral-nemo-12b", "--memory", "0.1")["fits"]
 
 
+def test_drafts_take_logits() -> None:
+    def workspace(drafts: int) -> int:
+        few = ("--max-batch-size", "1", "--max-batch-tokens", "64", "--max-draft-tokens", str(drafts))
+        found = answer("doctor", "mistral-nemo-12b", "--gpu", "h100", *few)
+        return int(found["precisions"][0]["workspace_bytes"])
+
+    assert workspace(0) < workspace(63)
+
+
 def test_fp32_takes_twice_the_cache() -> None:
     narrow, wide = (
         {row["kv_precision"]: row for row in answer("doctor", "mistral-nemo-12b", "--gpu", "h200", *more)["precisions"]}
