@@ -15,17 +15,12 @@ from nemoserve.v1 import generation_pb2 as pb
 from nemoserve.v1 import generation_pb2_grpc as rpc
 
 from tests.e2e.conftest import NEMOSERVE, ServerProcess
+from tests.processes import children
 
 
 def story(tokens: int) -> pb.GenerateRequest:
     sampling = pb.SamplingParameters(max_tokens=tokens, temperature=0, ignore_eos=True)
     return pb.GenerateRequest(prompt="Once upon a time", sampling=sampling)
-
-
-def children(process: int) -> list[int]:
-    """Pids of the children of a process, from /proc."""
-    tasks = Path(f"/proc/{process}/task")
-    return [int(pid) for task in tasks.iterdir() for pid in (task / "children").read_text().split()]
 
 
 def engine_of(server: ServerProcess) -> int:

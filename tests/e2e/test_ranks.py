@@ -13,7 +13,8 @@ from nemoserve.v1 import generation_pb2 as pb
 from nemoserve.v1 import generation_pb2_grpc as rpc
 
 from tests.e2e.conftest import ServerProcess
-from tests.e2e.test_life import children, engine_of, serve
+from tests.e2e.test_life import engine_of, serve
+from tests.processes import children
 
 RANKS = 3
 OPTIONS = ("--dtype", "fp32", "--threads", "1", "--max-batch-size", "4", "--max-model-len", "512")

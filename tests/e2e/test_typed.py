@@ -71,6 +71,7 @@ def test_completions_of_one_prompt_share_it_and_are_those_of_their_seeds(typed: 
     assert texts == [text for text, _ in alone]
     assert len(set(texts)) == 4
     assert sorted(ends) == [0, 1, 2, 3]
+    assert events[0].started.cached_tokens == 0  # of the one that computes the prompt
     [usage, *shared] = sorted((end.usage for end in ends.values()), key=lambda usage: usage.cached_tokens)
     pages = (usage.prompt_tokens - 1) // 64 * 64
     assert (usage.cached_tokens, [each.cached_tokens for each in shared]) == (0, [pages] * 3)

@@ -26,6 +26,7 @@ from engine.remote import RemoteEngine
 from engine.request import Request, SamplingParams, TokenEvent, TokenLogprob
 from engine.step import RowInit, RowWork, SlotFill, StepPlan, Targets
 from engine.wire import Failed
+from tests.processes import children
 from tests.tiny_models import write_gguf, write_hf
 
 in_loop_of_ranks = pytest.mark.asyncio(loop_scope="module")  # the one that the shared engine belongs to
@@ -82,11 +83,6 @@ def logprobs(events: list[TokenEvent]) -> list[TokenLogprob]:
 def story(max_tokens: int = 400) -> Request:
     sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
     return Request(request_id="story", prompt_token_ids=[5, 6, 7], sampling=sampling)
-
-
-def children(process: int) -> list[int]:
-    tasks = Path(f"/proc/{process}/task")
-    return [int(pid) for task in tasks.iterdir() for pid in (task / "children").read_text().split()]
 
 
 def alive(pid: int) -> bool:
