@@ -43,6 +43,7 @@ from engine.step import RowInit, RowWork, StepPlan, StepResult
 
 CPU_WARM_UP_TOKENS = 32  # more than the row counts that kernels treat as few
 GPU_WARM_UP_ROWS = (1, 16, 32, 64)  # up to each of them a matrix product has a kernel of its own, and beyond them
+GPU_WARM_UP_QUERIES = (1, 2, 16)  # of a sequence: a decode, drafts and a chunk, as attention tells them apart
 READ_SHARE = 0.8  # of the time to load; the rest is one step of each kind
 
 
@@ -257,8 +258,9 @@ def warm_up_steps(device: str, rows: int, tokens: int, context: int) -> list[War
     if device == "cuda":
         counts = [count for count in GPU_WARM_UP_ROWS if count <= tokens]
         steps += [WarmUpStep(1, 0, count) for count in counts]  # prompts
-        steps += [WarmUpStep(1, context - count, count) for count in (1, 2, 16) if count <= tokens]  # in parts
-        steps += [WarmUpStep(2, 0, min(tokens - 1, 16))] if rows > 1 else []  # a prompt beside a decode
+        steps += [WarmUpStep(1, context - count, count) for count in GPU_WARM_UP_QUERIES if count <= tokens]  # in parts
+        beside = min(tokens - 1, GPU_WARM_UP_QUERIES[-1])  # a prompt, beside a decode
+        steps += [WarmUpStep(2, 0, beside)] if rows > 1 else []
         steps += [WarmUpStep(count, 0, 1) for count in GPU_WARM_UP_ROWS if count < rows]
     return [*steps, WarmUpStep(rows, 0, 1)]
 
