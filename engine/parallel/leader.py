@@ -73,12 +73,12 @@ class Leader:
             progress(phase, done)
 
         try:
-            followers.meet(Point.STARTED)
-            communicator = connect(followers.store, 0, size, device)
-            followers.on_loss = communicator.abort
-            runner = load_one(config, reading, communicator, lambda: followers.meet(Point.LOADED))
-        except Exception as error:
-            followers.blame(error)
+            with followers.blaming():
+                followers.meet(Point.STARTED)
+                communicator = connect(followers.store, 0, size, device)
+                followers.on_loss = communicator.abort
+                runner = load_one(config, reading, communicator, lambda: followers.meet(Point.LOADED))
+        except Exception:
             followers.close()
             raise
         return cls(runner, followers, communicator)
@@ -90,5 +90,7 @@ class Leader:
             return JointStep(self._runner.launch(plan), self._followers)
 
     def close(self) -> None:
-        self._communicator.close()
-        self._followers.close()
+        try:
+            self._communicator.close()
+        finally:  # a device that has failed says so again here
+            self._followers.close()

@@ -11,16 +11,21 @@ import sys
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import pytest_asyncio
 from msgspec.structs import replace
 
 import engine.parallel.followers
+import engine.parallel.leader
 from engine.config import EngineConfig
 from engine.errors import CheckpointError, EngineConfigError, EngineDeadError
 from engine.face import Engine
 from engine.local import LocalEngine
+from engine.parallel.followers import Followers
+from engine.parallel.leader import Leader
 from engine.parallel.wire import Met, Point, Start, Step, encode, receive_from_follower, receive_to_follower
 from engine.remote import RemoteEngine
 from engine.request import Request, SamplingParams, TokenEvent, TokenLogprob
@@ -252,6 +257,45 @@ sock.recv(4096)  # Start
 
 
 # -- words -----------------------------------------------------------------------------------------------------
+
+
+class Lost(Followers):
+    """One that is lost while the ranks connect."""
+
+    closed = False
+
+    def _start(self, config: EngineConfig, rank: int) -> None:
+        pass
+
+    def meet(self, point: Point) -> None:
+        self._lose(1, EngineDeadError("rank 1 is gone"), False)
+        raise RuntimeError("the store is closed")
+
+    def close(self) -> None:
+        super().close()
+        self.closed = True
+
+
+def test_ranks_are_ended_where_one_is_lost_at_the_start(config: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    many = replace(config, tensor_parallel_size=RANKS)
+    lost = Lost(many)
+    monkeypatch.setattr(engine.parallel.leader, "Followers", lambda config: lost)
+    with pytest.raises(EngineDeadError, match="rank 1 is gone"):
+        Leader.start(many, lambda phase, done: None)
+    assert lost.closed
+
+
+def test_ranks_are_ended_where_the_group_cannot_be(config: EngineConfig) -> None:
+    def fail() -> None:
+        raise RuntimeError("the device has failed")
+
+    lost = Lost(replace(config, tensor_parallel_size=RANKS))
+    runner: Any = SimpleNamespace(info=None, eos_token_ids=())
+    group: Any = SimpleNamespace(close=fail)
+    leader = Leader(runner, lost, group)
+    with pytest.raises(RuntimeError, match="the device has failed"):
+        leader.close()
+    assert lost.closed
 
 
 def test_a_plan_comes_as_it_was_sent() -> None:
