@@ -29,7 +29,7 @@ from engine.ops.triton.linear import TritonProducts
 from engine.ops.triton.sampler import PARAMETERS, choose
 
 # KiB of shared memory that a program may have: CUDA C++ Programming Guide, technical specifications.
-SHARED_KIB = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227}
+SHARED_KIB = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (12, 0): 99}
 SPILL_BYTES = 64  # in the stack of a thread: a few registers once are nothing, a tile that has no room is hundreds
 
 Capability = tuple[int, int]
