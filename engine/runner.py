@@ -163,8 +163,8 @@ class Runner:
     def launch(self, plan: StepPlan) -> Launched:
         """Begin one step: free and take rows, compute all work, sample where the plan says so.
 
-        Nothing here waits for a GPU: it works through the steps in the order of their launches. A CPU has done the step
-        when this returns.
+        Nothing here waits for a GPU, which works through the steps in the order of their launches; but to fill a slot
+        with an adapter, whose memory is not pinned. A CPU has done the step when this returns.
         """
         for row in plan.released:
             self._sampler.clear_row(row)
