@@ -119,7 +119,7 @@ def hf_config(model: ModelConfig) -> dict[str, Any]:
     """The config.json of a model whose weights are bfloat16."""
     return {
         "architectures": [model.architecture],
-        "model_type": "mistral",
+        "model_type": model.architecture.removesuffix("ForCausalLM").lower(),
         "vocab_size": model.vocab_size,
         "hidden_size": model.hidden_size,
         "num_hidden_layers": model.num_layers,

@@ -20,8 +20,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bench.measure import Bandwidth, Comparison, Job, PeerReport, agreement, this_machine, write_result
-from bench.options import model_path, numbers
+from bench.measure import Comparison, Job, Limits, PeerReport, Rates, agreement, this_machine, write_result
+from bench.options import facts_of, model_path, numbers
 
 T = TypeVar("T")
 QUIET = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}  # progress bars and advice of transformers
@@ -66,26 +66,26 @@ def main(
         seed=0,
     )
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
-    machine = this_machine()
-    bandwidth = _measure("bandwidth", job, timeout, Bandwidth)
+    machine, facts = this_machine(), facts_of(Path(job.model))
+    limits = _measure("bench.limits", job, timeout, Limits)
     reports = []
     for seed in range(rounds):
         print(f"round {seed + 1} of {rounds}", file=sys.stderr)
         turn = msgspec.structs.replace(job, seed=seed)
-        reports.append(_measure("nemoserve", turn, timeout, PeerReport))
+        reports.append(_measure("bench.peers.nemoserve", turn, timeout, PeerReport))
         if transformers:
             theirs = msgspec.structs.replace(turn, dtype=transformers_dtype)
-            reports.append(_measure("transformers", theirs, timeout, PeerReport))
+            reports.append(_measure("bench.peers.transformers", theirs, timeout, PeerReport))
     shown = msgspec.structs.replace(job, model=Path(job.model).name)  # where it lies is nobody's business
-    result = Comparison(started_at=started_at, machine=machine, bandwidth=bandwidth, job=shown, reports=reports)
+    result = Comparison(started_at=started_at, machine=machine, limits=limits, facts=facts, job=shown, reports=reports)
     if json is not None:
         write_result(json, result)
     show(result, Console())
 
 
-def _measure(peer: str, job: Job, timeout: float, result: type[T]) -> T:
-    """Run one peer's process to its end; what it says on standard error goes to ours."""
-    command = [sys.executable, "-m", f"bench.peers.{peer}"]
+def _measure(module: str, job: Job, timeout: float, result: type[T]) -> T:
+    """Run a program to its end in a process of its own; what it says on standard error goes to ours."""
+    command, name = [sys.executable, "-m", module], module.rpartition(".")[2]
     try:
         done = subprocess.run(
             command,
@@ -96,9 +96,9 @@ def _measure(peer: str, job: Job, timeout: float, result: type[T]) -> T:
             env=os.environ | QUIET,
         )
     except subprocess.CalledProcessError as error:
-        raise SystemExit(f"{peer} ended with status {error.returncode}; see above") from None
+        raise SystemExit(f"{name} ended with status {error.returncode}; see above") from None
     except subprocess.TimeoutExpired:
-        raise SystemExit(f"{peer} took longer than --timeout {timeout:g} seconds") from None
+        raise SystemExit(f"{name} took longer than --timeout {timeout:g} seconds") from None
     return msgspec.json.decode(done.stdout, type=result)
 
 
@@ -108,19 +108,20 @@ def show(result: Comparison, console: Console) -> None:
     table = Table(
         title=f"{Path(job.model).name}: {job.prompt_tokens} prompt + {job.new_tokens} new tokens, greedy, "
         f"{job.threads} threads",
-        caption="best round; TTFT and ITL are p50/p95; GB/s = bytes of weights / ITL p50",
+        caption="best round; TTFT and ITL are p50/p95; GB/s and GFLOP/s: weights / ITL p50, and of the limit",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         pad_edge=False,
     )
     table.add_column("streams", justify="right")
     table.add_column("engine")
-    for column in ("tokens/s (worst)", "ratio", "TTFT ms", "ITL ms", "GB/s"):
+    for column in ("tokens/s (worst)", "ratio", "TTFT ms", "ITL ms", "GB/s", "GFLOP/s"):
         table.add_column(column, justify="right")
     for streams in job.streams:
         baseline = result.best(peers[-1], streams).tokens_per_second
         for peer in peers:
             best = result.best(peer, streams)
+            rates = Rates.of(best, result.of(peer)[0].weight_bytes, result.facts, result.limits)
             worst = min(run.tokens_per_second for run in result.runs(peer, streams))
             table.add_row(
                 str(streams),
@@ -129,7 +130,8 @@ def show(result: Comparison, console: Console) -> None:
                 f"{best.tokens_per_second / baseline:.2f}x" if len(peers) > 1 else "",
                 f"{1000 * best.ttft_p50_seconds:.0f}/{1000 * best.ttft_p95_seconds:.0f}",
                 f"{1000 * best.itl_p50_seconds:.1f}/{1000 * best.itl_p95_seconds:.1f}",
-                f"{result.of(peer)[0].weight_bytes / best.itl_p50_seconds / 1e9:.1f}",
+                f"{rates.bytes_per_second / 1e9:.1f} ({rates.share_of_read:.0%})",
+                f"{rates.flops_per_second / 1e9:.0f} ({rates.share_of_matrix:.0%})",
                 end_section=peer == peers[-1],
             )
     console.print(table)
@@ -154,8 +156,9 @@ def _show_details(result: Comparison, console: Console) -> None:
                 f"{100 * best.host_seconds / best.step_seconds:.1f} % of the time of {best.steps} steps"
             )
     console.print(
-        f"memory of this machine: copy {result.bandwidth.copy_bytes_per_second / 1e9:.1f} GB/s (read plus written), "
-        f"read {result.bandwidth.read_bytes_per_second / 1e9:.1f} GB/s; "
+        f"this machine: copies {result.limits.copy_bytes_per_second / 1e9:.1f} GB/s (read plus written), "
+        f"reads {result.limits.read_bytes_per_second / 1e9:.1f} GB/s, multiplies bfloat16 matrices at "
+        f"{result.limits.matrix_flops_per_second / 1e9:.0f} GFLOP/s; "
         f"load average before: {result.machine.load_average:.2f}"
     )
     if len(peers) > 1:

@@ -31,6 +31,7 @@ from nemoserve.v1 import generation_pb2 as pb
 from nemoserve.v1 import generation_pb2_grpc as rpc
 
 from bench.checkpoints import FORMS, write_checkpoint
+from bench.limits import measure_bandwidth
 from bench.measure import (
     Bandwidth,
     Machine,
@@ -42,7 +43,6 @@ from bench.measure import (
     write_result,
 )
 from bench.options import numbers
-from bench.peers import bandwidth as memory_bandwidth
 from bench.vocabularies import TEKKEN, mistral_file
 from engine.checkpoint import open_checkpoint
 from engine.memory import matrices, token_bytes
@@ -174,7 +174,7 @@ def measure(job: Job, folder: Path, timeout: float) -> Result:
         timeout: seconds until the server must be ready.
     """
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
-    machine, bandwidth = this_machine(), memory_bandwidth.measure(job.threads)
+    machine, bandwidth = this_machine(), measure_bandwidth(job.threads)
     _say(f"writing {job.form} checkpoint")
     began = time.perf_counter()
     model, tekken = msgspec.structs.replace(NEMO_12B, num_layers=job.layers), mistral_file(TEKKEN)

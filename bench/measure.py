@@ -18,7 +18,7 @@ from pathlib import Path
 
 import msgspec
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -93,6 +93,12 @@ class Bandwidth(msgspec.Struct, frozen=True, kw_only=True):
     read_bytes_per_second: float
 
 
+class Limits(Bandwidth, frozen=True, kw_only=True):
+    """Also what the matrix units reach in bfloat16: 2 per multiplication and addition."""
+
+    matrix_flops_per_second: float
+
+
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
     """Where it was measured. `load_average` is the one-minute average before the first peer: near 0, or others ran."""
 
@@ -103,13 +109,47 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     load_average: float
 
 
+class Facts(msgspec.Struct, frozen=True, kw_only=True):
+    """Of a model. `streamed_parameters` are those that a decode step reads: all but an embedding table that is not the
+    head as well."""
+
+    vocab_size: int
+    parameters: int
+    streamed_parameters: int
+
+
+class Rates(msgspec.Struct, frozen=True, kw_only=True):
+    """What a run moved and computed per second while it decoded, by its weights alone, and the shares of the limits.
+
+    Keys and values are not counted: at these lengths they are a few per cent.
+    """
+
+    bytes_per_second: float
+    flops_per_second: float
+    share_of_read: float
+    share_of_matrix: float
+
+    @classmethod
+    def of(cls, run: Run, weight_bytes: int, facts: Facts, limits: Limits) -> Rates:
+        """Each step reads the streamed weights once and multiplies them with each stream's token."""
+        moved = weight_bytes * facts.streamed_parameters / facts.parameters / run.itl_p50_seconds
+        computed = 2 * facts.streamed_parameters * run.streams / run.itl_p50_seconds
+        return cls(
+            bytes_per_second=moved,
+            flops_per_second=computed,
+            share_of_read=moved / limits.read_bytes_per_second,
+            share_of_matrix=computed / limits.matrix_flops_per_second,
+        )
+
+
 class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     """A result file. `reports` are in the order in which they were measured: A B A B."""
 
     schema: int = SCHEMA
     started_at: str  # ISO 8601, UTC
     machine: Machine
-    bandwidth: Bandwidth
+    limits: Limits
+    facts: Facts
     job: Job
     reports: list[PeerReport]
 

@@ -1,4 +1,4 @@
-"""Options that several programs of bench/ have."""
+"""Options that several programs of bench/ have, and the models that they name."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 import click
+
+from bench.measure import Facts
+from engine.checkpoint import open_checkpoint
 
 _ROOT = Path(__file__).resolve().parent.parent
 # Where the files of `bench.texts` are looked for.
@@ -43,3 +46,15 @@ def model_path(model: str) -> Path:
     from service.models.store import ModelStore
 
     return ModelStore.default().pull(model).path
+
+
+def facts_of(model: Path) -> Facts:
+    """What rates are worked out from."""
+    with open_checkpoint(str(model)) as checkpoint:
+        config = checkpoint.config
+        looked_up = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+        return Facts(
+            vocab_size=config.vocab_size,
+            parameters=checkpoint.num_parameters,
+            streamed_parameters=checkpoint.num_parameters - looked_up,
+        )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from bench.measure import Bandwidth, write_result
+from bench.measure import Limits, write_result
 
 SCHEMA = 1
 
@@ -29,15 +29,13 @@ class Card(msgspec.Struct, frozen=True, kw_only=True):
     python: str
 
 
-class CardLimits(Bandwidth, frozen=True, kw_only=True):
-    """What this card reaches at best. Operations count 2 for each multiplication and addition.
+class CardLimits(Limits, frozen=True, kw_only=True):
+    """What this card reaches at best; in a trial its matrices are of float32.
 
     Attributes:
-        matrix_flops_per_second: of large products in bfloat16 (float32 in a trial).
         fp8_flops_per_second: the same of e4m3 with a scale per row; None = no such units.
     """
 
-    matrix_flops_per_second: float
     fp8_flops_per_second: float | None
 
 

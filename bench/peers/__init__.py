@@ -1,1 +1,2 @@
-"""One module per program that bench.engine measures; each runs as a process of its own: Job in, PeerReport out."""
+"""Who is measured: two engines as programs of their own (`nemoserve`, `transformers`: Job in, PeerReport out), for
+`bench.engine`; and whole servers, for `python -m bench.peers`."""

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from bench import engine as program
 from bench import fullsize
-from bench.measure import Bandwidth, Comparison, Job, Machine, PeerReport, Run, agreement, percentile, summarise
+from bench.measure import Comparison, Facts, Job, Limits, Machine, PeerReport, Run, agreement, percentile, summarise
 from tests.tiny_models import write_hf
 
 JOB = Job(
@@ -72,7 +72,8 @@ def test_the_best_round_of_each_peer_is_compared() -> None:
     result = Comparison(
         started_at="2026-01-01T00:00:00+00:00",
         machine=Machine(cpu="c", cores=1, python="3", system="s", load_average=0.0),
-        bandwidth=Bandwidth(copy_bytes_per_second=1e9, read_bytes_per_second=2e9),
+        limits=Limits(copy_bytes_per_second=1e9, read_bytes_per_second=4e9, matrix_flops_per_second=8e9),
+        facts=Facts(vocab_size=160, parameters=10**9, streamed_parameters=5 * 10**8),
         job=JOB,
         reports=[report("a", 10, 40), report("b", 5, 10), report("a", 30, 20), report("b", 6, 8)],
     )
@@ -84,7 +85,9 @@ def test_the_best_round_of_each_peer_is_compared() -> None:
     printed = console.file.getvalue()
     assert "5.00x" in printed  # 30 / 6
     assert "4.00x" in printed  # 40 / 10
-    assert "2.0" in printed  # 10**9 bytes every 0.5 s
+    assert "1.0 (25%)" in printed  # half of 10**9 bytes every 0.5 s, of 4e9
+    assert "2 (25%)" in printed  # 2 * 5e8 every 0.5 s for one stream, of 8e9
+    assert "6 (75%)" in printed  # for three
     assert msgspec.json.decode(msgspec.json.encode(result), type=Comparison) == result
 
 
@@ -108,4 +111,4 @@ def check_run(run: Run) -> None:
 def test_a_peer_that_fails_ends_the_program_with_its_name() -> None:
     missing = msgspec.structs.replace(JOB, model="/nowhere/m.gguf")
     with pytest.raises(SystemExit, match="nemoserve ended with status 1"):
-        program._measure("nemoserve", missing, 60, PeerReport)
+        program._measure("bench.peers.nemoserve", missing, 60, PeerReport)

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import TypeVar
 
 import msgspec
+import pytest
 
 from bench.fullsize import Result
-from bench.measure import Comparison
+from bench.measure import Comparison, Run
+from bench.peers.report import Peers
+from bench.peers.report import plot as plot_peers
 from bench.quality_report import KINDS, Report, plot
 from bench.tokenizer import Tokenizers
 
@@ -80,6 +83,33 @@ def test_the_engine_beside_transformers() -> None:
             f"{1000 * ours.itl_p50_seconds:.1f} / {1000 * theirs.itl_p50_seconds:.1f} ms",
         ]
         assert f"| {cells(figures)} |" in lines
+
+
+def speed(run: Run) -> str:
+    """tokens/s in three digits, or more where there are more before the point."""
+    return f"{run.tokens_per_second:.{0 if run.tokens_per_second >= 100 else 1}f}"
+
+
+def servers_table(found: Peers) -> list[str]:
+    """tokens/s and the median TTFT of every server in every case, best round."""
+    names = [" ".join(kind) for kind in found.kinds]
+    lines = [f"| streams, tokens | {cells(names)} |", "|---" * (1 + len(names)) + "|"]
+    for case in found.cases:
+        what = f"{case.name}: {case.streams} × {case.prompt_tokens} + {case.new_tokens}"
+        best = [next(iter(found.speeds(kind, case)), None) for kind in found.kinds]
+        figures = ["–" if run is None else f"{speed(run)} · {run.ttft_p50_seconds:.2g} s" for run in best]
+        lines.append(f"| {cells([what, *figures])} |")
+    memory = [f"{max(turn.peak_rss_bytes for turn in found.of(kind)) / 2**20:.0f} MiB" for kind in found.kinds]
+    return [*lines, f"| {cells(['peak memory', *memory])} |"]
+
+
+@pytest.mark.parametrize("model", ["smollm2"])
+def test_servers_side_by_side(model: str) -> None:
+    lines, found = page("performance.md"), result("performance.md", Peers, f"peers-{model}")
+    for line in servers_table(found):
+        assert line in lines
+    (picture,) = re.findall(rf"bench/results/(peers-{model}\S+?\.svg)", "\n".join(lines))
+    assert (ROOT / "bench" / "results" / picture).read_text() == plot_peers(found)
 
 
 def test_nemo_at_its_real_size() -> None:
