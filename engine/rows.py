@@ -31,12 +31,14 @@ class Batch:
         attention: where they stand.
         sampled: int64 [K], which of the T logits choose a token.
         sampled_rows: int64 [K], the rows that those are for.
+        choices: (row, position) of each of those tokens in its sequence, for host code.
     """
 
     token_ids: Tensor
     attention: AttentionBatch
     sampled: Tensor
     sampled_rows: Tensor
+    choices: list[tuple[int, int]]
 
 
 class Rows:
@@ -77,8 +79,8 @@ class Rows:
         starts = list(accumulate(lengths, initial=0))
         contexts = [item.start + length for item, length in zip(work, lengths, strict=True)]
         sampled = [
-            (end - 1 - back, item.row)
-            for item, end in zip(work, starts[1:], strict=True)
+            (end - 1 - back, item.row, context - back)
+            for item, end, context in zip(work, starts[1:], contexts, strict=True)
             if item.sample
             for back in range(item.drafts, -1, -1)
         ]
@@ -88,8 +90,8 @@ class Rows:
             [item.row for item in work],
             contexts,
             starts,
-            [index for index, _ in sampled],
-            [row for _, row in sampled],
+            [index for index, _, _ in sampled],
+            [row for _, row, _ in sampled],
             *zip(*new_pages, strict=True),
         )
         packed = to_device(list(chain.from_iterable(parts)), torch.int64, self._device)
@@ -112,7 +114,7 @@ class Rows:
         )
         if LAST_SAMPLED in parts[0]:
             ids = self._known(ids, token_rows)
-        return Batch(ids, attention, index, sampled_rows)
+        return Batch(ids, attention, index, sampled_rows, [(row, position) for _, row, position in sampled])
 
     def keep_sampled(self, rows: Tensor, token_ids: Tensor) -> None:
         """The tokens int64 [K] that rows int64 [K] have sampled: what LAST_SAMPLED means from now on. Of a row that is

@@ -188,18 +188,13 @@ class Runner:
         starts = batch.attention.query_starts_list[:-1]
         targets = score_targets(work, starts, head, self.info.vocab_size, self._device)
 
-        rows, positions = [], []
-        for each in work:
-            end = each.start + len(each.token_ids)
-            for back in range(each.drafts, -1, -1) if each.sample else ():
-                rows.append(each.row)
-                positions.append(end - back)
-        if not rows:
+        if not batch.choices:
             return Launched(work, model_seconds, None, targets)
         began = time.perf_counter()
         logits = head(batch.sampled)
         model_seconds += time.perf_counter() - began
-        sampled = self._sampler.sample(logits, rows, positions)
+        rows, positions = zip(*batch.choices, strict=True)
+        sampled = self._sampler.sample(logits, [*rows], [*positions])
         tokens = sampled.token_ids if self._from_first is None else self._from_first(sampled.token_ids)
         self._rows.keep_sampled(batch.sampled_rows, tokens)
         return Launched(work, model_seconds, sampled, targets)
