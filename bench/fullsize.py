@@ -37,12 +37,14 @@ from bench.measure import (
     Machine,
     Run,
     anonymous_bytes,
+    children,
     peak_rss_bytes,
     summarise,
     this_machine,
     write_result,
 )
 from bench.options import numbers
+from bench.peers.servers import greedy_request
 from bench.vocabularies import TEKKEN, mistral_file
 from engine.checkpoint import open_checkpoint
 from engine.memory import matrices, token_bytes
@@ -280,7 +282,7 @@ class _Server:
     def _look(self) -> None:
         while not self._done.wait(0.05):
             with contextlib.suppress(OSError, StopIteration):
-                self.engine_pid = self.engine_pid or next(_children(self.process.pid))
+                self.engine_pid = self.engine_pid or next(_engines(self.process.pid))
                 self.peak_anonymous_bytes = max(self.peak_anonymous_bytes, anonymous_bytes(self.engine_pid))
 
 
@@ -309,12 +311,11 @@ def _serving(path: Path, job: Job, timeout: float) -> Iterator[_Server]:
                 process.kill()
 
 
-def _children(pid: int) -> Iterator[int]:
+def _engines(pid: int) -> Iterator[int]:
     """Processes that run `engine.worker` for this server."""
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in map(int, (task / "children").read_text().split()):
-            if b"engine.worker" in Path(f"/proc/{child}/cmdline").read_bytes():
-                yield child
+    for child in children(pid):
+        if b"engine.worker" in Path(f"/proc/{child}/cmdline").read_bytes():
+            yield child
 
 
 def _run(stub: rpc.GenerationServiceStub, job: Job, streams: int) -> Run:
@@ -328,14 +329,10 @@ def _run(stub: rpc.GenerationServiceStub, job: Job, streams: int) -> Run:
 
 def _stream(stub: rpc.GenerationServiceStub, prompt: list[int], new_tokens: int) -> tuple[float, list[float], int]:
     """When the request was sent, when each token came, and the first of them."""
-    request = pb.GenerateRequest(
-        token_ids=pb.TokenIds(ids=prompt),
-        sampling=pb.SamplingParameters(max_tokens=new_tokens, temperature=0, ignore_eos=True),
-    )
     submitted = time.perf_counter()
     arrivals: list[float] = []
     tokens: list[int] = []
-    for response in stub.Generate(request):
+    for response in stub.Generate(greedy_request(prompt, new_tokens)):
         if response.HasField("delta"):
             tokens += response.delta.token_ids
             arrivals += [time.perf_counter()] * len(response.delta.token_ids)

@@ -232,6 +232,13 @@ def anonymous_bytes(pid: int | None = None) -> int:
     return _status_bytes(pid, "RssAnon")
 
 
+def children(pid: int) -> list[int]:
+    """Processes that a living process has started. Source: proc_pid_task_children(5)."""
+    return [
+        int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
+    ]
+
+
 def _status_bytes(pid: int | None, field: str) -> int:
     """Source: proc_pid_status(5)."""
     for line in Path(f"/proc/{pid or 'self'}/status").read_text().splitlines():

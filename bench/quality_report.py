@@ -6,7 +6,6 @@ A result file is one `Report` as JSON; names end in their unit, and `schema` gro
 from __future__ import annotations
 
 import math
-from xml.sax.saxutils import escape
 
 import msgspec
 from rich import box
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.measure import Machine
+from bench.svg import line, picture, text
 
 SCHEMA = 1
 KINDS = ("qkv", "attention_output", "gate_up", "down")  # of a layer, named as the decoder does
@@ -165,27 +165,17 @@ def plot(report: Report) -> str:
         return bottom - (bottom - _TOP) * (exponent - low) / max(high - low, 1)
 
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" font-family="sans-serif" '
-        'font-size="12"><rect width="100%" height="100%" fill="white"/>',
-        _text(_LEFT, 18, f"{report.model}: mean KL to the reference (nats) over bytes of weights (MB)"),
+        text(_LEFT, 18, f"{report.model}: mean KL to the reference (nats) over bytes of weights (MB)"),
     ]
     for exponent in range(low, high + 1):
-        parts.append(_line(_LEFT, y(exponent), right, y(exponent)))
-        parts.append(_text(_LEFT - 8, y(exponent) + 4, f"1e{exponent}", "end"))
+        parts.append(line(_LEFT, y(exponent), right, y(exponent)))
+        parts.append(text(_LEFT - 8, y(exponent) + 4, f"1e{exponent}", "end"))
     for step in range(6):
-        parts.append(_text(x(most * step / 5), bottom + 18, f"{most * step / 5e6:.0f}", "middle"))
+        parts.append(text(x(most * step / 5), bottom + 18, f"{most * step / 5e6:.0f}", "middle"))
     for row, kl in zip(rows, exponents, strict=True):
         across, up, fill = x(row.weight_bytes), y(kl), "none" if row.kv == "fp8" else "#1f5fa8"
         parts.append(f'<circle cx="{across:.1f}" cy="{up:.1f}" r="5" fill="{fill}" stroke="#1f5fa8"/>')
         side, anchor = (-9, "end") if row.kv == "fp8" else (9, "start")  # the two caches of a scheme lie close together
-        parts.append(_text(across + side, up + 4, f"{row.weights}{' *' * row.shuffled} / {row.kv}", anchor))
+        parts.append(text(across + side, up + 4, f"{row.weights}{' *' * row.shuffled} / {row.kv}", anchor))
     caption = "weights / cache; hollow: FP8 cache; * shuffled off the file's own 4-bit grid"
-    return "\n".join([*parts, _text(_LEFT, _HEIGHT - 10, caption), "</svg>\n"])
-
-
-def _text(x: float, y: float, text: str, anchor: str = "start") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
-
-
-def _line(x1: float, y1: float, x2: float, y2: float) -> str:
-    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="#dddddd"/>'
+    return picture(_WIDTH, _HEIGHT, [*parts, text(_LEFT, _HEIGHT - 10, caption)])

@@ -39,6 +39,7 @@ from engine.loop import HEARTBEAT_SECONDS, StepOutput
 from engine.memory import token_bytes
 from engine.remote import RemoteEngine
 from engine.request import EngineStats, FinishReason, Request, SamplingParams
+from service.models.family import NEMO_12B
 
 SCHEMA = 1
 # How much a process may grow after the first round, in which torch, Python and malloc take the arenas that they keep:
@@ -48,8 +49,8 @@ GROWTH_BYTES = 2 * 2**20
 IDLE_SECONDS = 2.2 * HEARTBEAT_SECONDS  # two beats: one after the last step, and one that has checked the books
 OPENINGS = 8  # texts that prompts begin with
 CROWDS = ((0.7, 10**9), (0.2, 2), (0.1, 1))  # shares of a round, and how many call at a time: drafts pay where few do
-TINY = ModelConfig(
-    architecture="MistralForCausalLM",
+TINY = msgspec.structs.replace(
+    NEMO_12B,
     vocab_size=512,
     hidden_size=64,
     num_layers=2,
@@ -57,11 +58,8 @@ TINY = ModelConfig(
     num_kv_heads=2,
     head_dim=16,
     intermediate_size=128,
-    rms_norm_eps=1e-5,
     rope_theta=10000.0,
     max_position_embeddings=512,
-    bos_token_id=1,
-    eos_token_ids=(2,),
 )
 
 

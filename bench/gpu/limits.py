@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bench.gpu.report import Card, CardLimits
+from engine.quant import has_fp8_units
 
 FLUSH_BYTES = 2**28  # an H100 has 50 MB of L2, a B200 126 MB
 WAIT_CYCLES = 2_000_000  # about 1 ms: more than Python takes to queue a few launches
@@ -71,7 +72,7 @@ def measure_limits(device: torch.device, trial: bool) -> CardLimits:
         copy_bytes_per_second=rate(2 * size, lambda: target.copy_(source)),
         read_bytes_per_second=rate(size, lambda: source.view(torch.float32).sum()),
         matrix_flops_per_second=rate(flops, lambda: left @ right),
-        fp8_flops_per_second=rate(flops, _fp8_product(left, right)) if has_fp8(device) else None,
+        fp8_flops_per_second=rate(flops, _fp8_product(left, right)) if has_fp8_units(device) else None,
     )
 
 
@@ -80,10 +81,6 @@ def _fp8_product(left: Tensor, right: Tensor) -> Callable[[], Tensor]:
     codes = left.to(torch.float8_e4m3fn), right.t().contiguous().to(torch.float8_e4m3fn).t()  # columns in one piece
     ones = torch.ones(len(left), 1, device=left.device)
     return lambda: torch._scaled_mm(*codes, scale_a=ones, scale_b=ones.t(), out_dtype=torch.bfloat16)
-
-
-def has_fp8(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def this_card(device: torch.device) -> Card:

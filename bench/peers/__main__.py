@@ -30,7 +30,7 @@ from bench.measure import Facts, Job, PeerReport, Run, summarise, this_machine, 
 from bench.options import facts_of, names, numbers
 from bench.peers.processes import ServerFailedError, peak_bytes
 from bench.peers.report import CaseRun, Peers, Skipped, Turn, plot, show
-from bench.peers.servers import Limits, LlamaCpp, Nemoserve, Server, Vllm
+from bench.peers.servers import Capacity, LlamaCpp, Nemoserve, Server, Vllm
 from bench.peers.weights import NEMO_1B, Weights, prepare
 from bench.peers.workload import Case, cases
 
@@ -77,7 +77,7 @@ def main(
     weights = prepare(model, folder / Path(model).stem)
     workload = cases(streams, prompt_tokens, new_tokens, long_tokens, shared_tokens)
     lengths = [(case.streams, case.prompt_tokens + case.new_tokens + 16) for case in workload]
-    sizes = Limits(
+    capacity = Capacity(
         streams=max(count for count, _ in lengths),
         context=max(length for _, length in lengths),
         tokens=max(count * length for count, length in lengths),
@@ -87,11 +87,11 @@ def main(
     machine, limits, facts = this_machine(), measure_limits(threads, "cpu"), facts_of(weights.hf)
     contenders: list[Server] = []
     if "nemoserve" in servers:
-        contenders += _ours(weights, precisions.split(","), sizes)
+        contenders += _ours(weights, precisions.split(","), capacity)
     if "llama.cpp" in servers:
-        contenders += _llamas(weights, llama_types.split(","), llama_cpp, sizes)
+        contenders += _llamas(weights, llama_types.split(","), llama_cpp, capacity)
     if "vllm" in servers:
-        contenders.append(Vllm(vllm, weights.hf, sizes))
+        contenders.append(Vllm(vllm, weights.hf, capacity))
     skipped = [Skipped(server=each.name, reason=reason) for each in contenders if (reason := each.missing())]
     contenders = [each for each in contenders if not each.missing()]
     turns: list[Turn] = []
@@ -127,17 +127,17 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _ours(weights: Weights, precisions: list[str], sizes: Limits) -> Iterator[Server]:
+def _ours(weights: Weights, precisions: list[str], capacity: Capacity) -> Iterator[Server]:
     for precision in precisions:
-        yield Nemoserve(weights.gguf if precision == "auto" else weights.hf, precision, sizes)
+        yield Nemoserve(weights.gguf if precision == "auto" else weights.hf, precision, capacity)
 
 
-def _llamas(weights: Weights, types: list[str], binaries: Path | None, sizes: Limits) -> Iterator[Server]:
+def _llamas(weights: Weights, types: list[str], binaries: Path | None, capacity: Capacity) -> Iterator[Server]:
     for kind in types:
         file = weights.gguf
         if binaries is not None and kind != "FILE":
             file = weights.quantised(kind, binaries)
-        yield LlamaCpp(binaries, file, kind, sizes)
+        yield LlamaCpp(binaries, file, kind, capacity)
 
 
 def _turn(server: Server, workload: list[Case], facts: Facts, seed: int) -> Turn:

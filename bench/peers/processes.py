@@ -10,14 +10,13 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import grpc
 import httpx
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
-from bench.measure import peak_rss_bytes
+from bench.measure import children, peak_rss_bytes
 
 
 class ServerFailedError(Exception):
@@ -95,12 +94,11 @@ def free_port() -> int:
 
 
 def family(pid: int) -> list[int]:
-    """A process and all that descend from it. Source: proc_pid_task_children(5)."""
+    """A process and all that descend from it."""
     found = [pid]
     for parent in found:
         with contextlib.suppress(OSError):
-            for task in Path(f"/proc/{parent}/task").iterdir():
-                found += map(int, (task / "children").read_text().split())
+            found += children(parent)
     return found
 
 

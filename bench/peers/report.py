@@ -5,8 +5,6 @@ A result file is one `Peers` as JSON; names end in their unit, and `schema` grow
 
 from __future__ import annotations
 
-from xml.sax.saxutils import escape
-
 import msgspec
 from rich import box
 from rich.console import Console
@@ -14,6 +12,7 @@ from rich.table import Table
 
 from bench.measure import Facts, Limits, Machine, Rates, Run
 from bench.peers.workload import Case
+from bench.svg import picture, text
 
 SCHEMA = 1
 OURS = "nemoserve"
@@ -151,7 +150,7 @@ def plot(result: Peers) -> str:
     parts: list[str] = []
     y = 40.0
     for case in result.cases:
-        parts.append(_text(10, y, f"{case.name}, {case.streams} streams", bold=True))
+        parts.append(text(10, y, f"{case.name}, {case.streams} streams", bold=True))
         y += 8
         runs = [(kind, found[0]) for kind in result.kinds if (found := result.speeds(kind, case))]
         most = max(run.tokens_per_second for _, run in runs)
@@ -162,18 +161,9 @@ def plot(result: Peers) -> str:
                 f'<rect x="{_LEFT}" y="{y:.1f}" width="{length:.1f}" height="{_ROW - 4}" fill="{fill}" '
                 f'stroke="{colour}"/>'
             )
-            parts.append(_text(_LEFT - 8, y + 10, " ".join(kind), "end"))
-            parts.append(_text(_LEFT + length + 6, y + 10, f"{run.tokens_per_second:.0f}"))
+            parts.append(text(_LEFT - 8, y + 10, " ".join(kind), "end"))
+            parts.append(text(_LEFT + length + 6, y + 10, f"{run.tokens_per_second:.0f}"))
             y += _ROW
         y += _GAP
     title = f"{result.model}: tokens/s of all streams; filled: nemoserve; blue 16, green 8, brown 4 bits"
-    head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {y:.0f}" font-family="sans-serif" '
-        'font-size="12"><rect width="100%" height="100%" fill="white"/>'
-    )
-    return "\n".join([head, _text(10, 18, title), *parts, "</svg>\n"])
-
-
-def _text(x: float, y: float, text: str, anchor: str = "start", bold: bool = False) -> str:
-    weight = ' font-weight="bold"' if bold else ""
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{weight}>{escape(text)}</text>'
+    return picture(_WIDTH, y, [text(10, 18, title), *parts])

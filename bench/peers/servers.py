@@ -72,7 +72,7 @@ class Server(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class Capacity:
     """What every server is sized for: so many streams of at most `context` tokens, `tokens` in all at one time."""
 
     streams: int
@@ -90,7 +90,7 @@ class Nemoserve:
 
     model: Path
     precision: str
-    limits: Limits
+    capacity: Capacity
     name: str = "nemoserve"
 
     @property
@@ -112,8 +112,8 @@ class Nemoserve:
     def serve(self) -> Iterator[tuple[int, str]]:
         port = free_port()
         command = [str(Path(sys.executable).parent / "nemoserve"), "serve", str(self.model), "--grpc-port", str(port)]
-        command += ["--precision", self.precision, "--threads", str(self.limits.threads)]
-        command += ["--max-batch-size", str(self.limits.streams), "--max-model-len", str(self.limits.context)]
+        command += ["--precision", self.precision, "--threads", str(self.capacity.threads)]
+        command += ["--max-batch-size", str(self.capacity.streams), "--max-model-len", str(self.capacity.context)]
         command += [
             "--max-draft-tokens",
             "0",
@@ -128,18 +128,22 @@ class Nemoserve:
             yield _GrpcClient(rpc.GenerationServiceStub(channel))
 
 
+def greedy_request(prompt: list[int], new_tokens: int) -> pb.GenerateRequest:
+    """For exactly so many tokens, whatever they are."""
+    return pb.GenerateRequest(
+        token_ids=pb.TokenIds(ids=prompt),
+        sampling=pb.SamplingParameters(max_tokens=new_tokens, temperature=0, ignore_eos=True),
+    )
+
+
 class _GrpcClient:
     def __init__(self, stub: rpc.GenerationServiceAsyncStub) -> None:
         self._stub = stub
 
     async def stream(self, prompt: list[int], new_tokens: int) -> Stream:
-        request = pb.GenerateRequest(
-            token_ids=pb.TokenIds(ids=prompt),
-            sampling=pb.SamplingParameters(max_tokens=new_tokens, temperature=0, ignore_eos=True),
-        )
         submitted = time.perf_counter()
         arrivals: list[float] = []
-        async for response in self._stub.Generate(request, timeout=REQUEST_SECONDS):
+        async for response in self._stub.Generate(greedy_request(prompt, new_tokens), timeout=REQUEST_SECONDS):
             if response.HasField("delta"):
                 arrivals += [time.perf_counter()] * len(response.delta.token_ids)
         return _checked(submitted, arrivals, new_tokens)
@@ -158,7 +162,7 @@ class LlamaCpp:
     binaries: Path | None
     model: Path
     weights: str
-    limits: Limits
+    capacity: Capacity
     name: str = "llama.cpp"
 
     @property
@@ -176,16 +180,14 @@ class LlamaCpp:
         assert self.binaries is not None
         port = free_port()
         command = [str(self.binaries / "llama-server"), "--model", str(self.model), "--port", str(port)]
-        command += ["--threads", str(self.limits.threads), "--parallel", str(self.limits.streams), "--kv-unified"]
-        command += ["--ctx-size", str(2 * self.limits.tokens), "--no-webui", "--offline"]
+        command += ["--threads", str(self.capacity.threads), "--parallel", str(self.capacity.streams), "--kv-unified"]
+        command += ["--ctx-size", str(2 * self.capacity.tokens), "--no-webui", "--offline"]
         address = f"http://127.0.0.1:{port}"
         with running(command, lambda: answers(f"{address}/health"), START_SECONDS) as pid:
             yield pid, address
 
-    @contextlib.asynccontextmanager
-    async def client(self, address: str) -> AsyncIterator[Client]:
-        async with httpx.AsyncClient(base_url=address, timeout=REQUEST_SECONDS, limits=_ALL_AT_ONCE) as client:
-            yield _EventClient(client, "/completion", _llama_body, _llama_count)
+    def client(self, address: str) -> contextlib.AbstractAsyncContextManager[Client]:
+        return _event_client(address, "/completion", _llama_body, _llama_count)
 
 
 def _llama_body(prompt: list[int], new_tokens: int) -> dict[str, Any]:
@@ -216,7 +218,7 @@ class Vllm:
 
     environment: Path | None
     model: Path
-    limits: Limits
+    capacity: Capacity
     weights: str = "bf16"
     bits: int = 16
     name: str = "vllm"
@@ -234,19 +236,17 @@ class Vllm:
         # Not `vllm serve`: its command line asks for the version of a package of another name than the CPU build has.
         command = [str(self.environment / "bin" / "python"), "-m", "vllm.entrypoints.openai.api_server"]
         command += ["--model", str(self.model), "--host", "127.0.0.1", "--port", str(port)]
-        command += ["--dtype", "bfloat16", "--max-num-seqs", str(self.limits.streams)]
-        command += ["--max-model-len", str(self.limits.context), "--served-model-name", "model"]
+        command += ["--dtype", "bfloat16", "--max-num-seqs", str(self.capacity.streams)]
+        command += ["--max-model-len", str(self.capacity.context), "--served-model-name", "model"]
         command += ["--skip-tokenizer-init", "--no-enable-log-requests"]
         env = {"VLLM_CPU_KVCACHE_SPACE": "2", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-        env |= {"VLLM_CPU_OMP_THREADS_BIND": f"0-{self.limits.threads - 1}"}
+        env |= {"VLLM_CPU_OMP_THREADS_BIND": f"0-{self.capacity.threads - 1}"}
         address = f"http://127.0.0.1:{port}"
         with running(command, lambda: answers(f"{address}/health"), START_SECONDS, env) as pid:
             yield pid, address
 
-    @contextlib.asynccontextmanager
-    async def client(self, address: str) -> AsyncIterator[Client]:
-        async with httpx.AsyncClient(base_url=address, timeout=REQUEST_SECONDS, limits=_ALL_AT_ONCE) as client:
-            yield _EventClient(client, "/v1/completions", _vllm_body, _vllm_count)
+    def client(self, address: str) -> contextlib.AbstractAsyncContextManager[Client]:
+        return _event_client(address, "/v1/completions", _vllm_body, _vllm_count)
 
 
 def _vllm_body(prompt: list[int], new_tokens: int) -> dict[str, Any]:
@@ -270,6 +270,17 @@ def _vllm_count(event: dict[str, Any], before: int) -> int:
 # A connection that is kept may be closed by its server in the moment in which it is used again.
 _ALL_AT_ONCE = httpx.Limits(max_connections=None, max_keepalive_connections=0)
 
+Body = Callable[[list[int], int], dict[str, Any]]
+"""The request for so many tokens behind a prompt."""
+Count = Callable[[dict[str, Any], int], int]
+"""Of tokens in an event, after so many before it."""
+
+
+@contextlib.asynccontextmanager
+async def _event_client(address: str, path: str, body: Body, count: Count) -> AsyncIterator[Client]:
+    async with httpx.AsyncClient(base_url=address, timeout=REQUEST_SECONDS, limits=_ALL_AT_ONCE) as http:
+        yield _EventClient(http, path, body, count)
+
 
 @dataclass(frozen=True, slots=True)
 class _EventClient:
@@ -277,8 +288,8 @@ class _EventClient:
 
     http: httpx.AsyncClient
     path: str
-    body: Callable[[list[int], int], dict[str, Any]]
-    count: Callable[[dict[str, Any], int], int]  # of tokens in an event, after so many before it
+    body: Body
+    count: Count
 
     async def stream(self, prompt: list[int], new_tokens: int) -> Stream:
         submitted = time.perf_counter()

@@ -14,8 +14,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from nemoserve.v1 import generation_pb2 as pb
 from nemoserve.v1 import generation_pb2_grpc as rpc
 
+from bench.measure import children
 from tests.e2e.conftest import NEMOSERVE, ServerProcess
-from tests.processes import children
 
 
 def story(tokens: int) -> pb.GenerateRequest:

@@ -12,9 +12,9 @@ import pytest
 from nemoserve.v1 import generation_pb2 as pb
 from nemoserve.v1 import generation_pb2_grpc as rpc
 
+from bench.measure import children
 from tests.e2e.conftest import ServerProcess
 from tests.e2e.test_life import engine_of, serve
-from tests.processes import children
 
 RANKS = 3
 OPTIONS = ("--dtype", "fp32", "--threads", "1", "--max-batch-size", "4", "--max-model-len", "512")

@@ -157,6 +157,20 @@ class Tally(TorchDispatchMode):
         return made
 
 
+def stepping(batch: int, tokens: int, context: int, precision: str, kv: str) -> EngineConfig:
+    """Of an engine whose steps are weighed."""
+    return msgspec.structs.replace(
+        OPTIONS,
+        max_batch_size=batch,
+        max_batch_tokens=tokens,
+        max_model_len=context,
+        precision=precision,
+        kv_precision=kv,
+        threads=1,
+        seed=0,
+    )
+
+
 def decoder_in(path: Path, precision: str, context: int) -> Decoder:
     with torch.inference_mode(), open_checkpoint(str(path)) as checkpoint:
         return load_decoder(checkpoint, torch.bfloat16, CPU, context, 1, lambda phase, done: None, SCHEMES[precision])
@@ -204,16 +218,7 @@ def test_in_plain_torch_too(
     for module in ("engine.memory", "engine.ops.reference"):
         monkeypatch.setattr(f"{module}.SCORE_SLAB", slab)
     context = 4096
-    options = msgspec.structs.replace(
-        OPTIONS,
-        max_batch_size=1,
-        max_batch_tokens=tokens,
-        max_model_len=context,
-        precision=precision,
-        kv_precision=kv,
-        threads=1,
-        seed=0,
-    )
+    options = stepping(1, tokens, context, precision, kv)
     decoder = decoder_in(forms["safetensors"], precision, context)
     planned = plan_memory(decoder.config, options, Device(kind="cpu", free=10**10, plain=True)).workspace
     runner = Runner(options, decoder, CacheSize(64, context, 64))
@@ -275,16 +280,7 @@ def test_with_triton_too(
         monkeypatch.setattr(import_module(module), "WORKSPACE", workspace)
     for module in ("engine.memory", "engine.sampling.prompt"):
         monkeypatch.setattr(f"{module}.LOGITS_SLAB", slab)
-    options = msgspec.structs.replace(
-        OPTIONS,
-        max_batch_size=batch,
-        max_batch_tokens=tokens,
-        max_model_len=context,
-        precision=precision,
-        kv_precision=kv,
-        threads=1,
-        seed=0,
-    )
+    options = stepping(batch, tokens, context, precision, kv)
     decoder = decoder_in(forms["safetensors"], precision, context)
     planned = plan_memory(decoder.config, options, Device(kind="cuda", free=10**10)).workspace
     pages = context // 64

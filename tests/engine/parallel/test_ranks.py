@@ -20,6 +20,7 @@ from msgspec.structs import replace
 
 import engine.parallel.followers
 import engine.parallel.leader
+from bench.measure import children
 from engine.config import EngineConfig
 from engine.errors import CheckpointError, EngineConfigError, EngineDeadError
 from engine.face import Engine
@@ -31,7 +32,6 @@ from engine.remote import RemoteEngine
 from engine.request import Request, SamplingParams, TokenEvent, TokenLogprob
 from engine.step import RowInit, RowWork, SlotFill, StepPlan, Targets
 from engine.wire import Failed
-from tests.processes import children
 from tests.tiny_models import write_gguf, write_hf
 
 in_loop_of_ranks = pytest.mark.asyncio(loop_scope="module")  # the one that the shared engine belongs to
