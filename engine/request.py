@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 import math
+from typing import Literal
 
 import msgspec
 
@@ -28,7 +29,20 @@ class FinishReason(enum.StrEnum):
     STOP = "stop"  # end-of-sequence or a stop token id
     LENGTH = "length"  # max_tokens or the context limit
     CANCELLED = "cancelled"
+    DEADLINE = "deadline"  # said by the service, which knows how long a caller waits
     ERROR = "error"
+
+
+class Grammar(msgspec.Struct, frozen=True, kw_only=True):
+    """What the text of a completion must be.
+
+    Attributes:
+        kind: json_object (any; no text), json_schema, regex, or lark (llguidance's dialect of Lark grammars).
+        text: the schema, the expression or the grammar.
+    """
+
+    kind: Literal["json_object", "json_schema", "regex", "lark"]
+    text: str = ""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,6 +65,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         ignore_eos: the model's own end-of-sequence does not end the generation.
         logprobs: None = none; 0 = of the chosen token; n = also of the n likeliest.
         prompt_logprobs: the same of the prompt's own tokens, all but the first.
+        grammar: None = any text.
     """
 
     max_tokens: int = 16
@@ -68,6 +83,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
 
     @property
     def has_penalties(self) -> bool:
@@ -127,6 +143,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         )
         for token in self.stop_token_ids:
             _check(0 <= token < vocab_size, "stop_token_ids", token, f"must be between 0 and {vocab_size - 1}")
+        _check(self.grammar is None, "grammar", "a grammar", "is not served by this version")
         for field, top in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
             _check(top is None or 0 <= top <= MAX_LOGPROBS, field, top, f"must be between 0 and {MAX_LOGPROBS}")
 

@@ -39,6 +39,8 @@ class GenerationRequest:
         cache_salt: keeps what is computed of the prompt from requests with another salt.
         adapter: name of a LoRA adapter; tokenizer and chat format are the model's own.
         stop: strings that end a completion; the match is cut off unless include_stop.
+        tenant: whose request it is; see `service.caller`.
+        deadline: on the clock of time.monotonic(); after it nobody waits for the answer. None = no limit.
     """
 
     request_id: str
@@ -51,6 +53,8 @@ class GenerationRequest:
     priority: int = 0
     adapter: str | None = None
     cache_salt: str = ""
+    tenant: str = ""
+    deadline: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,13 +70,26 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ToolCallDelta:
+    """More of tool call number `call` of a completion. Its first piece brings `id` and `name`; the pieces of
+    `arguments` join to JSON text."""
+
+    call: int
+    id: str = ""
+    name: str = ""
+    arguments: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
-    """New text of completion `index`: whole characters; empty while a character or stop string is undecided."""
+    """New text of completion `index`: whole characters; empty while a character or stop string is undecided. What the
+    model says as calls of tools is not in `text` but in `tool_calls`."""
 
     index: int
     text: str
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    tool_calls: list[ToolCallDelta] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,12 +102,13 @@ class Usage:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
     """Completion `index` has ended. `matched_stop` is the stop string or stop token id that ended it; None for end of
-    sequence. Times are seconds since the request arrived."""
+    sequence. `tool_calls` is how many it made. Times are seconds since the request arrived."""
 
     index: int
     reason: FinishReason
     usage: Usage
     matched_stop: str | int | None = None
+    tool_calls: int = 0
     error: str | None = None
     queued_seconds: float = 0.0
     first_token_seconds: float = 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,8 +36,17 @@ class Tool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversation:
-    """What a chat request asks the model to continue."""
+    """What a chat request asks the model to continue.
+
+    Attributes:
+        tool_choice: whether the answer may (auto), must not (none) or must (required) call tools.
+        tool_name: the one tool that it must call, if required.
+        parallel_tool_calls: it may call several.
+    """
 
     messages: tuple[Message, ...]
     tools: tuple[Tool, ...] = ()
+    tool_choice: Literal["auto", "none", "required"] = "auto"
+    tool_name: str | None = None
+    parallel_tool_calls: bool = True
     continue_final_message: bool = False

@@ -1,0 +1,24 @@
+"""Who is calling: found out once at the edge of each protocol, read where an adapter builds its GenerationRequest."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Caller:
+    """The sender of one request.
+
+    Attributes:
+        tenant: name of its API key or client certificate; "" = nobody was asked.
+        admin: may also change what is served.
+    """
+
+    tenant: str = ""
+    admin: bool = True
+
+
+ANYBODY = Caller()
+CALLER: ContextVar[Caller] = ContextVar("caller", default=ANYBODY)
+"""Set by the interceptor or middleware of a request, in the task that serves it and in those that it starts."""
