@@ -103,7 +103,7 @@ def servers_table(found: Peers) -> list[str]:
     return [*lines, f"| {cells(['peak memory', *memory])} |"]
 
 
-@pytest.mark.parametrize("model", ["smollm2"])
+@pytest.mark.parametrize("model", ["smollm2", "nemo-1b"])
 def test_servers_side_by_side(model: str) -> None:
     lines, found = page("performance.md"), result("performance.md", Peers, f"peers-{model}")
     for line in servers_table(found):
