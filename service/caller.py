@@ -22,3 +22,20 @@ class Caller:
 ANYBODY = Caller()
 CALLER: ContextVar[Caller] = ContextVar("caller", default=ANYBODY)
 """Set by the interceptor or middleware of a request, in the task that serves it and in those that it starts."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TenantLimits:
+    """How much of the server a tenant may have. None = as much as everybody.
+
+    Attributes:
+        weight: its share of the engine beside others.
+        max_running: requests that run at once.
+        max_queued: requests that wait at once.
+        tokens_per_minute: of prompts and answers together.
+    """
+
+    weight: float = 1.0
+    max_running: int | None = None
+    max_queued: int | None = None
+    tokens_per_minute: int | None = None

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from service.key_commands import keys
 from service.models.catalog import CATALOG, DEFAULT_MODEL
 from service.models.errors import StoreError
 from service.settings import (
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from service.models.store import StoredModel
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
+TLS_CA_HELP = "CA of the server's certificate, PEM; with it the connection is encrypted"
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -42,6 +44,8 @@ def main() -> None:
     """Serve Mistral NeMo 12B and its dense Llama, Mistral and Qwen2 relatives over gRPC."""
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what the C core would print, our own errors say better
 
+
+main.add_command(keys)
 
 PLANNED = (
     *("precision", "kv_precision", "dtype", "max_model_len", "max_batch_size", "max_batch_tokens", "kv_memory"),
@@ -81,6 +85,8 @@ def serve(sample_prompt: str | None, dry_run: bool, as_json: bool, **flags: str 
     MODEL is a name of `nemoserve models`, hf://org/name[@revision], a folder of safetensors as Hugging Face or Mistral
     publish them, or a .gguf file. Every option is also a variable: NEMOSERVE_GRPC_PORT=8001.
     """
+    if sample_prompt and any(flags[name] for name in ("api_keys_file", "tls_cert")):
+        raise click.UsageError("--sample-prompt is for servers without keys and encryption")
     if as_json and not dry_run:
         raise click.UsageError("--json goes with --dry-run; --log-json makes the log JSON")
     with _errors():
@@ -97,11 +103,14 @@ def _serve(values: dict[str, Any], sample_prompt: str | None) -> None:
     import logging
 
     from service.logs import configure
+    from service.security.access import access_of
+    from service.security.tls import tls_of
     from service.server import Server, ServerConfig
 
     configure(values["log_level"], as_json=values["log_json"])
     for name in unknown_variables(os.environ):
         logging.getLogger(__name__).warning("unknown variable", extra={"variable": name})
+    access, tls = access_of(values), tls_of(values)  # what is wrong with them is told before anything is fetched
     stored = _pull(values["model"])
     config = ServerConfig(
         engine=engine_config(stored.path, values),
@@ -109,6 +118,9 @@ def _serve(values: dict[str, Any], sample_prompt: str | None) -> None:
         grpc_address=join_address(values["host"], values["grpc_port"]),
         lora_dir=Path(values["lora_dir"]) if values["lora_dir"] else None,
         lora_refresh=values["lora_refresh"],
+        access=access,
+        tls=tls,
+        max_request_bytes=values["max_request_bytes"],
         drain_timeout=values["drain_timeout"],
         progress_bar=sys.stderr.isatty() and not values["log_json"],
     )
@@ -157,6 +169,8 @@ print(client.infer("{model}", [text]).as_numpy("text_output")[0].decode())
 @main.command()
 @click.argument("model", required=False)
 @click.option("--address", metavar="HOST:PORT", help="talk to a running server instead of starting an engine")
+@click.option("--api-key", envvar="NEMOSERVE_API_KEY", metavar="KEY", help="of yours, for a server that asks for one")
+@click.option("--tls-ca", type=click.Path(exists=True, dir_okay=False, path_type=Path), help=TLS_CA_HELP)
 @click.option("--once", metavar="TEXT", help="ask this, print the answer, end")
 @click.option("--max-tokens", type=click.IntRange(1), help="longest answer  [default: until the model stops]")
 @click.option(
@@ -166,10 +180,19 @@ print(client.infer("{model}", [text]).as_numpy("text_output")[0].decode())
     show_default=True,
     help="0 = always the likeliest token",
 )
-def chat(model: str | None, address: str | None, once: str | None, max_tokens: int | None, temperature: float) -> None:
+def chat(
+    model: str | None,
+    address: str | None,
+    api_key: str | None,
+    tls_ca: Path | None,
+    once: str | None,
+    max_tokens: int | None,
+    temperature: float,
+) -> None:
     """Talk to MODEL, streaming. Text from a pipe is taken as one question.
 
-    By default smollm2-135m-instruct, or with --address what the server serves.
+    By default smollm2-135m-instruct, or with --address what the server serves. Other users of this machine can see
+    --api-key; the variable NEMOSERVE_API_KEY they cannot.
     """
     question = once if once is not None else None if sys.stdin.isatty() else sys.stdin.read()
     if question is not None and not question.strip():
@@ -181,7 +204,7 @@ def chat(model: str | None, address: str | None, once: str | None, max_tokens: i
 
         async def connect() -> Partner:
             if address is not None:
-                return RemotePartner(address, model or "", max_tokens, temperature)
+                return RemotePartner(address, model or "", max_tokens, temperature, api_key=api_key, tls_ca=tls_ca)
             stored = _pull(model or DEFAULT_MODEL)
             with load_progress(stored.name, bar=sys.stderr.isatty()) as progress:
                 return await LocalPartner.start(stored.path, max_tokens, temperature, progress)
@@ -313,12 +336,13 @@ def _errors() -> Iterator[None]:
     """What a person can act on is one line on stderr; everything else is a traceback, for us."""
     from engine import EngineError
     from service.errors import ServiceError, TalkError
+    from service.security.errors import SecurityError
 
     try:
         yield
     except SettingError as error:
         _fail(str(error), EXIT_USAGE)
-    except (StoreError, EngineError, ServiceError, TalkError) as error:
+    except (StoreError, EngineError, ServiceError, SecurityError, TalkError) as error:
         _fail(str(error), EXIT_FAILED)
     except BrokenPipeError:  # whoever read our output has enough: no failure to tell of
         raise

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import hashlib
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from msgspec.structs import replace
 
 from engine import Engine, EngineError, FinishReason, Request, SamplingParams, TokenLogprob
+from engine.request import MAX_CACHE_SALT
 from service.errors import from_engine, invalid
 from service.text.chat import Conversation
 from service.text.detokenize import StreamDecoder
@@ -36,7 +38,8 @@ class GenerationRequest:
         until_context: ignore sampling.max_tokens and generate until the model stops or the context is full.
         n: independent completions; they share nothing but the prompt. With a seed, number i has the stream of seed + i.
         priority: a class; see `engine.Request`.
-        cache_salt: keeps what is computed of the prompt from requests with another salt.
+        cache_salt: keeps what is computed of the prompt from requests with another salt; from other tenants' it is
+            kept anyway.
         adapter: name of a LoRA adapter; tokenizer and chat format are the model's own.
         stop: strings that end a completion; the match is cut off unless include_stop.
         tenant: whose request it is; see `service.caller`.
@@ -195,7 +198,7 @@ class Generator:
             sampling=sampling,
             priority=request.priority,
             adapter=request.adapter,
-            cache_salt=request.cache_salt,
+            cache_salt=_salt(request),
         )
 
     async def _complete(
@@ -268,6 +271,13 @@ def _size(conversation: Conversation) -> int:
     messages, tools = conversation.messages, conversation.tools
     calls = sum(len(call.arguments) for message in messages for call in message.tool_calls)
     return sum(len(message.content) for message in messages) + calls + sum(len(tool.description) for tool in tools)
+
+
+def _salt(request: GenerationRequest) -> str:
+    """Each tenant has a prefix cache of its own: by the time to the first token it could learn what others asked."""
+    if not request.tenant or len(request.cache_salt) > MAX_CACHE_SALT:  # which the engine refuses
+        return request.cache_salt
+    return hashlib.sha256(f"{request.tenant}\n{request.cache_salt}".encode(errors="surrogatepass")).hexdigest()
 
 
 def _asked_for(token: int | None, request: GenerationRequest) -> int | None:

@@ -21,6 +21,9 @@ from service.grpc.kserve import VIEW_NAMES
 from service.grpc.server import GrpcServer
 from service.lora import LoraFolder
 from service.progress import load_progress
+from service.security.access import EVERYBODY, Access
+from service.security.limits import MAX_REQUEST_BYTES
+from service.security.tls import Tls
 from service.served import ServedModel
 from service.text.load import load_text
 from service.text.tokenizer import TextModel
@@ -40,6 +43,9 @@ class ServerConfig:
         grpc_address: HOST:PORT, port 0 for any free one.
         lora_dir: folder of LoRA adapters, None = none are served.
         lora_refresh: seconds between looks into it, 0 = only at the start.
+        access: who may call what.
+        tls: certificates of the ports, None = plain text.
+        max_request_bytes: of one request, on any port.
         drain_timeout: seconds that accepted requests have to end after SIGTERM.
         progress_bar: somebody watches stderr: show a bar while loading, instead of log lines.
     """
@@ -50,6 +56,9 @@ class ServerConfig:
     grpc_address: str = "127.0.0.1:8001"
     lora_dir: Path | None = None
     lora_refresh: float = 0.0
+    access: Access = EVERYBODY
+    tls: Tls | None = None
+    max_request_bytes: int = MAX_REQUEST_BYTES
     drain_timeout: float = 30.0
     progress_bar: bool = False
 
@@ -96,14 +105,21 @@ class Server:
         loop, signals = asyncio.get_running_loop(), (signal.SIGTERM, signal.SIGINT)
         for number in signals:
             loop.add_signal_handler(number, self.stop)
+        files = (self._config.access.keys, self._config.tls)
+        watching = [asyncio.create_task(each.watch(), name="watch-files") for each in files if each is not None]
         try:
             return await self._run(on_ready)
         finally:
+            for task in watching:
+                task.cancel()
             for number in signals:
                 loop.remove_signal_handler(number)
 
     async def _run(self, on_ready: ReadyCallback | None) -> int:
-        grpc_server = GrpcServer(self.model)
+        config = self._config
+        grpc_server = GrpcServer(
+            self.model, access=config.access, tls=config.tls, max_request_bytes=config.max_request_bytes
+        )
         host = self._config.grpc_address.rpartition(":")[0]
         address = f"{host}:{await grpc_server.start(self._config.grpc_address)}"
         log.info("listening", extra={"address": address})

@@ -5,7 +5,6 @@ Precedence: flag > NEMOSERVE_* > NIM_* alias > profile > default. Each resolved 
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -15,9 +14,12 @@ from typing import Any
 from engine import EngineConfig
 from engine.schemes import KV_PRECISIONS, SCHEMES
 from service.models.profiles import settings_of
+from service.security.errors import SecurityError
+from service.security.exposure import check_exposure
+from service.security.limits import MAX_REQUEST_BYTES
 
 PREFIX, ALIAS_PREFIX = "NEMOSERVE_", "NIM_"
-OTHER_VARIABLES = ("NEMOSERVE_CACHE", "NIM_CACHE_PATH", "NEMOSERVE_TEST_DATA")  # read elsewhere
+OTHER_VARIABLES = ("NEMOSERVE_CACHE", "NIM_CACHE_PATH", "NEMOSERVE_API_KEY", "NEMOSERVE_TEST_DATA")  # read elsewhere
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
 
@@ -66,6 +68,13 @@ def _folder(value: str) -> str:
     path = Path(_text(value)).expanduser()
     if not path.is_dir():
         raise ValueError("must be a folder that is there")
+    return str(path.absolute())
+
+
+def _file(value: str) -> str:
+    path = Path(_text(value)).expanduser()
+    if not path.is_file():
+        raise ValueError("must be a file that is there")
     return str(path.absolute())
 
 
@@ -150,7 +159,7 @@ SETTINGS = (
         parse=_text,
         default="127.0.0.1",
         metavar="ADDRESS",
-        why="address to listen on; others need --allow-anonymous",
+        why="address to listen on; others than this machine's own need keys, client certificates or --allow-anonymous",
     ),
     Setting(
         name="grpc_port",
@@ -165,6 +174,58 @@ SETTINGS = (
         parse=_flag,
         default=False,
         why="serve beyond loopback to whoever can reach the port; for networks that are closed themselves",
+    ),
+    Setting(
+        name="api_keys_file",
+        parse=_file,
+        default=None,
+        metavar="FILE",
+        why="tenants and their keys, see `nemoserve keys --help`; with it everything but health checks needs a key",
+    ),
+    Setting(
+        name="metrics_without_key",
+        parse=_flag,
+        default=False,
+        why="metrics need no key, for scrapers that cannot send one; they tell of all tenants together",
+    ),
+    Setting(
+        name="tls_mode",
+        parse=lambda value: _choice("auto", "disabled", "tls", "mtls")(value.lower()),
+        default="auto",
+        metavar="auto|disabled|tls|mtls",
+        why="auto: as the files that are given say",
+        alias="NIM_SSL_MODE",
+    ),
+    Setting(
+        name="tls_cert",
+        parse=_file,
+        default=None,
+        metavar="FILE",
+        why="certificate chain of both ports, PEM; by default they are in plain text; renewed files are taken at once",
+        alias="NIM_SSL_CERTS_PATH",
+    ),
+    Setting(
+        name="tls_key",
+        parse=_file,
+        default=None,
+        metavar="FILE",
+        why="private key of the certificate, PEM",
+        alias="NIM_SSL_KEY_PATH",
+    ),
+    Setting(
+        name="tls_client_ca",
+        parse=_file,
+        default=None,
+        metavar="FILE",
+        why="CA whose certificates clients must show (mTLS), PEM; who has no key is then the tenant named there",
+        alias="NIM_SSL_CA_CERTS_PATH",
+    ),
+    Setting(
+        name="max_request_bytes",
+        parse=_bytes,
+        default=MAX_REQUEST_BYTES,
+        metavar="BYTES",
+        why="larger requests are refused unread; 16 MiB are 128 bytes for each token of the longest context",
     ),
     Setting(
         name="precision",
@@ -341,19 +402,18 @@ def resolve(flags: Mapping[str, str | None], environ: Mapping[str, str]) -> dict
     named = {} if profile.value is None else settings_of(profile.value)
     by_profile = {name: (f"profile {profile.value}", text) for name, text in named.items()}
     settings = {setting.name: _resolve(setting, flags, environ, by_profile) for setting in SETTINGS}
-    _check_address(settings["host"], settings["allow_anonymous"])
+    _check_exposure(settings)
     _check_precisions(settings["dtype"], settings["precision"], settings["kv_precision"])
     _check_batch(settings["max_batch_size"], settings["max_batch_tokens"])
     _check_ranks(settings["tensor_parallel_size"], settings["lora_dir"])
     return settings
 
 
-def _check_address(host: Resolved, allow_anonymous: Resolved) -> None:
-    if not _is_loopback(host.value) and not allow_anonymous.value:
-        raise SettingError(
-            f"{host.source}: {host.value} is reachable by others and requests are not authenticated; "
-            "use 127.0.0.1, or add --allow-anonymous on a network that is closed itself"
-        )
+def _check_exposure(settings: Mapping[str, Resolved]) -> None:
+    try:
+        check_exposure({name: (each.value, each.source) for name, each in settings.items()})
+    except SecurityError as error:
+        raise SettingError(str(error)) from None
 
 
 def _check_precisions(dtype: Resolved, precision: Resolved, kv_precision: Resolved) -> None:
@@ -410,13 +470,6 @@ def engine_config(model: Path, values: Mapping[str, Any]) -> EngineConfig:
 def join_address(host: str, port: int) -> str:
     """HOST:PORT as gRPC takes it, IPv6 addresses in brackets."""
     return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host.removeprefix("[").removesuffix("]")).is_loopback
-    except ValueError:
-        return host == "localhost"  # other names may come to mean anything
 
 
 def _resolve(

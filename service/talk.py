@@ -34,19 +34,41 @@ class Partner(Protocol):
 
 
 class RemotePartner:
-    """A server at HOST:PORT."""
+    """A server at HOST:PORT.
 
-    def __init__(self, address: str, model: str, max_tokens: int | None, temperature: float) -> None:
-        """`model` empty: whatever the server serves."""
+    Args:
+        model: empty = whatever the server serves.
+        api_key: of ours, if it asks for one.
+        tls_ca: PEM file of the CA that vouches for its certificate; None = it does not encrypt.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        model: str,
+        max_tokens: int | None,
+        temperature: float,
+        *,
+        api_key: str | None = None,
+        tls_ca: Path | None = None,
+    ) -> None:
         self._address = address
         self._model = model
-        self._channel = grpc.aio.insecure_channel(address)
+        if tls_ca is None:
+            self._channel = grpc.aio.insecure_channel(address)
+        else:
+            self._channel = grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(tls_ca.read_bytes()))
+        self._metadata = () if api_key is None else (("authorization", f"Bearer {api_key}"),)
         self._service = rpc.GenerationServiceStub(self._channel)
         self._sampling = pb.SamplingParameters(max_tokens=max_tokens, temperature=temperature)
 
     async def answer(self, messages: list[Message]) -> AsyncGenerator[str]:
         chat = pb.Chat(messages=[pb.ChatMessage(role=each.role, content=each.content) for each in messages])
-        call = self._service.Generate(pb.GenerateRequest(model=self._model, chat=chat, sampling=self._sampling))
+        request = pb.GenerateRequest(model=self._model, chat=chat, sampling=self._sampling)
+        call = self._service.Generate(request, metadata=self._metadata)
         try:
             async for response in call:
                 if response.delta.text:

@@ -11,6 +11,7 @@ from nemoserve.v1 import generation_pb2 as pb
 from nemoserve.v1 import generation_pb2_grpc as rpc
 
 from engine import AdapterInfo, FinishReason, SamplingParams, TokenLogprob
+from service.caller import CALLER
 from service.errors import Code, ServiceError, invalid
 from service.generation import Delta, Finished, GenerationEvent, GenerationRequest, Started
 from service.grpc.status import Context, abort, metadata_value
@@ -212,6 +213,7 @@ def to_generation(request: pb.GenerateRequest, request_id: str, adapter: str | N
         priority=request.priority,
         adapter=adapter,
         cache_salt=request.cache_salt,
+        tenant=CALLER.get().tenant,
     )
 
 

@@ -33,17 +33,27 @@ class Guard(grpc.aio.ServerInterceptor):
         handler: Any = await continuation(handler_call_details)
         if handler is None:
             return None  # no such method: gRPC answers UNIMPLEMENTED
-        kinds = {
-            (False, False): ("unary_unary", grpc.unary_unary_rpc_method_handler),
-            (False, True): ("unary_stream", grpc.unary_stream_rpc_method_handler),
-            (True, False): ("stream_unary", grpc.stream_unary_rpc_method_handler),
-            (True, True): ("stream_stream", grpc.stream_stream_rpc_method_handler),
-        }
-        name, make = kinds[handler.request_streaming, handler.response_streaming]
-        behaviour = getattr(handler, name)
-        guarded = _guard_stream(behaviour) if handler.response_streaming else _guard_unary(behaviour)
         parse = handler.request_deserializer
-        return make(guarded, parse and _tolerant(parse), handler.response_serializer)
+        return with_behaviour(handler, _guard_stream, _guard_unary, parse and _tolerant(parse))
+
+
+def with_behaviour(
+    handler: Any,
+    stream: Callable[[Any], Any],
+    unary: Callable[[Any], Any],
+    parse: Callable[[bytes], Any] | None,
+) -> grpc.RpcMethodHandler[Any, Any]:
+    """The handler with its behaviour wrapped by `stream` or `unary`, whichever its responses are, and its requests
+    parsed by `parse`."""
+    kinds = {
+        (False, False): ("unary_unary", grpc.unary_unary_rpc_method_handler),
+        (False, True): ("unary_stream", grpc.unary_stream_rpc_method_handler),
+        (True, False): ("stream_unary", grpc.stream_unary_rpc_method_handler),
+        (True, True): ("stream_stream", grpc.stream_stream_rpc_method_handler),
+    }
+    name, make = kinds[handler.request_streaming, handler.response_streaming]
+    wrap = stream if handler.response_streaming else unary
+    return make(wrap(getattr(handler, name)), parse, handler.response_serializer)
 
 
 def _tolerant(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:

@@ -11,12 +11,16 @@ from grpc_reflection.v1alpha import reflection
 from nemoserve.v1 import generation_pb2, generation_pb2_grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
+from service.grpc.auth import Authenticate
 from service.grpc.generation import GenerationServicer
 from service.grpc.interceptors import Guard
 from service.grpc.kserve import KServeServicer, LoraModels, llm_models
 from service.host import Host, Phase
+from service.security.access import EVERYBODY, Access
+from service.security.limits import MAX_REQUEST_BYTES
+from service.security.tls import Tls
 
-MAX_RECEIVE_BYTES = 128 * 2**20  # far above any prompt; Triton allows 2 GiB, which one client could fill memory with
+MAX_METADATA_BYTES = 16 * 2**10  # twice what gRPC takes for sure, and no more than it ever takes
 HEALTH_SECONDS = 1.0  # how late health may notice that the engine's heart has stopped
 OPTIONS = [
     ("grpc.max_send_message_length", -1),
@@ -24,6 +28,9 @@ OPTIONS = [
     ("grpc.http2.max_ping_strikes", 0),
     # A second server on the same port must fail to start, not take half of the connections.
     ("grpc.so_reuseport", 0),
+    # By default refusal is a matter of chance between 8 and 16 KiB.
+    ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+    ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
 ]
 SERVICES = (
     generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
@@ -36,13 +43,23 @@ class GrpcServer:
     """Start, stop, and the health of one port. Belongs to one event loop.
 
     Args:
-        max_receive_bytes: larger messages are refused with RESOURCE_EXHAUSTED before they are read.
+        access: who may call what; everybody everything by default.
+        tls: the port's certificates; without, it is in plain text.
+        max_request_bytes: larger messages are refused with RESOURCE_EXHAUSTED before they are read.
     """
 
-    def __init__(self, host: Host, max_receive_bytes: int = MAX_RECEIVE_BYTES) -> None:
+    def __init__(
+        self,
+        host: Host,
+        *,
+        access: Access = EVERYBODY,
+        tls: Tls | None = None,
+        max_request_bytes: int = MAX_REQUEST_BYTES,
+    ) -> None:
         self._host = host
-        options = [*OPTIONS, ("grpc.max_receive_message_length", max_receive_bytes)]
-        self._server = grpc.aio.server(interceptors=[Guard()], options=options)
+        self._tls = tls
+        options = [*OPTIONS, ("grpc.max_receive_message_length", max_request_bytes)]
+        self._server = grpc.aio.server(interceptors=[Authenticate(access), Guard()], options=options)
         self._health = health.aio.HealthServicer()
         self._health_task: asyncio.Task[None] | None = None
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(host), self._server)  # type: ignore[no-untyped-call,unused-ignore]
@@ -58,7 +75,11 @@ class GrpcServer:
             OSError: the address cannot be bound.
         """
         try:
-            port: int = self._server.add_insecure_port(address)
+            port: int
+            if self._tls is None:
+                port = self._server.add_insecure_port(address)
+            else:
+                port = self._server.add_secure_port(address, self._tls.grpc_credentials())
         except RuntimeError:
             raise OSError(f"cannot listen on {address}: the address is in use or not of this machine") from None
         await self._report()

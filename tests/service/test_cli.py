@@ -24,7 +24,7 @@ NEMOSERVE = Path(sys.executable).parent / "nemoserve"
     [
         (("pull", "mistral-nmeo-12b"), 1, "did you mean mistral-nemo-12b"),
         (("serve", "--grpc-port", "70000", "--dry-run"), 2, "--grpc-port: '70000' must be between 0 and 65535"),
-        (("serve", "--host", "0.0.0.0"), 2, "add --allow-anonymous"),
+        (("serve", "--host", "0.0.0.0"), 2, "or --allow-anonymous"),
         (("serve", "a" * 300), 1, f"{'a' * 300}: File name too long"),
         (("chat", "--address", "127.0.0.1:1", "--once", "hello"), 1, "127.0.0.1:1: UNAVAILABLE"),
     ],

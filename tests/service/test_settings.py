@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,44 @@ def test_an_address_beyond_loopback_must_be_asked_for_twice() -> None:
     with pytest.raises(SettingError, match="allow-anonymous"):
         resolve({"host": "0.0.0.0"}, {})
     assert resolve({"host": "0.0.0.0", "allow_anonymous": "true"}, {})["host"].value == "0.0.0.0"
+
+
+def test_who_asks_for_keys_or_certificates_may_listen_anywhere(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    path = str(file)
+    tls = {"tls_cert": path, "tls_key": path}
+    for flags in (
+        {"api_keys_file": path},
+        {**tls, "tls_client_ca": path},
+        {"tls_mode": "mtls", **tls, "tls_client_ca": path},
+    ):
+        assert resolve({"host": "0.0.0.0", **flags}, {})["host"].value == "0.0.0.0"
+    for flags in (tls, {**tls, "tls_client_ca": path, "tls_mode": "tls"}, {**tls, "tls_mode": "disabled"}):
+        with pytest.raises(SettingError, match=r"^--host: 0\.0\.0\.0 is reachable by others and requests are not auth"):
+            resolve({"host": "0.0.0.0", **flags}, {})
+
+
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        ({"NEMOSERVE_TLS_CERT": "FILE"}, "NEMOSERVE_TLS_CERT: FILE needs --tls-key too"),
+        ({"NIM_SSL_KEY_PATH": "FILE"}, "NIM_SSL_KEY_PATH: FILE needs --tls-cert too"),
+        ({"NEMOSERVE_TLS_CLIENT_CA": "FILE"}, "NEMOSERVE_TLS_CLIENT_CA: FILE needs --tls-cert too"),
+        ({"NIM_SSL_MODE": "TLS"}, "NIM_SSL_MODE: tls needs --tls-cert too"),
+        (
+            {"NIM_SSL_MODE": "MTLS", "NIM_SSL_CERTS_PATH": "FILE", "NIM_SSL_KEY_PATH": "FILE"},
+            "NIM_SSL_MODE: mtls needs --tls-client-ca too",
+        ),
+        ({"NIM_SSL_MODE": "on"}, "NIM_SSL_MODE: 'on' must be one of auto, disabled, tls, mtls"),
+        ({"NEMOSERVE_API_KEYS_FILE": "/no/such/file"}, "NEMOSERVE_API_KEYS_FILE: '/no/such/file' must be a file that"),
+    ],
+)
+def test_half_of_what_encryption_needs_is_a_mistake(tmp_path: Path, given: dict[str, str], complaint: str) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(SettingError, match="^" + re.escape(complaint.replace("FILE ", f"{file} "))):
+        resolve({}, {name: str(file) if value == "FILE" else value for name, value in given.items()})
 
 
 def test_a_profile_decides_what_nothing_else_does() -> None:

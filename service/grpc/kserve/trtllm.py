@@ -15,6 +15,7 @@ import numpy as np
 
 import service.grpc.kserve.values as values
 from engine import SamplingParams
+from service.caller import CALLER
 from service.errors import invalid
 from service.generation import GenerationRequest
 from service.grpc.kserve.llm import Ask, Completion, LlmModel, count, priority
@@ -153,6 +154,7 @@ class TrtLlmModel(LlmModel):
             stop=tuple(word for word in given.get("stop_words", ()) if word),
             include_stop=True,
             priority=priority(request.priority),
+            tenant=CALLER.get().tenant,
         )
         whole = not stream and not one.get("exclude_input_in_output", True)
         return Ask(

@@ -17,6 +17,7 @@ from msgspec.structs import replace
 
 import service.grpc.kserve.values as values
 from engine import SamplingParams, TokenLogprob
+from service.caller import CALLER
 from service.errors import Code, ServiceError, invalid
 from service.generation import GenerationRequest
 from service.grpc.kserve.llm import Ask, Completion, LlmModel, count, priority
@@ -129,6 +130,7 @@ class VllmModel(LlmModel):
             priority=priority(request.priority),
             adapter=self._lora(read.get("lora_name")),
             cache_salt=read.get("cache_salt", ""),
+            tenant=CALLER.get().tenant,
         )
         return Ask(
             generation=generation,

@@ -123,7 +123,7 @@ async def test_an_unknown_method_is_unimplemented(port: Port) -> None:
 
 
 async def test_a_message_above_the_limit_is_refused_and_the_connection_goes_on(engine: FakeEngine) -> None:
-    async with serving(served(engine), max_receive_bytes=10_000) as port:
+    async with serving(served(engine), max_request_bytes=10_000) as port:
         error = await refusal(port.typed.Tokenize(pb.TokenizeRequest(text="x" * 10_000), timeout=10))
         assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
         assert list((await port.typed.Tokenize(pb.TokenizeRequest(text="x"), timeout=10)).token_ids) == [120]
