@@ -21,17 +21,17 @@ LINE_SECONDS = 5.0
 
 
 @contextmanager
-def pull_progress(model: str) -> Iterator[Progress]:
+def pull_progress(model: str, verb: str = "pull") -> Iterator[Progress]:
     """Show the bytes that the callback is told of until the context ends."""
     if not sys.stderr.isatty():
-        yield lines(model, sys.stderr)
+        yield lines(model, sys.stderr, verb=verb)
         return
     with _bar() as bar:
-        task = bar.add_task(f"pull {model}", total=None)
+        task = bar.add_task(f"{verb} {model}", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def lines(model: str, out: TextIO, every: float = LINE_SECONDS) -> Progress:
+def lines(model: str, out: TextIO, every: float = LINE_SECONDS, verb: str = "pull") -> Progress:
     """A callback that writes the first state, the last one, and those between at most once in `every` seconds."""
     last: float | None = None
 
@@ -40,7 +40,7 @@ def lines(model: str, out: TextIO, every: float = LINE_SECONDS) -> Progress:
         now = time.monotonic()
         if last is None or done == total or now - last >= every:
             last = now
-            out.write(f"pull {model}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB ({done / total:.0%})\n")
+            out.write(f"{verb} {model}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB ({done / total:.0%})\n")
             out.flush()
 
     return report

@@ -1,8 +1,9 @@
-"""One file over HTTP: resumed where it broke off, checked against its sha256, and never taken for whole before.
+"""One file over HTTP: resumed where it broke off, checked against its checksum, and never taken for whole before.
 
-TARGET.partial grows ──► size and sha256 right ──► fsync ──► renamed to TARGET
+TARGET.partial grows ──► size and checksum right ──► fsync ──► renamed to TARGET
 
-The checksum is pinned, so a resumed file that changed on the server meanwhile is refused like any other wrong one.
+The checksum is known beforehand, so a resumed file that changed on the server meanwhile is found like any other wrong
+one; since its beginning may be to blame, it is fetched once more from the start.
 """
 
 from __future__ import annotations
@@ -20,21 +21,49 @@ import httpx
 from service.models.errors import StoreError
 
 Progress = Callable[[int, int], None]
-"""Called with bytes done and bytes in all."""
+"""Called with bytes done and bytes in all, before each write; what it raises ends the work."""
+Verify = Callable[[Path], None]
+"""Removes the file and raises StoreError unless it has the checksum that it should have."""
 
 ATTEMPTS = 5  # in a row without a single byte of progress
 BACKOFF_SECONDS = 1.0
 PASSING = (429, 500, 502, 503, 504)  # statuses that a later attempt may not meet
 
 
-def download(client: httpx.Client, url: str, target: Path, *, sha256: str, num_bytes: int, progress: Progress) -> None:
+class RefusedError(StoreError):
+    """The server answers with a status that no later attempt will change."""
+
+    def __init__(self, url: str, status: int) -> None:
+        super().__init__(f"{shown(url)}: the server answers {status}")
+        self.status = status
+
+
+def download(
+    client: httpx.Client, url: str, target: Path, *, verify: Verify, num_bytes: int, progress: Progress
+) -> None:
     """Fetch `url` into `target`.
 
     Raises:
-        StoreError: the server refuses, the network stays down, the disk is full, or the content is not the one pinned.
+        RefusedError: the server refuses.
+        StoreError: the network stays down, the disk is full, or the content is not the one that it should be.
     """
     partial = target.with_name(target.name + ".partial")
+    resumed = _size(partial) > 0
     ensure_space(target.parent, num_bytes - _size(partial))
+    _fetch(client, url, partial, num_bytes, progress)
+    try:
+        verify(partial)
+    except StoreError:
+        if not resumed:
+            raise
+        _fetch(client, url, partial, num_bytes, progress)
+        verify(partial)
+    commit(partial, target)
+
+
+def _fetch(client: httpx.Client, url: str, partial: Path, num_bytes: int, progress: Progress) -> None:
+    """All bytes of it, in as many attempts as make progress."""
+    partial.touch()  # of an empty file there is nothing to fetch
     most, failures = _size(partial), 0
     while _size(partial) < num_bytes:
         try:
@@ -48,8 +77,6 @@ def download(client: httpx.Client, url: str, target: Path, *, sha256: str, num_b
             raise StoreError(f"{shown(url)}: {trouble}; what has arrived is kept, try again")
         if done < num_bytes:
             time.sleep(BACKOFF_SECONDS * 2**failures)
-    verify(partial, sha256)
-    commit(partial, target)
 
 
 def _attempt(client: httpx.Client, url: str, partial: Path, num_bytes: int, progress: Progress) -> str:
@@ -61,7 +88,7 @@ def _attempt(client: httpx.Client, url: str, partial: Path, num_bytes: int, prog
         if code == httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE:
             partial.unlink()  # what is here is longer than the server's file, so it is not the beginning of it
         elif code not in PASSING:
-            raise StoreError(f"{shown(url)}: the server answers {code}") from None
+            raise RefusedError(url, code) from None
         return f"the server answers {code}"
     except httpx.TransportError as error:
         return str(error) or type(error).__name__
@@ -76,14 +103,15 @@ def _append(client: httpx.Client, url: str, partial: Path, done: int, num_bytes:
         resumed = response.status_code == httpx.codes.PARTIAL_CONTENT
         with partial.open("ab" if resumed else "wb") as file:
             for chunk in response.iter_raw():  # as it arrives, so that a break loses nothing
+                progress(min(file.tell() + len(chunk), num_bytes), num_bytes)
                 file.write(chunk)
-                progress(min(file.tell(), num_bytes), num_bytes)
+                file.flush()  # to the system, which outlives this process
                 if file.tell() > num_bytes:
                     return  # longer than it may be; the checksum will say so
 
 
-def verify(path: Path, sha256: str) -> None:
-    """Remove the file and raise StoreError unless it has this checksum."""
+def verify_sha256(path: Path, sha256: str) -> None:
+    """See `Verify`."""
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != sha256:
@@ -98,22 +126,19 @@ def commit(partial: Path, target: Path) -> None:
     os.replace(partial, target)
 
 
-def ensure_space(folder: Path, num_bytes: int) -> None:
+LARGER_CACHE = "set NEMOSERVE_CACHE to a larger disk"
+
+
+def ensure_space(folder: Path, num_bytes: int, advice: str = LARGER_CACHE) -> None:
     """Raise StoreError now rather than when the disk is full."""
     if (free := shutil.disk_usage(folder).free) < num_bytes:
-        raise StoreError(
-            f"{folder}: {num_bytes:,} more bytes are needed and {free:,} are free; "
-            "make room or set NEMOSERVE_CACHE to a larger disk"
-        )
+        raise StoreError(f"{folder}: {num_bytes:,} more bytes are needed and {free:,} are free; make room or {advice}")
 
 
-def disk_error(path: Path, missing: int, error: OSError) -> StoreError:
+def disk_error(path: Path, missing: int, error: OSError, advice: str = LARGER_CACHE) -> StoreError:
     """An OSError of writing, in words."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return StoreError(
-            f"{path.parent}: no space left, {missing:,} more bytes are needed; "
-            "make room or set NEMOSERVE_CACHE to a larger disk"
-        )
+        return StoreError(f"{path.parent}: no space left, {missing:,} more bytes are needed; make room or {advice}")
     return StoreError(f"{path}: {error.strerror or error}")
 
 

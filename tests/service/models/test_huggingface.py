@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import http.server
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -36,8 +37,9 @@ class Hub:
     files: dict[str, bytes]
     announced: dict[str, bytes]
     refusal: tuple[int, str] | None = None
-    tree_status: int = 200
     fetched: list[str] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    refused: int | None = None  # status of every file
     url: str = ""
 
     def entry(self, name: str) -> dict[str, object]:
@@ -50,24 +52,16 @@ class Hub:
         siblings = [{"rfilename": name, **self.entry(name)} for name in self.announced]
         return {"id": SOURCE.repo, "sha": COMMIT, "siblings": siblings}
 
-    def tree(self) -> object:
-        entries = [(name, self.entry(name)) for name in self.announced]
-        return [
-            {"type": "file", "path": name, "oid": entry.pop("blobId"), **entry}
-            | ({"lfs": {"oid": entry["lfs"]["sha256"], **entry["lfs"]}} if "lfs" in entry else {})  # type: ignore[index,dict-item]
-            for name, entry in entries
-        ]
-
     def handler(hub) -> type[http.server.BaseHTTPRequestHandler]:
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 path = self.path.partition("?")[0]
                 if hub.refusal:
                     self.reply(hub.refusal[0], b"{}", {"X-Error-Code": hub.refusal[1]})
-                elif path.startswith(f"/api/models/{SOURCE.repo}/tree/"):
-                    self.reply(hub.tree_status, json.dumps(hub.tree()).encode() if hub.tree_status == 200 else b"{}")
                 elif path.startswith(f"/api/models/{SOURCE.repo}"):
                     self.reply(200, json.dumps(hub.info()).encode())
+                elif hub.refused:
+                    self.reply(hub.refused, b"{}")
                 else:
                     self.send_file(path.partition(f"/resolve/{COMMIT}/")[2])
 
@@ -76,8 +70,9 @@ class Hub:
             def send_file(self, name: str) -> None:
                 if self.command == "GET":
                     hub.fetched.append(name)
-                body = hub.files[name]
-                self.reply(200, body, {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Repo-Commit": COMMIT})
+                start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-"))
+                hub.starts.append(start)
+                self.reply(206 if start else 200, hub.files[name][start:])
 
             def reply(self, code: int, body: bytes, headers: dict[str, str] | None = None) -> None:
                 self.send_response(code)
@@ -136,11 +131,40 @@ def test_a_file_that_is_not_the_announced_one_is_refused_and_removed(hub: Hub, t
     assert not (tmp_path / name).exists()
 
 
-def test_a_folder_that_was_only_begun_is_not_taken_for_whole(hub: Hub, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_bytes(FILES["config.json"])
-    hub.tree_status = 400  # upon which huggingface_hub returns the folder as it is
-    with pytest.raises(StoreError, match=r"has 0 of its \d+ bytes; try again"):
+def test_a_file_that_was_begun_goes_on_where_it_ended(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.partial").write_bytes(WEIGHTS[:500_000])
+    pull(hub, tmp_path)
+    assert sorted(hub.starts) == [0, 0, 500_000]
+    assert (tmp_path / "model.safetensors").read_bytes() == WEIGHTS
+
+
+@pytest.mark.parametrize("kept", ["model.safetensors", "model.safetensors.partial"])
+def test_what_an_earlier_commit_left_is_fetched_anew(hub: Hub, tmp_path: Path, kept: str) -> None:
+    (tmp_path / kept).write_bytes(WEIGHTS[::-1])
+    pull(hub, tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == WEIGHTS
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_the_first_file_that_fails_is_the_one_that_is_told_of(hub: Hub, tmp_path: Path) -> None:
+    hub.refused = 404
+    with pytest.raises(StoreError, match="the server answers 404"):
         pull(hub, tmp_path)
+
+
+def test_weights_that_may_not_be_read_say_whose_leave_is_needed(hub: Hub, tmp_path: Path) -> None:
+    hub.refused = 403
+    with pytest.raises(StoreError, match=r"accept its licence on huggingface\.co, then set HF_TOKEN"):
+        pull(hub, tmp_path)
+
+
+def test_a_disk_that_is_too_small_is_refused_before_the_download(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    with pytest.raises(StoreError, match=r"[\d,]+ more bytes are needed and 1,000 are free; make room or set"):
+        pull(hub, tmp_path)
+    assert hub.fetched == []
 
 
 def test_offline_is_one_line(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

