@@ -255,6 +255,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         weight_bytes: on one device; where several share the model, on the first of them.
+        device_name, device_bytes: of a GPU, as its driver calls it, and of its memory.
     """
 
     vocab_size: int
@@ -270,6 +271,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     weight_bytes: int
     load_seconds: float
     max_loras: int = 0
+    device_name: str = ""
+    device_bytes: int = 0
 
 
 class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):

@@ -119,6 +119,8 @@ class Runner:
             weight_bytes=decoder.weights.nbytes,
             load_seconds=load_seconds,
             max_loras=config.max_loras,
+            device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else "",
+            device_bytes=torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0,
         )
 
     @classmethod

@@ -1,0 +1,60 @@
+"""NIM's management routes: `service.management` over HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import yaml
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from service import management
+from service.errors import ServiceError
+from service.host import Host
+from service.management import Health, Package
+
+
+def routes(host: Host, package: Package, repository_override: str = "") -> list[Route]:
+    """To be mounted as they are; GET (and HEAD) only, each answers from memory."""
+
+    async def metadata(request: Request) -> Response:
+        return _json(management.metadata(host, package, repository_override))
+
+    async def manifest(request: Request) -> Response:
+        try:
+            info = host.info
+        except ServiceError:  # not loaded yet
+            info = None
+        found = management.manifest(package, info)
+        if "json" in request.headers.get("accept", ""):
+            return _json(found)
+        return Response(yaml.safe_dump(found, sort_keys=False, width=120), media_type="application/yaml")
+
+    async def version(request: Request) -> Response:
+        return _json(management.version())
+
+    async def licence(request: Request) -> Response:
+        return _json(management.licence(package))
+
+    def health(check: Callable[[Host], Health]) -> Callable[[Request], Any]:
+        async def answer(request: Request) -> Response:
+            found = check(host)
+            return _json(found.body, 200 if found.ok else 503)
+
+        return answer
+
+    return [
+        Route("/v1/health/live", health(management.live)),
+        Route("/v1/health/ready", health(management.ready)),
+        Route("/v1/metadata", metadata),
+        Route("/v1/manifest", manifest),
+        Route("/v1/version", version),
+        Route("/v1/license", licence),
+    ]
+
+
+def _json(body: Any, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(body), status, media_type="application/json")
