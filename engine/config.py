@@ -85,6 +85,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         page_size: tokens per KV page.
         kv_memory_bytes: size of the KV cache; None = on a GPU all that is left; on a CPU, where others live too, what
             max_batch_size sequences of 2,048 tokens need (at least one of max_model_len), at most half of what is left.
+        kv_memory_share: the same as a share of what is left, above 0 and at most 1; not together with kv_memory_bytes.
         prefix_caching: pages stay known when their request has ended, and requests that begin alike share them.
         threads: intra-op CPU threads; None = all cores.
         seed: basis of the random streams of requests that bring no seed; None = a new one at each start.
@@ -109,6 +110,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_draft_tokens: int = 7  # with the known token 8 rows: the most that kernels for decoding take at once
     page_size: int = 64  # one page of one head is a contiguous 16 KiB tile at head_dim 128 in bf16
     kv_memory_bytes: int | None = None
+    kv_memory_share: float | None = None
     prefix_caching: bool = True  # the tokens are the same, and a hash per page costs nothing beside computing it
     threads: int | None = None
     seed: int | None = None

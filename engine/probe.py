@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.metadata
+import re
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from engine.checkpoint import Checkpoint
     from engine.model.load import TensorSource
 
+_DRIVER = Path("/proc/driver/nvidia/version")
 # That the kernels are compiled for, or that oneDNN uses, where a CPU has them; as /proc/cpuinfo spells them.
 INSTRUCTIONS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd")
 
@@ -46,6 +50,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
         compiler: path, None where there is none.
         kernels: the engine's own are compiled and loaded; without them a CPU runs plain torch.
         triton_lacks: what Triton misses to run kernels on a GPU, which then runs plain torch; None = nothing.
+        triton, cuda, driver: versions; None = it is not here. `cuda` is what torch was built for, `driver` NVIDIA's.
         device, dtype: what the engine would take for the ones asked for.
     """
 
@@ -61,6 +66,9 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     dtype: str
     gpus: tuple[Gpu, ...]
+    triton: str | None = None
+    cuda: str | None = None
+    driver: str | None = None
 
 
 class Weights(msgspec.Struct, frozen=True, kw_only=True):
@@ -139,7 +147,26 @@ def _machine(device: torch.device, dtype: torch.dtype) -> Machine:
         device=device.type,
         dtype=str(dtype).removeprefix("torch."),
         gpus=tuple(_gpu(index) for index in range(torch.cuda.device_count())),
+        triton=_version("triton"),
+        cuda=torch.version.cuda,
+        driver=driver_version(_DRIVER),
     )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def driver_version(path: Path) -> str | None:
+    """Of NVIDIA's kernel module, from the first line of what it shows of itself."""
+    try:
+        found = re.search(r"Kernel Module\b.*?\s(\d+(?:\.\d+)+)\s", path.read_text())
+    except OSError:
+        return None
+    return found[1] if found else None
 
 
 def _gpu(index: int) -> Gpu:

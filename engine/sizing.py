@@ -44,6 +44,14 @@ def check_config(engine: EngineConfig) -> None:
     for field in ("kv_memory_bytes", "threads"):
         value = getattr(engine, field)
         _require(value is None or value >= 1, field, value, "must be at least 1")
+    share = engine.kv_memory_share
+    _require(share is None or 0 < share <= 1, "kv_memory_share", share, "must be above 0 and at most 1")
+    _require(
+        share is None or engine.kv_memory_bytes is None,
+        "kv_memory_share",
+        share,
+        f"does not go with kv_memory_bytes, which is {engine.kv_memory_bytes}",
+    )
     _require(engine.precision in SCHEMES, "precision", engine.precision, f"must be {', '.join(SCHEMES)}")
     kv = engine.kv_precision
     _require(kv in KV_PRECISIONS, "kv_precision", kv, f"must be {', '.join(KV_PRECISIONS)}")
@@ -82,21 +90,17 @@ def size_cache(engine: EngineConfig, model: ModelConfig, plan: MemoryPlan, devic
         f"this {device}",
     )
     page_bytes = plan.page_size * plan.token_bytes
-    if engine.kv_memory_bytes is not None:
-        budget = engine.kv_memory_bytes
-        _require(
-            budget <= plan.cache,
-            "kv_memory_bytes",
-            budget,
-            f"must be at most the {plan.cache} bytes ({_gib(plan.cache)}) that are left",
-        )
-        pages = budget // page_bytes
-    elif device == "cpu":
+    budget = cache_budget(engine, plan, device)
+    _require(
+        budget <= plan.cache,
+        "kv_memory_bytes",
+        budget,
+        f"must be at most the {plan.cache} bytes ({_gib(plan.cache)}) that are left",
+    )
+    pages = budget // page_bytes
+    if device == "cpu" and engine.kv_memory_bytes is None and engine.kv_memory_share is None:
         tokens = max(engine.max_batch_size * DEFAULT_TOKENS_PER_SEQUENCE, wanted or 0)
-        budget = plan.cache // 2
-        pages = min(-(-tokens // plan.page_size), budget // page_bytes)
-    else:
-        budget, pages = plan.cache, plan.pages
+        pages = min(-(-tokens // plan.page_size), pages)
     holds, needed = pages * plan.page_size, -(-(wanted or 2) // plan.page_size) * page_bytes
     _require(
         holds >= (wanted or 2),
@@ -107,6 +111,15 @@ def size_cache(engine: EngineConfig, model: ModelConfig, plan: MemoryPlan, devic
     )
     length = wanted or min(context_limit(model), holds)
     return CacheSize(pages, length, -(-length // plan.page_size))
+
+
+def cache_budget(engine: EngineConfig, plan: MemoryPlan, device: str) -> int:
+    """Bytes that the KV cache may take at most. `kv_memory_bytes` is taken at its word, whatever is left."""
+    if engine.kv_memory_bytes is not None:
+        return engine.kv_memory_bytes
+    if engine.kv_memory_share is not None:
+        return int(plan.cache * engine.kv_memory_share)
+    return plan.cache // 2 if device == "cpu" else plan.cache
 
 
 def _gib(count: int) -> str:

@@ -6,79 +6,57 @@ Imports are made where they are needed: `--help` must not wait for gRPC.
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import sys
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
+from service.command import EXIT_FAILED, echo_json, errors, fail, fetch, options
+from service.command import as_json as json_option
 from service.key_commands import keys
-from service.models.catalog import CATALOG, DEFAULT_MODEL
-from service.models.errors import StoreError
-from service.settings import (
-    SETTINGS,
-    Resolved,
-    SettingError,
-    engine_config,
-    join_address,
-    resolve,
-    unknown_variables,
-)
-from service.tables import table
+from service.model_commands import COMMANDS
+from service.models.catalog import DEFAULT_MODEL
+from service.resolve import Resolved, resolve, unknown_variables
+from service.settings import SETTINGS, engine_config, join_address
 from service.version import VERSION
 
-if TYPE_CHECKING:
-    from service.models.store import StoredModel
-
-EXIT_FAILED, EXIT_USAGE = 1, 2
+NIM_NAMES = {
+    "nim-serve": "serve",
+    "list-model-profiles": "profiles",
+    "download-to-cache": "pull",
+    "create-model-store": "store",
+}
+"""What NIM calls the same, for its scripts and charts."""
 TLS_CA_HELP = "CA of the server's certificate, PEM; with it the connection is encrypted"
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+class Commands(click.Group):
+    """Commands under our names and under NIM's, which `--help` does not list a second time."""
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        return super().get_command(ctx, NIM_NAMES.get(cmd_name, cmd_name))
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(VERSION, prog_name="nemoserve")
 def main() -> None:
     """Serve Mistral NeMo 12B and its dense Llama, Mistral and Qwen2 relatives over gRPC."""
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what the C core would print, our own errors say better
 
 
-main.add_command(keys)
-
-PLANNED = (
-    *("precision", "kv_precision", "dtype", "max_model_len", "max_batch_size", "max_batch_tokens", "kv_memory"),
-    *("max_draft_tokens", "tensor_parallel_size", "lora_dir", "max_loras", "max_lora_rank"),
-)
-"""Settings that decide what fits."""
-
-
-def _options(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A flag for each of these settings."""
-    return lambda command: _with_options(command, names)
-
-
-def _with_options(command: Callable[..., Any], names: Collection[str]) -> Callable[..., Any]:
-    """Text as given, so that flags and variables are parsed by the same code."""
-    for setting in reversed(SETTINGS):
-        if setting.name not in names:
-            continue
-        shown = "" if setting.default in (None, False) else f"  [default: {setting.default}]"
-        kind: dict[str, Any] = {"flag_value": "true", "is_flag": True}
-        if not setting.is_switch:
-            kind = {"metavar": setting.metavar}
-        option = click.option(setting.flag, setting.name, default=None, help=setting.why + shown, **kind)
-        command = option(command)
-    return command
+for _command in (*COMMANDS, keys):
+    main.add_command(_command)
 
 
 @main.command()
 @click.argument("model", required=False)
-@_options(*(setting.name for setting in SETTINGS if setting.name != "model"))
+@options(*(setting.name for setting in SETTINGS if setting.name != "model"))
 @click.option("--sample-prompt", metavar="TEXT", help="once ready, stream the answer to this and keep serving")
-@click.option("--dry-run", is_flag=True, help="print every setting and where its value comes from, then end")
-@click.option("--json", "as_json", is_flag=True, help="with --dry-run: print JSON")
+@click.option("--dry-run", is_flag=True, help="print every setting, where its value comes from and what fits, then end")
+@json_option("with --dry-run: print JSON")
 def serve(sample_prompt: str | None, dry_run: bool, as_json: bool, **flags: str | None) -> None:
     """Load MODEL, warm up, and serve it until SIGTERM or Ctrl-C.
 
@@ -89,12 +67,13 @@ def serve(sample_prompt: str | None, dry_run: bool, as_json: bool, **flags: str 
         raise click.UsageError("--sample-prompt is for servers without keys and encryption")
     if as_json and not dry_run:
         raise click.UsageError("--json goes with --dry-run; --log-json makes the log JSON")
-    with _errors():
+    with errors():
         settings = resolve(flags, os.environ)
         if dry_run:
-            for name in unknown_variables(os.environ):
-                click.echo(f"nemoserve: unknown variable {name}", err=True)
-            _print_settings(settings, as_json)
+            for name, near in unknown_variables(os.environ).items():
+                hint = f"; did you mean {near}?" if near else ""
+                click.echo(f"nemoserve: unknown variable {name}{hint}", err=True)
+            _dry_run(settings, as_json)
             return
         _serve({name: each.value for name, each in settings.items()}, sample_prompt)
 
@@ -108,13 +87,16 @@ def _serve(values: dict[str, Any], sample_prompt: str | None) -> None:
     from service.server import Server, ServerConfig
 
     configure(values["log_level"], as_json=values["log_json"])
-    for name in unknown_variables(os.environ):
-        logging.getLogger(__name__).warning("unknown variable", extra={"variable": name})
+    for name, near in unknown_variables(os.environ).items():
+        hint = {"did_you_mean": near} if near else {}
+        logging.getLogger(__name__).warning("unknown variable", extra={"variable": name, **hint})
     access, tls = access_of(values), tls_of(values)  # what is wrong with them is told before anything is fetched
-    stored = _pull(values["model"])
+    stored = fetch(values["model"])
+    name, *aliases = values["served_model_name"] or (stored.name,)
     config = ServerConfig(
         engine=engine_config(stored.path, values),
-        model_name=values["served_model_name"] or stored.name,
+        model_name=name,
+        model_aliases=tuple(aliases),
         grpc_address=join_address(values["host"], values["grpc_port"]),
         lora_dir=Path(values["lora_dir"]) if values["lora_dir"] else None,
         lora_refresh=values["lora_refresh"],
@@ -197,7 +179,7 @@ def chat(
     question = once if once is not None else None if sys.stdin.isatty() else sys.stdin.read()
     if question is not None and not question.strip():
         raise click.UsageError("the question is empty")
-    with _errors(), asyncio.Runner() as runner:
+    with errors(), asyncio.Runner() as runner:
         from service.progress import load_progress
         from service.talk import LocalPartner, Partner, RemotePartner, converse, say
         from service.text.chat import Message
@@ -205,7 +187,7 @@ def chat(
         async def connect() -> Partner:
             if address is not None:
                 return RemotePartner(address, model or "", max_tokens, temperature, api_key=api_key, tls_ca=tls_ca)
-            stored = _pull(model or DEFAULT_MODEL)
+            stored = fetch(model or DEFAULT_MODEL)
             with load_progress(stored.name, bar=sys.stderr.isatty()) as progress:
                 return await LocalPartner.start(stored.path, max_tokens, temperature, progress)
 
@@ -228,129 +210,14 @@ def _line_reader() -> Callable[[], str]:
     return lambda: input("> ")
 
 
-@main.command(short_help="Fetch MODEL into the model store.")
-@click.argument("model", default=DEFAULT_MODEL)
-@click.option("--json", "as_json", is_flag=True, help="print JSON")
-def pull(model: str, as_json: bool) -> None:
-    """Fetch MODEL into the model store, resuming what was begun; prints its path."""
-    with _errors():
-        stored = _pull(model)
-        click.echo(json.dumps({"name": stored.name, "path": str(stored.path)}) if as_json else str(stored.path))
+def _dry_run(settings: dict[str, Resolved], as_json: bool) -> None:
+    from service.dry_run import dry_run
+    from service.screen import show
 
-
-@main.command()
-@click.option("--json", "as_json", is_flag=True, help="print JSON")
-def models(as_json: bool) -> None:
-    """The models that have a name, and whether they are in the store."""
-    from service.models.store import ModelStore
-
-    with _errors():
-        store = ModelStore.default()
-        stored = {name: store.find(name) is not None for name in CATALOG}
-        if as_json:
-            found = [
-                {
-                    "name": entry.name,
-                    "short_names": list(entry.short_names),
-                    "parameters": entry.parameters,
-                    "bytes": entry.num_bytes,
-                    "licence": entry.licence,
-                    "stored": stored[entry.name],
-                }
-                for entry in CATALOG.values()
-            ]
-            click.echo(json.dumps(found, indent=2))
-            return
-        rows = [["model", "parameters", "licence", "files"]]
-        for entry in CATALOG.values():
-            here = "in store" if stored[entry.name] else f"{entry.num_bytes / 1e9:.1f} GB to fetch"
-            rows.append([entry.name, f"{entry.parameters / 1e9:.2f} B", entry.licence, here])
-        click.echo(table(rows, left=(0, 2, 3)))
-
-
-@main.command(short_help="What of MODEL fits on this machine or another, and what else troubles it.")
-@click.argument("model", required=False)
-@click.option("--gpu", metavar="NAME", help="plan for this GPU (h100, a100-40gb, l40s, …) instead of this machine")
-@click.option("--memory", type=float, metavar="GIB", help="plan for a GPU with so much memory")
-@_options("profile", "host", "grpc_port", "device", *PLANNED)
-@click.option("--json", "as_json", is_flag=True, help="print JSON")
-def doctor(gpu: str | None, memory: float | None, as_json: bool, **flags: str | None) -> None:
-    """Look at this machine and tell what of MODEL fits, precision by precision.
-
-    Exit code 1 if MODEL does not fit as `nemoserve serve` with the same options and variables would run it.
-    """
-    from service.doctor import examine, place_of
-
-    with _errors():
-        values = {name: each.value for name, each in resolve(flags, os.environ).items()}
-        found = examine(values, place_of(gpu, memory))
-        click.echo(json.dumps(found.as_json(), indent=2) if as_json else found.text())
-        if found.failure:
-            _fail(found.failure, EXIT_FAILED)
-
-
-@main.command(short_help="Profiles of MODEL: what fits where, and what serve takes.")
-@click.argument("model", required=False)
-@click.option("--gpu", metavar="NAME", help="only this GPU, or all that are known; does not look at this machine")
-@_options("device", *(name for name in PLANNED if name != "precision"))
-@click.option("--json", "as_json", is_flag=True, help="print JSON")
-def profiles(model: str | None, gpu: str | None, as_json: bool, **flags: str | None) -> None:
-    """Profiles of MODEL, or of every model that has a name: what fits here, and which one `serve` takes.
-
-    An id reads MODEL/DEVICE-PRECISION-tpN; run one with `nemoserve serve --profile ID`.
-    """
-    from service.doctor import list_profiles, places_of
-    from service.report import profile_table
-
-    with _errors():
-        values = {name: each.value for name, each in resolve(flags, os.environ).items()}
-        found = list_profiles([model] if model else [*CATALOG], places_of(gpu), values)
-        click.echo(json.dumps([each.as_json() for each in found], indent=2) if as_json else profile_table(found))
-
-
-def _pull(model: str) -> StoredModel:
-    """The model; shows the progress if something has to be fetched."""
-    from service.models.store import ModelStore
-
-    store = ModelStore.default()
-    if (stored := store.find(model)) is not None:
-        return stored
-    from service.progress import pull_progress
-
-    with pull_progress(model) as progress:
-        return store.pull(model, progress)
-
-
-def _print_settings(settings: dict[str, Resolved], as_json: bool) -> None:
+    found = dry_run(settings)
     if as_json:
-        found = {name: {"value": each.value, "source": each.source} for name, each in settings.items()}
-        click.echo(json.dumps(found, indent=2))
-        return
-    rows = [["setting", "value", "from"]]
-    rows += [[name, "auto" if each.value is None else str(each.value), each.source] for name, each in settings.items()]
-    click.echo(table(rows, left=(0, 1, 2)))
-
-
-@contextmanager
-def _errors() -> Iterator[None]:
-    """What a person can act on is one line on stderr; everything else is a traceback, for us."""
-    from engine import EngineError
-    from service.errors import ServiceError, TalkError
-    from service.security.errors import SecurityError
-
-    try:
-        yield
-    except SettingError as error:
-        _fail(str(error), EXIT_USAGE)
-    except (StoreError, EngineError, ServiceError, SecurityError, TalkError) as error:
-        _fail(str(error), EXIT_FAILED)
-    except BrokenPipeError:  # whoever read our output has enough: no failure to tell of
-        raise
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        _fail(where + (error.strerror or str(error)), EXIT_FAILED)
-
-
-def _fail(message: str, code: int) -> None:
-    click.echo(f"nemoserve: {message}", err=True)
-    sys.exit(code)
+        echo_json(found.as_json())
+    else:
+        show(found.text())
+    if found.failure:
+        fail(found.failure, EXIT_FAILED)

@@ -20,7 +20,8 @@ from service.models.machine import Check, check_disk, check_machine, check_port,
 from service.models.profiles import Profile, precisions, profiles
 from service.models.store import ModelStore
 from service.report import check_lines, memory_table
-from service.settings import SettingError, engine_config
+from service.resolve import SettingError
+from service.settings import engine_config
 
 MEMORY_GIB = (0.1, 10_000.0)  # of a GPU that may be planned for
 
@@ -46,7 +47,8 @@ class Examination:
         """Why `serve` would refuse, with what would help."""
         reason = self.fits[self.asked][0].reason
         if reason is None:
-            return None
+            broken = next((check for check in self.checks if check.fatal and not check.ok), None)
+            return f"{broken.name}: {broken.detail}" if broken else None
         helps = [f"--kv-precision {each.kv_precision}" for each in self.fits[self.asked] if each.reason is None]
         helps += [f"--precision {name}" for name in precisions(self.place) if self.fits[name][0].reason is None]
         hint = f"; {helps[0]} fits" if helps else ""
@@ -61,7 +63,8 @@ class Examination:
             "model": {"name": self.subject.name, "parameters": self.subject.parameters},
             "device": asdict(self.place),
             "asked": self.asked,
-            "fits": self.failure is None,
+            "fits": self.fits[self.asked][0].reason is None,
+            "failure": self.failure,
             "precisions": [each.as_json() for row in self.fits.values() for each in row],
             "checks": [asdict(check) for check in self.checks],
         }
@@ -163,7 +166,8 @@ def _subject(model: str, weights: Weights | None) -> Subject:
     if weights is None:
         assert entry is not None
         return Subject.of_entry(entry)
-    return Subject.of_file(entry.name if entry else ModelStore.default().resolve(model).name, weights)
+    name = entry.name if entry else ModelStore.default().resolve(model).name
+    return Subject.of_file(name, weights, entry.stored if entry else None)
 
 
 def _place(elsewhere: Place | None, here: Found | None, values: Mapping[str, Any]) -> Place:

@@ -98,7 +98,27 @@ def _reasons(fits: Mapping[str, Sequence[Fit]], kvs: Sequence[str]) -> list[str]
 
 
 def profile_table(profiles: Sequence[Profile]) -> str:
-    """Of one or several models and places; those that `serve` takes by default are marked."""
+    """Of one or several models and places; those that `serve` takes are marked. At one place they are grouped."""
+    places = {each.place.name: each.place for each in profiles}
+    kv = _kv_name(profiles[0].fit, profiles[0].place)
+    lines = [
+        f"Weights and KV cache{_of_ranks(profiles[0].fit)} in GiB, tokens that the cache can hold in {kv}.",
+        "-> is what serve takes: a file is kept as it is unless --precision says otherwise.",
+    ]
+    if len(places) > 1:
+        return "\n".join([*lines, "", *_profile_lines(profiles)])
+    [(name, place)] = places.items()
+    lines.insert(0, f"On {name}, {place.free / GIB:.2f} GiB free.")
+    head, *rows = _profile_lines(profiles)
+    lines += ["", head]
+    for group in ("runs here", "tight", "does not fit"):
+        members = [row for row, each in zip(rows, profiles, strict=True) if each.group == group]
+        lines += [group, *members] if members else []
+    return "\n".join(lines)
+
+
+def _profile_lines(profiles: Sequence[Profile]) -> list[str]:
+    """The head and a line for each."""
     rows = [["", "profile", "weights", "KV cache", "tokens", "sequences", ""]]
     for each in profiles:
         plan = each.fit.plan
@@ -107,19 +127,28 @@ def profile_table(profiles: Sequence[Profile]) -> str:
             counts = [f"{each.fit.tokens:,}", f"{each.fit.sequences} x {each.fit.context:,}"]
         sizes = [f"{plan.weights / GIB:.2f}", f"{plan.cache / GIB:.2f}"]
         rows.append(["->" if each.taken else "", each.id, *sizes, *counts, _verdict(each.fit)])
-    places = {each.place.name: each.place for each in profiles}
-    kv = _kv_name(profiles[0].fit, profiles[0].place)
-    lines = [
-        f"Weights and KV cache{_of_ranks(profiles[0].fit)} in GiB, tokens that the cache can hold in {kv}.",
-        "-> is what serve takes: a file is kept as it is unless --precision says otherwise.",
-    ]
-    if len(places) == 1:
-        [(name, place)] = places.items()
-        lines.insert(0, f"On {name}, {place.free / GIB:.2f} GiB free.")
-    return "\n".join([*lines, "", table(rows, left=(0, 1, 6))])
+    return table(rows, left=(0, 1, 6)).split("\n")
 
 
 def _verdict(fit: Fit) -> str:
+    if fit.tight:
+        return f"tight: --max-model-len={fit.longest} at most"
     if fit.reason:
         return f"{fit.plan.missing / GIB:.2f} GiB short" if fit.plan.missing else fit.reason
-    return f"tight: no sequence beyond {fit.tokens:,} tokens" if fit.tight else "fits"
+    return "fits"
+
+
+def taken_line(profile: Profile, source: str) -> str:
+    """Which profile `serve` takes, why, and what it gives.
+
+    Args:
+        source: where the precision comes from.
+    """
+    why = "its file is kept as it is unless --precision says otherwise"
+    if source != "default":
+        why = f"{source} asks for it"
+    fit = profile.fit
+    chosen = f"chosen here: {profile.id}, because {why}"
+    if fit.reason:
+        return f"{chosen}; it does not fit: {fit.reason}"
+    return f"{chosen}; {fit.taken:,} tokens of KV cache, requests of up to {min(fit.context, fit.taken):,}"

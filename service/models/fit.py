@@ -17,7 +17,7 @@ from engine.memory import CUDA_CONTEXT, Device, MemoryPlan, context_limit, param
 from engine.parallel.share import share_of
 from engine.probe import Machine, Weights
 from engine.schemes import SCHEMES
-from engine.sizing import check_config, size_cache
+from engine.sizing import cache_budget, check_config, size_cache
 from service.models.catalog import CatalogEntry
 from service.models.gpus import FP8_SINCE, KnownGpu, recognise
 from service.models.machine import GIB
@@ -93,7 +93,7 @@ class Subject:
 
     Attributes:
         shape: of all of it.
-        stored: the precision that its file is nearest to; None where the file itself was looked at.
+        stored: the precision that its file is nearest to; None where the catalogue does not know the file.
         nbytes: weights of a rank in each precision, where the file was looked at; else they follow from the shape.
         refused: precision -> why the file cannot be kept so.
     """
@@ -109,8 +109,8 @@ class Subject:
         return cls(name=entry.name, shape=entry.shape, stored=entry.stored)
 
     @classmethod
-    def of_file(cls, name: str, weights: Weights) -> Subject:
-        return cls(name=name, shape=weights.model, nbytes=weights.nbytes, refused=weights.refused)
+    def of_file(cls, name: str, weights: Weights, stored: str | None = None) -> Subject:
+        return cls(name=name, shape=weights.model, stored=stored, nbytes=weights.nbytes, refused=weights.refused)
 
     @property
     def parameters(self) -> int:
@@ -136,6 +136,7 @@ class Fit:
         ranks: that share the model; the plan is of each of them.
         context: tokens of the longest sequence that is wanted.
         taken: tokens of the KV cache that `serve` would allocate: on a GPU all that fit, on a CPU what it needs.
+        longest: tokens of the longest sequence that `serve` could be asked for.
         reason: why it does not fit; None if it does.
     """
 
@@ -145,6 +146,7 @@ class Fit:
     plan: MemoryPlan
     context: int
     taken: int
+    longest: int
     reason: str | None
 
     @property
@@ -160,8 +162,8 @@ class Fit:
 
     @property
     def tight(self) -> bool:
-        """It fits, but not with one sequence of `context` tokens."""
-        return self.reason is None and self.sequences == 0
+        """It has room, but not for one sequence of `context` tokens: `serve` takes shorter ones, or must be told to."""
+        return not self.plan.missing and 2 <= self.longest < self.context
 
     def as_json(self) -> dict[str, Any]:
         plan = self.plan
@@ -182,6 +184,8 @@ class Fit:
             "tokens": self.tokens,
             "tokens_by_default": self.taken,
             "max_model_len": self.context,
+            "longest_sequence": self.longest,
+            "tight": self.tight,
             "sequences": self.sequences,
         }
 
@@ -203,6 +207,7 @@ def fit(subject: Subject, place: Place, options: EngineConfig) -> Fit:
     except EngineConfigError as error:
         reason = str(error)
     plan = plan_memory(share, options, device, subject.weight_bytes(options.precision, place.float_bytes, share))
+    refused = reason is not None
     if reason is None:
         try:
             taken = size_cache(options, share, plan, place.kind).num_pages * plan.page_size
@@ -215,8 +220,14 @@ def fit(subject: Subject, place: Place, options: EngineConfig) -> Fit:
         plan=plan,
         context=options.max_model_len or context_limit(subject.shape),
         taken=taken,
+        longest=0 if refused or plan.missing else _longest(options, subject.shape, plan, place.kind),
         reason=reason,
     )
+
+
+def _longest(options: EngineConfig, shape: ModelConfig, plan: MemoryPlan, device: str) -> int:
+    budget = min(cache_budget(options, plan, device), plan.cache)
+    return min(budget // (plan.page_size * plan.token_bytes) * plan.page_size, context_limit(shape))
 
 
 def _lack(plan: MemoryPlan) -> str:

@@ -57,11 +57,12 @@ def look(model: Path | None = None, device: str = "auto", dtype: str = "auto", r
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One finding. `ok` False: it will trouble a server, and `detail` says what to do."""
+    """One finding. `ok` False: it will trouble a server, and `detail` says what to do; `fatal`: it will not start."""
 
     name: str
     ok: bool
     detail: str
+    fatal: bool = False
 
 
 def check_machine(machine: Machine, ranks: int = 1) -> list[Check]:
@@ -74,7 +75,7 @@ def check_machine(machine: Machine, ranks: int = 1) -> list[Check]:
         Check("processor", True, f"{machine.cpu}, {cores}; {sets}"),
         Check("memory", True, f"{machine.free_bytes / GIB:.1f} GiB free{limit}"),
         _kernels(machine),
-        Check("torch", True, f"{machine.torch}, computes in {dtype} on {machine.device}"),
+        Check("torch", True, f"{machine.torch}, computes in {dtype} on {machine.device}{_versions(machine)}"),
         *(
             Check("GPU", True, f"{gpu.name}, {gpu.free_bytes / GIB:.1f} of {gpu.memory_bytes / GIB:.1f} GiB free")
             for gpu in machine.gpus
@@ -85,7 +86,12 @@ def check_machine(machine: Machine, ranks: int = 1) -> list[Check]:
 
 def _gpus(machine: Machine, ranks: int) -> Check:
     count = len(machine.gpus)
-    return Check("ranks", count >= ranks, f"{ranks} ranks need a GPU each, {count} are here")
+    return Check("ranks", count >= ranks, f"{ranks} ranks need a GPU each, {count} are here", fatal=True)
+
+
+def _versions(machine: Machine) -> str:
+    found = {"Triton": machine.triton, "CUDA": machine.cuda, "NVIDIA driver": machine.driver}
+    return "".join(f"; {name} {version}" for name, version in found.items() if version)
 
 
 def _kernels(machine: Machine) -> Check:
@@ -102,17 +108,18 @@ def _kernels(machine: Machine) -> Check:
     return Check("kernels", False, f"{why}; a CPU runs plain torch, several times slower: install g++")
 
 
-def check_port(host: str, port: int) -> Check:
+def check_port(host: str, port: int, name: str = "gRPC port") -> Check:
     """The port can be opened now."""
-    name = host.removeprefix("[").removesuffix("]")
+    where = f"{host}:{port}"
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)[0]
+        plain = host.removeprefix("[").removesuffix("]")
+        family, kind, protocol, _, address = socket.getaddrinfo(plain, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what closed a minute ago does not count
             probe.bind(address)
     except OSError as error:
-        return Check("gRPC port", False, f"{host}:{port} cannot be opened: {error.strerror or error}")
-    return Check("gRPC port", True, f"{host}:{port} is free")
+        return Check(name, False, f"{where} cannot be opened: {error.strerror or error}", fatal=True)
+    return Check(name, True, f"{where} is free", fatal=True)
 
 
 def check_store(root: Path, missing_bytes: int) -> Check:
@@ -122,10 +129,12 @@ def check_store(root: Path, missing_bytes: int) -> Check:
         with tempfile.TemporaryFile(dir=there):
             free = shutil.disk_usage(there).free
     except OSError as error:
-        return Check("model store", False, f"{root} cannot be written: {error.strerror}; set NEMOSERVE_CACHE")
+        why = f"{root} cannot be written: {error.strerror}; set NEMOSERVE_CACHE"
+        return Check("model store", False, why, fatal=missing_bytes > 0)
     room = f"{root}, {free / 1e9:.1f} GB free"
     if missing_bytes > free:
-        return Check("model store", False, f"{room}, {missing_bytes / 1e9:.1f} GB to fetch; set NEMOSERVE_CACHE")
+        why = f"{room}, {missing_bytes / 1e9:.1f} GB to fetch; set NEMOSERVE_CACHE"
+        return Check("model store", False, why, fatal=True)
     return Check("model store", True, room + (f", {missing_bytes / 1e9:.1f} GB to fetch" if missing_bytes else ""))
 
 

@@ -26,7 +26,7 @@ class Profile:
     """One way to run a model.
 
     Attributes:
-        taken: `serve` takes it at this place if no precision is asked for: files are kept as they are.
+        taken: `serve` takes it at this place: the precision that is asked for, else the file's own.
     """
 
     id: str
@@ -35,11 +35,19 @@ class Profile:
     fit: Fit
     taken: bool
 
+    @property
+    def group(self) -> str:
+        """As NIM groups them."""
+        if self.fit.tight:
+            return "tight"
+        return "runs here" if self.fit.reason is None else "does not fit"
+
     def as_json(self) -> dict[str, Any]:
         return {
             "profile": self.id,
             "device": self.place.name,
             "taken": self.taken,
+            "group": self.group,
             **self.fit.as_json(),
             "precision": self.precision,
         }
@@ -69,24 +77,25 @@ def precisions(place: Place) -> tuple[str, ...]:
 
 
 def profiles(subject: Subject, place: Place, options: EngineConfig) -> list[Profile]:
-    """All of one model at one place, the file's own precision first if it is none of the others.
-
-    Args:
-        options: its precision does not count.
-    """
+    """All of one model at one place, the file's own precision first if it is none of the others."""
     stored = subject.stored if subject.stored in precisions(place) else "auto"
     if subject.stored == "fp8":
         stored = precisions(place)[1]
-    names = precisions(place) if stored != "auto" else ("auto", *precisions(place))
-    kv = "-kvfp8" if options.kv_precision == "fp8" else ""
-    ranks = f"tp{options.tensor_parallel_size}"
+    taken = stored if options.precision == "auto" else options.precision
+    names = dict.fromkeys((*(["auto"] if stored == "auto" else []), *precisions(place), taken))
     return [
         Profile(
-            id=f"{subject.name}/{place.slug}-{'stored' if name == 'auto' else name}{kv}-{ranks}",
+            id=profile_id(subject.name, place.slug, name, options.kv_precision, options.tensor_parallel_size),
             precision=name,
             place=place,
             fit=fit(subject, place, msgspec.structs.replace(options, precision="auto" if name == stored else name)),
-            taken=name == stored,
+            taken=name == taken,
         )
         for name in names
     ]
+
+
+def profile_id(model: str, slug: str, precision: str, kv_precision: str, ranks: int) -> str:
+    """As `settings_of` reads it. Precision "auto" is a file's own, where nobody knows which that is."""
+    kv = "-kvfp8" if kv_precision == "fp8" else ""
+    return f"{model}/{slug}-{'stored' if precision == 'auto' else precision}{kv}-tp{ranks}"

@@ -230,6 +230,25 @@ def test_the_default_pool_takes_all_that_is_left_on_a_gpu() -> None:
     assert (size.num_pages, size.max_model_len) == (1000, 8192)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_share_of_what_is_left_is_taken_at_its_word(device: str) -> None:
+    config = msgspec.structs.replace(ENGINE, kv_memory_share=0.25)
+    assert size_cache(config, SIZES, left(TOKEN_BYTES * 64 * 1000), device).num_pages == 250
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kv_memory_share": 0.0}, "kv_memory_share: 0.0 must be above 0 and at most 1"),
+        ({"kv_memory_share": float("nan")}, "kv_memory_share: nan must be above 0"),
+        ({"kv_memory_share": 0.5, "kv_memory_bytes": 10}, "kv_memory_share: 0.5 does not go with kv_memory_bytes"),
+    ],
+)
+def test_a_share_that_is_none_is_refused(change: dict[str, float], message: str) -> None:
+    with pytest.raises(EngineConfigError, match=message):
+        check_config(msgspec.structs.replace(ENGINE, **change))
+
+
 def test_the_context_is_never_taken_from_a_boast_in_the_file() -> None:
     nemo = msgspec.structs.replace(SIZES, max_position_embeddings=1_024_000)
     config = msgspec.structs.replace(ENGINE, kv_memory_bytes=TOKEN_BYTES * 200_000)

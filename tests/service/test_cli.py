@@ -70,12 +70,6 @@ def test_help_waits_for_nothing_heavy() -> None:
     assert done.stderr == ""
 
 
-def test_a_dry_run_warns_of_misspelt_variables_beside_its_output() -> None:
-    result = CliRunner().invoke(main, ["serve", "--dry-run", "--json"], env={"NIM_GRPC_PORT": "1"})
-    assert "unknown variable NIM_GRPC_PORT" in result.stderr
-    assert json.loads(result.stdout)["grpc_port"] == {"value": 8001, "source": "default"}
-
-
 def test_models_tell_what_is_in_the_store(tmp_path: Path) -> None:
     stored = tmp_path / "models" / "smollm2-135m-instruct" / "SmolLM2-135M-Instruct.Q4_1.gguf"
     stored.parent.mkdir(parents=True)

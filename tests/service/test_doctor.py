@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from engine.errors import CheckpointError, EngineConfigError, EngineDeadError
-from engine.probe import Gpu, Machine
+from engine.probe import Gpu, Machine, driver_version
 from service.cli import main
 from service.models import machine as surroundings
 from service.models.catalog import CATALOG
@@ -264,3 +264,66 @@ def test_profiles_of_every_model_here(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 def test_a_table_is_as_wide_as_its_widest_cells() -> None:
     assert table([["a", "bc", "d"], ["long", "1", ""]]) == "a     bc  d\nlong   1"
+
+
+def test_profiles_here_are_grouped_and_the_chosen_one_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from engine.probe import Found
+
+    machine = msgspec.structs.replace(MACHINE, free_bytes=14 * 2**30)
+    monkeypatch.setattr("service.doctor.look", lambda *_: Found(machine=machine, weights=None))
+    here = {"NEMOSERVE_CACHE": str(tmp_path)}
+    text = run("profiles", "mistral-nemo-12b", **here).stdout
+    assert text.index("\ntight\n") < text.index("cpu-int4-tp1") < text.index("\ndoes not fit\n")
+    assert "tight: --max-model-len=" in text
+    assert text.splitlines()[-1].startswith(
+        "chosen here: mistral-nemo-12b-instruct/cpu-bf16-tp1, because its file is kept as it is unless --precision "
+        "says otherwise; it does not fit: "
+    )
+    found = {row["precision"]: row for row in answer("profiles", "mistral-nemo-12b", **here)}
+    assert {name: row["group"] for name, row in found.items()} == {
+        "bf16": "does not fit",
+        "fp8-weight-only": "tight",
+        "int8": "tight",
+        "int4": "tight",
+    }
+    longest = str(found["int4"]["longest_sequence"])
+    few = ("--precision", "int4", "--grpc-port", "0", "--max-model-len")
+    assert run("doctor", "mistral-nemo-12b", *few, longest, **here).exit_code == 0
+    assert run("doctor", "mistral-nemo-12b", *few, str(int(longest) + 1024), **here).exit_code == 1
+    asked = answer("profiles", "mistral-nemo-12b", "--max-model-len", str(int(longest) + 1024), **here)
+    assert [row["group"] for row in asked if row["profile"].endswith("cpu-int4-tp1")] == ["tight"]
+
+
+def test_what_keeps_a_server_from_starting_ends_with_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from engine.probe import Found
+
+    monkeypatch.setattr("service.doctor.look", lambda *_: Found(machine=MACHINE, weights=None))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        taken = run("doctor", "--grpc-port", port, NEMOSERVE_CACHE=str(tmp_path))
+    assert (taken.exit_code, taken.stderr.count("\n")) == (1, 1)
+    assert f"gRPC port: 127.0.0.1:{port} cannot be opened" in taken.stderr
+    assert run("doctor", "--grpc-port", "0", NEMOSERVE_CACHE=str(tmp_path)).exit_code == 0
+
+
+def test_versions_are_told_where_they_are() -> None:
+    machine = msgspec.structs.replace(MACHINE, triton="3.6.0", cuda="12.8", driver="570.86.15")
+    [torch] = [check for check in check_machine(machine) if check.name == "torch"]
+    assert torch.detail == "2.11, computes in bf16 on cpu; Triton 3.6.0; CUDA 12.8; NVIDIA driver 570.86.15"
+
+
+@pytest.mark.parametrize(
+    ("text", "version"),
+    [
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024\n", "550.54.15"),
+        (
+            "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release Build  (dvs-builder@x)\n",
+            "570.86.15",
+        ),
+        ("something else\n", None),
+    ],
+)
+def test_the_driver_tells_its_version(tmp_path: Path, text: str, version: str | None) -> None:
+    (tmp_path / "version").write_text(text)
+    assert driver_version(tmp_path / "version") == version
+    assert driver_version(tmp_path / "none") is None

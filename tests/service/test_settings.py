@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -10,15 +9,9 @@ import pytest
 from click.testing import CliRunner
 
 from service.cli import main
-from service.settings import (
-    SETTINGS,
-    Resolved,
-    SettingError,
-    engine_config,
-    join_address,
-    resolve,
-    unknown_variables,
-)
+from service.parsing import LEAST_MEMORY
+from service.resolve import Resolved, SettingError, resolve, resolve_model, unknown_variables
+from service.settings import SETTINGS, engine_config, join_address
 
 
 def test_a_flag_beats_a_variable_beats_an_alias_beats_the_default() -> None:
@@ -34,6 +27,14 @@ def test_a_flag_beats_a_variable_beats_an_alias_beats_the_default() -> None:
     [
         ("kv_memory", "2Gi", 2 * 2**30),
         ("kv_memory", "800M", 800_000_000),
+        ("kv_memory", "0.9", 0.9),
+        ("kv_memory", "1.0", 1.0),
+        ("kv_memory", "90%", 0.9),
+        ("kv_memory", ".25", 0.25),
+        ("served_model_name", "a, b", ("a", "b")),
+        ("log_level", "TRACE", "debug"),
+        ("log_level", "CRITICAL", "error"),
+        ("profile", "default", None),
         ("log_json", "yes", True),
         ("prefix_caching", "0", False),
         ("log_level", "INFO", "info"),
@@ -52,6 +53,14 @@ def test_values_are_understood(name: str, text: str, value: object) -> None:
         ("max_model_len", "many", "a whole number"),
         ("kv_memory", "-1", "a number of bytes"),
         ("kv_memory", "0", "a number of bytes"),
+        ("kv_memory", "90", f"at least {LEAST_MEMORY}, or a share of what is left, such as 0.9"),
+        ("kv_memory", "1.1", "a share above 0 and at most 1.0"),
+        ("kv_memory", "0.0", "a share above 0 and at most 1.0"),
+        ("kv_memory", "120%", "a share above 0 and at most 1.0"),
+        ("kv_memory", "nan", "a number of bytes"),
+        ("served_model_name", "a,,b", "a name, or several separated by commas"),
+        ("served_model_name", "a,a", "not have a name twice"),
+        ("config", "/no/such/file", "a file that is there"),
         ("drain_timeout", "nan", "between 0 and 86400"),
         ("precision", "fp4", "one of auto, bf16, fp8, fp8-weight-only, int8, int4"),
         ("precision", "fp32", "one of auto, bf16, fp8"),
@@ -187,7 +196,48 @@ def test_the_names_of_nim_for_adapters_are_understood(tmp_path: Path) -> None:
     settings = resolve({}, names)
     understood = ("lora_dir", "lora_refresh", "max_loras", "max_cpu_loras", "max_lora_rank")
     assert [settings[name].value for name in understood] == [str(tmp_path), 30.0, 3, 9, 64]
-    assert unknown_variables(names) == []
+    assert unknown_variables(names) == {}
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "name", "value"),
+    [
+        ("NIM_MODEL_PATH", "hf://org/name", "model", "hf://org/name"),
+        ("NIM_SERVED_MODEL_NAME", "mine,other", "served_model_name", ("mine", "other")),
+        ("NIM_MODEL_PROFILE", "default", "profile", None),
+        ("NIM_GRPC_API_PORT", "50051", "grpc_port", 50051),
+        ("NIM_MAX_MODEL_LEN", "4096", "max_model_len", 4096),
+        ("NIM_KVCACHE_PERCENT", "0.9", "kv_memory", 0.9),
+        ("NIM_ENABLE_KV_CACHE_REUSE", "0", "prefix_caching", False),
+        ("NIM_TENSOR_PARALLEL_SIZE", "2", "tensor_parallel_size", 2),
+        ("NIM_LOG_LEVEL", "WARNING", "log_level", "warning"),
+        ("NIM_JSONL_LOGGING", "1", "log_json", True),
+    ],
+)
+def test_the_names_of_nim_mean_the_same(variable: str, text: str, name: str, value: object) -> None:
+    assert resolve({}, {variable: text})[name] == Resolved(value, variable)
+    assert unknown_variables([variable]) == {}
+
+
+def test_an_unknown_variable_is_told_with_the_one_that_is_near() -> None:
+    environ = ["NIM_GRPC_PORT", "NEMOSERVE_MAX_MODEL_LENGTH", "NIM_SOMETHING_ELSE", "HOME", "NIM_CACHE_PATH"]
+    assert unknown_variables(environ) == {
+        "NIM_GRPC_PORT": "NIM_GRPC_API_PORT",
+        "NEMOSERVE_MAX_MODEL_LENGTH": "NEMOSERVE_MAX_MODEL_LEN",
+        "NIM_SOMETHING_ELSE": None,
+    }
+
+
+def test_a_share_of_the_memory_reaches_the_engine() -> None:
+    values = {name: each.value for name, each in resolve({"kv_memory": "50%"}, {}).items()}
+    config = engine_config(Path("m"), values)
+    assert (config.kv_memory_share, config.kv_memory_bytes) == (0.5, None)
+
+
+def test_the_model_alone_is_found_whatever_else_is_wrong() -> None:
+    environ = {"NEMOSERVE_HOST": "0.0.0.0", "NEMOSERVE_GRPC_PORT": "x"}
+    assert resolve_model({"model": None, "profile": "m/h100-fp8-tp1"}, environ) == "m"
+    assert resolve_model({}, {"NIM_MODEL_PATH": "hf://org/name"}) == "hf://org/name"
 
 
 def test_a_folder_is_taken_from_where_the_server_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +252,7 @@ def test_the_name_of_nim_for_ranks_is_understood_and_adapters_are_refused_beside
     assert settings["tensor_parallel_size"] == Resolved(4, "NIM_TENSOR_PARALLEL_SIZE")
     values = {name: each.value for name, each in settings.items()}
     assert engine_config(Path("-"), values).tensor_parallel_size == 4
-    assert unknown_variables(ranks) == []
+    assert unknown_variables(ranks) == {}
     with pytest.raises(SettingError, match=r"^NIM_TENSOR_PARALLEL_SIZE: 4 does not go with the adapters of --lora-dir"):
         resolve({"lora_dir": str(tmp_path)}, ranks)
     assert resolve({"lora_dir": str(tmp_path), "tensor_parallel_size": "1"}, ranks)["lora_dir"].source == "--lora-dir"
@@ -210,20 +260,12 @@ def test_the_name_of_nim_for_ranks_is_understood_and_adapters_are_refused_beside
 
 def test_misspelt_variables_are_named() -> None:
     environ = {"NEMOSERVE_GPRC_PORT": "1", "NIM_MAX_MODEL_LEN": "9", "NEMOSERVE_CACHE": "/x", "PATH": "/bin"}
-    assert unknown_variables(environ) == ["NEMOSERVE_GPRC_PORT"]
+    assert unknown_variables(environ) == {"NEMOSERVE_GPRC_PORT": "NEMOSERVE_GRPC_PORT"}
 
 
 def test_every_setting_is_an_option_with_help() -> None:
     text = CliRunner().invoke(main, ["serve", "--help"]).output
     assert [setting.flag for setting in SETTINGS if setting.flag not in text and setting.name != "model"] == []
-
-
-def test_a_dry_run_prints_every_value_and_its_source() -> None:
-    result = CliRunner().invoke(main, ["serve", "somewhere", "--dry-run", "--json"], env={"NEMOSERVE_THREADS": "3"})
-    printed = json.loads(result.output)
-    assert set(printed) == {setting.name for setting in SETTINGS}
-    assert printed["threads"] == {"value": 3, "source": "NEMOSERVE_THREADS"}
-    assert printed["model"]["value"] == "somewhere"
 
 
 @pytest.mark.parametrize(

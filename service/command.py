@@ -1,0 +1,94 @@
+"""What the commands of `nemoserve` share: flags made of settings, errors as one line, models fetched with a bar."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from service.models.errors import StoreError
+from service.resolve import SettingError
+from service.settings import SETTINGS
+
+if TYPE_CHECKING:
+    from service.models.store import StoredModel
+
+EXIT_FAILED, EXIT_USAGE = 1, 2
+
+PLANNED = (
+    *("precision", "kv_precision", "dtype", "max_model_len", "max_batch_size", "max_batch_tokens", "kv_memory"),
+    *("max_draft_tokens", "tensor_parallel_size", "lora_dir", "max_loras", "max_lora_rank"),
+)
+"""Settings that decide what fits."""
+
+Command = Callable[..., Any]
+
+
+def options(*names: str) -> Callable[[Command], Command]:
+    """A flag for each of these settings."""
+    return lambda command: _with_options(command, names)
+
+
+def _with_options(command: Command, names: Collection[str]) -> Command:
+    """Text as given, so that flags and variables are parsed by the same code."""
+    for setting in reversed(SETTINGS):
+        if setting.name not in names:
+            continue
+        shown = "" if setting.default in (None, False) else f"  [default: {setting.default}]"
+        kind: dict[str, Any] = {"flag_value": "true", "is_flag": True}
+        if not setting.is_switch:
+            kind = {"metavar": setting.metavar}
+        option = click.option(setting.flag, setting.name, default=None, help=setting.why + shown, **kind)
+        command = option(command)
+    return command
+
+
+def as_json(why: str = "print JSON") -> Callable[[Command], Command]:
+    """The flag --json, as argument `as_json`."""
+    return click.option("--json", "as_json", is_flag=True, help=why)
+
+
+def echo_json(data: Any) -> None:
+    click.echo(json.dumps(data, indent=2))
+
+
+def fetch(model: str) -> StoredModel:
+    """The model; shows the progress if something has to be fetched."""
+    from service.models.store import ModelStore
+
+    store = ModelStore.default()
+    if (stored := store.find(model)) is not None:
+        return stored
+    from service.progress import pull_progress
+
+    with pull_progress(model) as progress:
+        return store.pull(model, progress)
+
+
+@contextmanager
+def errors() -> Iterator[None]:
+    """What a person can act on is one line on stderr; everything else is a traceback, for us."""
+    from engine import EngineError
+    from service.errors import ServiceError, TalkError
+    from service.security.errors import SecurityError
+
+    try:
+        yield
+    except SettingError as error:
+        fail(str(error), EXIT_USAGE)
+    except (StoreError, EngineError, ServiceError, SecurityError, TalkError) as error:
+        fail(str(error), EXIT_FAILED)
+    except BrokenPipeError:  # whoever read our output has enough: no failure to tell of
+        raise
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        fail(where + (error.strerror or str(error)), EXIT_FAILED)
+
+
+def fail(message: str, code: int) -> NoReturn:
+    click.echo(f"nemoserve: {message}", err=True)
+    sys.exit(code)
