@@ -7,8 +7,10 @@ one Started, Deltas, one Finished per index. Adapters call nothing below this mo
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
 import hashlib
+import math
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
@@ -19,10 +21,12 @@ from msgspec.structs import replace
 from engine import Engine, EngineError, FinishReason, Request, SamplingParams, TokenLogprob
 from engine.request import MAX_CACHE_SALT
 from service.errors import from_engine, invalid
+from service.text.answer import AnswerReader
 from service.text.chat import Conversation
-from service.text.detokenize import StreamDecoder
+from service.text.chat import ToolCallDelta as ToolCallDelta
 from service.text.stop import StopMatcher
 from service.text.tokenizer import TextModel
+from service.text.tools.choice import ToolUse, tool_use, without_barred_tools
 
 MAX_COMPLETIONS = 128  # of one request, as the OpenAI API; they share the pages of the prompt
 INLINE_CHARACTERS = 4096  # encoded within a few milliseconds; longer texts go to a thread
@@ -70,17 +74,6 @@ class Started:
     cached_tokens: int
     queue_seconds: float
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ToolCallDelta:
-    """More of tool call number `call` of a completion. Its first piece brings `id` and `name`; the pieces of
-    `arguments` join to JSON text."""
-
-    call: int
-    id: str = ""
-    name: str = ""
-    arguments: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +133,11 @@ class Generator:
         _check(1 <= request.n <= MAX_COMPLETIONS, "n", request.n, f"must be between 1 and {MAX_COMPLETIONS}")
         stops = [StopMatcher(request.stop, include_stop=request.include_stop) for _ in range(request.n)]
         prompt = await self.encode(request.prompt)
-        completions = [self._complete(index, request, prompt, stop) for index, stop in enumerate(stops)]
+        tools = ToolUse()
+        if isinstance(request.prompt, Conversation):
+            tools = tool_use(request.prompt, self._text.tools, request.sampling.grammar)
+            request = dataclasses.replace(request, sampling=_with_tools(request.sampling, tools))
+        completions = [self._complete(index, request, prompt, stop, tools) for index, stop in enumerate(stops)]
         # Logprobs of the prompt are computed once: the first completion says them, and leaves its pages to the others.
         leads = request.sampling.prompt_logprobs is not None
         events = completions[0] if request.n == 1 else _interleave(completions, leads=leads)
@@ -170,6 +167,7 @@ class Generator:
         if isinstance(prompt, Conversation):
             if (chat := self._text.chat) is None:
                 raise invalid("chat", "this model has no chat template; send a prompt")
+            prompt = without_barred_tools(prompt)
             field, size, encode = "messages", _size(prompt), functools.partial(chat.encode, prompt)
         else:
             field, size, in_thread = "prompt", len(prompt), len(prompt) > INLINE_CHARACTERS
@@ -202,12 +200,12 @@ class Generator:
         )
 
     async def _complete(
-        self, index: int, request: GenerationRequest, prompt: list[int], stop: StopMatcher
+        self, index: int, request: GenerationRequest, prompt: list[int], stop: StopMatcher, tools: ToolUse
     ) -> AsyncGenerator[GenerationEvent]:
-        """One completion. The engine request is cancelled as soon as a stop string is complete."""
+        """One completion. The engine request is cancelled as soon as a stop string, or the only call, is complete."""
         began = time.monotonic()
         events = self._engine.generate(self._engine_request(index, request, prompt))
-        decoder: StreamDecoder | None = None  # made when the engine has accepted the prompt's ids
+        reader: AnswerReader | None = None  # made when the engine has accepted the prompt's ids
         prompt_logprobs: list[TokenLogprob] = []
         tokens, queued, first_token = 0, 0.0, 0.0
         async with aclosing(events):
@@ -215,8 +213,8 @@ class Generator:
                 prompt_logprobs += event.prompt_logprobs or []
                 if not event.token_ids and event.finish_reason is None:
                     continue  # a part of the prompt was computed
-                if decoder is None:
-                    decoder = StreamDecoder(self._text.tokenizer, self._with_text(prompt[-1:]))
+                if reader is None:
+                    reader = AnswerReader(self._text.tokenizer, prompt[-1:], stop, tools.parser())
                     first_token = time.monotonic() - began
                     queued = event.timings.queued if event.timings else 0.0
                     yield Started(
@@ -227,12 +225,13 @@ class Generator:
                         prompt_logprobs=prompt_logprobs,
                     )
                 ended = event.finish_reason is not None
-                text, ids = self._advance(decoder, stop, event.token_ids, last=ended)
+                text, ids, calls = reader.push(event.token_ids, last=ended)
                 tokens += len(ids)
-                if text or ids:
-                    yield Delta(index=index, text=text, token_ids=ids, logprobs=(event.logprobs or [])[: len(ids)])
-                if ended or stop.matched is not None:
-                    reason = FinishReason.STOP if stop.matched is not None else event.finish_reason
+                if text or ids or calls:
+                    logprobs = (event.logprobs or [])[: len(ids)]
+                    yield Delta(index=index, text=text, token_ids=ids, logprobs=logprobs, tool_calls=calls)
+                if ended or reader.ended:
+                    reason = FinishReason.STOP if reader.ended else event.finish_reason
                     assert reason is not None
                     yield Finished(
                         index=index,
@@ -240,7 +239,8 @@ class Generator:
                         usage=Usage(
                             prompt_tokens=len(prompt), completion_tokens=tokens, cached_tokens=event.cached_tokens
                         ),
-                        matched_stop=stop.matched or _asked_for(event.stop_token_id, request),
+                        matched_stop=reader.matched_stop or _asked_for(event.stop_token_id, request),
+                        tool_calls=reader.calls,
                         error=event.error,
                         queued_seconds=queued,
                         first_token_seconds=first_token,
@@ -248,29 +248,22 @@ class Generator:
                     )
                     return
 
-    def _advance(
-        self, decoder: StreamDecoder, stop: StopMatcher, ids: list[int], *, last: bool
-    ) -> tuple[str, list[int]]:
-        """Text of the next tokens, and those of them that the completion keeps: none after a stop string."""
-        pieces = []
-        for count, token in enumerate(ids, start=1):
-            pieces.append(stop.push(decoder.push(self._with_text([token]))))
-            if stop.matched is not None:
-                return "".join(pieces), ids[:count]
-        if last:
-            pieces += [stop.push(decoder.flush()), stop.flush()]
-        return "".join(pieces), ids
-
-    def _with_text(self, ids: list[int]) -> list[int]:
-        """Without ids that pad the embedding matrix to a round size: the tokenizer does not know them."""
-        return [token for token in ids if token < self._text.tokenizer.vocab_size]
-
 
 def _size(conversation: Conversation) -> int:
     """Characters of text that the prompt will have at least."""
     messages, tools = conversation.messages, conversation.tools
     calls = sum(len(call.arguments) for message in messages for call in message.tool_calls)
-    return sum(len(message.content) for message in messages) + calls + sum(len(tool.description) for tool in tools)
+    offered = sum(len(tool.description) for tool in tools)  # of a schema the blanks may go
+    return sum(len(message.content) for message in messages) + calls + offered
+
+
+def _with_tools(sampling: SamplingParams, tools: ToolUse) -> SamplingParams:
+    """With what the choice of tools demands of the tokens."""
+    if tools.grammar is not None:
+        sampling = replace(sampling, grammar=tools.grammar)
+    if tools.barred is not None:
+        sampling = replace(sampling, logit_bias=sampling.logit_bias | {tools.barred: -math.inf})
+    return sampling
 
 
 def _salt(request: GenerationRequest) -> str:

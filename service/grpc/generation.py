@@ -6,6 +6,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import aclosing
+from typing import Literal
 
 from nemoserve.v1 import generation_pb2 as pb
 from nemoserve.v1 import generation_pb2_grpc as rpc
@@ -31,6 +32,11 @@ PHASES = {
     Phase.READY: pb.PHASE_READY,
     Phase.DRAINING: pb.PHASE_DRAINING,
     Phase.FAILED: pb.PHASE_FAILED,
+}
+CHOICES: Mapping[int, Literal["auto", "none", "required"]] = {
+    pb.TOOL_CHOICE_AUTO: "auto",
+    pb.TOOL_CHOICE_NONE: "none",
+    pb.TOOL_CHOICE_REQUIRED: "required",
 }
 LOAD_INTERVAL_SECONDS = (0.1, 60.0)
 MAX_REQUEST_ID = 256  # characters; it travels in headers and stands in logs
@@ -141,6 +147,10 @@ class GenerationServicer(rpc.GenerationServiceServicer):
                     text=event.text,
                     token_ids=event.token_ids,
                     logprobs=[self._logprob(each) for each in event.logprobs],
+                    tool_calls=[
+                        pb.ToolCallDelta(call=each.call, id=each.id, name=each.name, arguments_json=each.arguments)
+                        for each in event.tool_calls
+                    ],
                 )
                 yield pb.GenerateResponse(delta=delta)
             case Finished():
@@ -246,6 +256,16 @@ def _prompt(request: pb.GenerateRequest) -> str | list[int] | Conversation:
 
 
 def _conversation(chat: pb.Chat) -> Conversation:
+    """
+    Raises:
+        ServiceError: INVALID_ARGUMENT, a choice of tools that does not exist or contradicts itself.
+    """
+    unset = pb.TOOL_CHOICE_REQUIRED if chat.tool_name else pb.TOOL_CHOICE_AUTO
+    choice = CHOICES.get(chat.tool_choice or unset)
+    if choice is None:
+        raise invalid("tool_choice", f"{chat.tool_choice} is none of {', '.join(map(str, CHOICES))}")
+    if chat.tool_name and choice != "required":
+        raise invalid("tool_name", f"{chat.tool_name[:80]!r} goes with tool_choice REQUIRED")
     return Conversation(
         messages=tuple(
             Message(
@@ -262,6 +282,9 @@ def _conversation(chat: pb.Chat) -> Conversation:
             Tool(name=tool.name, description=tool.description, parameters=tool.parameters_json or "{}")
             for tool in chat.tools
         ),
+        tool_choice=choice,
+        tool_name=chat.tool_name or None,
+        parallel_tool_calls=chat.parallel_tool_calls if chat.HasField("parallel_tool_calls") else True,
         continue_final_message=chat.continue_final_message,
     )
 
@@ -292,6 +315,7 @@ def _finished(event: Finished) -> pb.Finished:
             queued=event.queued_seconds, first_token=event.first_token_seconds, finished=event.finished_seconds
         ),
         error=event.error or "",
+        tool_calls=event.tool_calls,
     )
     if isinstance(event.matched_stop, str):
         finished.stop = event.matched_stop

@@ -16,6 +16,17 @@ class ToolCall:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ToolCallDelta:
+    """More of tool call number `call` of a completion. Its first piece brings `id` and `name`; the pieces of
+    `arguments` join to JSON text."""
+
+    call: int
+    id: str = ""
+    name: str = ""
+    arguments: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
     """One turn. `role` is system, user, assistant or tool; `tool_call_id` belongs to tool messages."""
 

@@ -10,22 +10,24 @@ from service.errors import invalid
 from service.text.chat import Conversation, Message, Tool
 from service.text.plain import require_utf8
 
+MAX_TOOLS = 128  # as the OpenAI API
+MAX_SCHEMA = 256 * 1024  # characters; what a tool's schema costs to parse, render and compile grows with it
 ROLES = ("system", "user", "assistant", "tool")
-_FUNCTION_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
+FUNCTION_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
 
 
 def check_conversation(conversation: Conversation) -> None:
     """Refuse conversations that no template could render.
 
     Raises:
-        ServiceError: INVALID_ARGUMENT naming `messages[i].…` or `tools[i].…`.
+        ServiceError: INVALID_ARGUMENT naming `messages[i].…`, `tools[i].…` or `tool_choice`.
     """
     if not conversation.messages:
         raise invalid("messages", "is empty, must have at least one message")
     for index, message in enumerate(conversation.messages):
         _check_message(f"messages[{index}]", message)
-    for index, tool in enumerate(conversation.tools):
-        _check_tool(f"tools[{index}]", tool)
+    _check_answers(conversation.messages)
+    _check_tools(conversation)
     last = conversation.messages[-1]
     if conversation.continue_final_message and (last.role != "assistant" or not last.content or last.tool_calls):
         reason = "the last message must be text of the assistant"
@@ -48,16 +50,50 @@ def _check_message(field: str, message: Message) -> None:
         _check_name(f"{field}.tool_calls[{index}].name", call.name)
 
 
+def _check_answers(messages: tuple[Message, ...]) -> None:
+    """Tool messages answer calls that were made before."""
+    calls: set[str] = set()
+    for index, message in enumerate(messages):
+        calls.update(call.id for call in message.tool_calls)
+        if message.role != "tool":
+            continue
+        if not calls:
+            raise invalid(f"messages[{index}].role", "a tool answers a call, and no message before this one made any")
+        if message.tool_call_id is not None and message.tool_call_id not in calls:
+            shown = f"{message.tool_call_id[:40]!r}"
+            raise invalid(f"messages[{index}].tool_call_id", f"{shown} is no call that a message before this one made")
+
+
+def _check_tools(conversation: Conversation) -> None:
+    tools, name = conversation.tools, conversation.tool_name
+    if len(tools) > MAX_TOOLS:
+        raise invalid("tools", f"has {len(tools)} tools, must have at most {MAX_TOOLS}")
+    seen: dict[str, int] = {}
+    for index, tool in enumerate(tools):
+        _check_tool(f"tools[{index}]", tool)
+        if (first := seen.setdefault(tool.name, index)) != index:
+            raise invalid(f"tools[{index}].name", f"{tool.name!r} is the name of tools[{first}] already")
+    if conversation.tool_choice == "required" and not tools:
+        raise invalid("tool_choice", "a call is required, but there are no tools")
+    if name is not None and name not in seen:
+        raise invalid("tool_name", f"{name[:80]!r} is not among the tools")
+
+
 def _check_tool(field: str, tool: Tool) -> None:
     _check_name(f"{field}.name", tool.name)
     require_utf8(tool.description, f"{field}.description")
     require_utf8(tool.parameters, f"{field}.parameters")
-    if not isinstance(parse_json(tool.parameters or "{}"), dict):
+    if (size := len(tool.parameters)) > MAX_SCHEMA:
+        raise invalid(f"{field}.parameters", f"has {size} characters, must have at most {MAX_SCHEMA}")
+    schema = parse_json(tool.parameters or "{}")
+    if not isinstance(schema, dict):
         raise invalid(f"{field}.parameters", "is not a JSON object")
+    if (kind := schema.get("type", "object")) != "object":
+        raise invalid(f"{field}.parameters", f"is the schema of {str(kind)[:40]!r}, arguments are an object")
 
 
 def _check_name(field: str, name: str) -> None:
-    if not _FUNCTION_NAME.fullmatch(name):
+    if not FUNCTION_NAME.fullmatch(name):
         raise invalid(field, f"{name[:80]!r} is not a function name: 1 to 64 letters, digits, '_', '-' and '.'")
 
 

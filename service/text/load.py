@@ -22,6 +22,7 @@ from service.text.mistral import MistralChat
 from service.text.sentencepiece import SentencePieceTokenizer, from_pieces, load_sentencepiece
 from service.text.template import TemplateChat
 from service.text.tokenizer import ChatTemplate, TextModel, Tokenizer
+from service.text.tools.format import find_format
 
 _MAX_FILE = 256 * 1024 * 1024  # bytes; the largest known tokenizer files have 35 MB
 
@@ -80,7 +81,7 @@ def _from_gguf(path: Path) -> TextModel:
         }
         chat = _chat(template, tokenizer, tokenizer.controls, tokenizer.encode, variables, mistral)
         ends = [fields.get("tokenizer.ggml.eot_token_id"), fields.get("tokenizer.ggml.eom_token_id")]
-        return TextModel(tokenizer, chat, _stop_ids(tokenizer, ends))
+        return _text_model(tokenizer, chat, template, ends)
     except KeyError as error:
         raise CheckpointError(f"{path}: the metadata {error} is missing") from None
     except (TypeError, AttributeError, ValueError, OverflowError, struct.error) as error:
@@ -129,15 +130,15 @@ def _from_directory(folder: Path) -> TextModel:
         if template is None and not config:  # Mistral publishes instruction models without either
             if mistral is None:
                 raise UnsupportedModelError(f"{folder / 'tekken.json'}: chat format {version} is not supported")
-            return TextModel(tekken, MistralChat(tekken, mistral), _stop_ids(tekken, ends))
+            return _text_model(tekken, MistralChat(tekken, mistral), template, ends)
         chat = _chat(template, tekken, tekken.controls, tekken.encode, variables, mistral)
-        return TextModel(tekken, chat, _stop_ids(tekken, ends))
+        return _text_model(tekken, chat, template, ends)
     if _bounded(folder / "tokenizer.json"):
         hf = load_hf(folder / "tokenizer.json", config)
         is_tekken = (hf.control_id("[INST]"), hf.control_id("[TOOL_CALLS]")) == _TEKKEN_PLACES
         mistral = _tekken_format(template) if is_tekken else None
         chat = _chat(template, hf, hf.controls, hf.encode_inside, variables, mistral)
-        return TextModel(hf, chat, _stop_ids(hf, ends))
+        return _text_model(hf, chat, template, ends)
     for name in ("tokenizer.model.v7", "tokenizer.model.v3", "tokenizer.model.v1", "tokenizer.model"):
         if _bounded(folder / name):
             return _from_sentencepiece(folder / name, template, variables, ends, bool(config))
@@ -156,7 +157,19 @@ def _from_sentencepiece(
         chat = MistralChat(tokenizer, mistral)
     else:
         chat = _chat(template, tokenizer, tokenizer.controls, tokenizer.encode, variables, mistral)
-    return TextModel(tokenizer, chat, _stop_ids(tokenizer, ends))
+    return _text_model(tokenizer, chat, template, ends)
+
+
+def _text_model(
+    tokenizer: Tokenizer, chat: ChatTemplate | None, template: str | None, ends: Iterable[int | None]
+) -> TextModel:
+    """
+    Args:
+        ends: ids that the checkpoint names as ends of an answer.
+    """
+    version = chat.version if isinstance(chat, MistralChat) else None
+    tools = None if chat is None else find_format(template, tokenizer.control_id, version)
+    return TextModel(tokenizer, chat, _stop_ids(tokenizer, ends), tools)
 
 
 def _chat(

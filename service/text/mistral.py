@@ -55,7 +55,7 @@ class MistralChat:
 
     Args:
         tokenizer: SentencePiece or Tekken; from v3 on it needs the format's control tokens.
-        version: one of VERSIONS.
+        version: one of VERSIONS; also an attribute.
 
     Raises:
         CheckpointError: the tokenizer lacks a control token.
@@ -65,19 +65,19 @@ class MistralChat:
         if version not in VERSIONS:
             raise ValueError(f"version {version} is not one of {VERSIONS}")
         self._tokenizer = tokenizer
-        self._version = version
+        self.version = version
         self._id = {name: self._control(name) for name in _controls(version)}
 
     def encode(self, conversation: Conversation) -> list[int]:
         check_conversation(conversation)
-        _check_order(conversation, self._version)
+        _check_order(conversation, self.version)
         turns = _turns(conversation.messages)
-        if self._version < 7:
-            turns = _merged_system(turns, first=self._version == 1)
-        if self._version >= 11:
+        if self.version < 7:
+            turns = _merged_system(turns, first=self.version == 1)
+        if self.version >= 11:
             turns = _results_in_order_of_calls(turns)
         users = [position for position, turn in enumerate(turns) if turn.role == "user"]
-        tools_position = (users or [-1])[0 if self._version >= 13 else -1]
+        tools_position = (users or [-1])[0 if self.version >= 13 else -1]
         ids = [self._id["<s>"]]
         for position, turn in enumerate(turns):
             if position == tools_position and conversation.tools:
@@ -86,7 +86,7 @@ class MistralChat:
         return ids[:-1] if conversation.continue_final_message else ids
 
     def _turn(self, turn: _Turn) -> list[int]:
-        if turn.role == "user" and self._version == 1:
+        if turn.role == "user" and self.version == 1:
             return self._text(f"[INST] {turn.content} [/INST]")
         if turn.role == "user":
             return self._between("[INST]", turn.content)
@@ -97,15 +97,15 @@ class MistralChat:
         return [*self._assistant(turn), self._id["</s>"]]
 
     def _assistant(self, turn: _Turn) -> list[int]:
-        if turn.calls and turn.content and self._version < 7:
+        if turn.calls and turn.content and self.version < 7:
             raise invalid(f"messages[{turn.index}]", "an assistant turn must have either content or tool_calls")
-        content = turn.content if self._version == 1 else turn.content.rstrip(" ")
+        content = turn.content if self.version == 1 else turn.content.rstrip(" ")
         ids = self._text(content) if content else []
         if not turn.calls:
             return ids
         field = f"messages[{turn.index}].tool_calls"
         arguments = [parse_json(call.arguments or "{}") for call in turn.calls]
-        if self._version < 11:
+        if self.version < 11:
             calls = [
                 {"name": call.name, "arguments": value, "id": call.id}
                 for call, value in zip(turn.calls, arguments, strict=True)
@@ -113,7 +113,7 @@ class MistralChat:
             return [*ids, self._id["[TOOL_CALLS]"], *self._json(calls, field)]
         for call, value in zip(turn.calls, arguments, strict=True):
             ids += [self._id["[TOOL_CALLS]"], *self._text(call.name)]
-            if self._version < 13:
+            if self.version < 13:
                 ids += [self._id["[CALL_ID]"], *self._text(call.id)]
             ids += [self._id["[ARGS]"], *self._json(value, field)]
         return ids
@@ -127,10 +127,10 @@ class MistralChat:
         return self._between("[AVAILABLE_TOOLS]", dump_json(listed, "tools"))
 
     def _tool_result(self, turn: _Turn) -> list[int]:
-        if self._version < 7:
+        if self.version < 7:
             result = {"content": parse_json(turn.content or "{}"), "call_id": turn.call_id}
             return self._between("[TOOL_RESULTS]", dump_json(result, f"messages[{turn.index}].content"))
-        if self._version < 13:
+        if self.version < 13:
             content = [*self._text(turn.call_id), self._id["[TOOL_CONTENT]"], *self._text(turn.content)]
             return [self._id["[TOOL_RESULTS]"], *content, self._id["[/TOOL_RESULTS]"]]
         return self._between("[TOOL_RESULTS]", turn.content)
@@ -147,7 +147,7 @@ class MistralChat:
     def _control(self, name: str) -> int:
         token_id = self._tokenizer.control_id(name)
         if token_id is None:
-            raise CheckpointError(f"tokenizer: the Mistral chat format v{self._version} needs the token {name}")
+            raise CheckpointError(f"tokenizer: the Mistral chat format v{self.version} needs the token {name}")
         return token_id
 
 

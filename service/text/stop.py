@@ -57,8 +57,10 @@ class StopMatcher:
         return whole[: len(whole) - hold]
 
     def flush(self) -> str:
-        """What was held back, when no more text comes."""
+        """What was held back, when no more text comes, or none that goes on from here."""
         held, self._held = self._held, ""
+        for automaton in self._automata:
+            automaton.state = 0
         return held
 
 

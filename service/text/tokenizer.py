@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from service.text.chat import Conversation
+from service.text.tools.format import ToolFormat
 
 
 class Tokenizer(Protocol):
@@ -54,8 +55,10 @@ class ChatTemplate(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TextModel:
-    """The text side of a model. `chat` is None for base models; `stop_ids` end an answer besides eos."""
+    """The text side of a model. `chat` is None for base models; `stop_ids` end an answer besides eos; `tools` is how it
+    calls tools, None if in no way that we know."""
 
     tokenizer: Tokenizer
     chat: ChatTemplate | None
     stop_ids: tuple[int, ...] = ()
+    tools: ToolFormat | None = None

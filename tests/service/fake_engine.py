@@ -31,6 +31,7 @@ from engine.request import validate_request
 from service.text.bpe import BpeTokenizer
 from service.text.template import TemplateChat
 from service.text.tokenizer import TextModel
+from service.text.tools.hermes import HermesTools
 from tests.service.fakes import Gate
 
 BOS, EOS, END, PADDING = 256, 257, 258, 259
@@ -49,14 +50,14 @@ INFO = EngineInfo(
     load_seconds=0.5,
 )
 TEMPLATE = (
-    "{% if tools %}{{ tools[0].function.name }}{% endif %}"
+    "{% for t in tools or [] %}{{ t.function.name }}{{ t.function.parameters | tojson }}{% endfor %}"
     "{% for m in messages %}<s>{{ m.role }}:{{ m.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant:{% endif %}"
 )
 
 
 def toy_text(*, adds_bos: bool = True, chat: bool = True) -> TextModel:
-    """The text side: one token per byte, and a chat format with control tokens."""
+    """The text side: one token per byte, a chat format with control tokens, and calls of tools as text."""
     controls = {"<s>": BOS, "</s>": EOS, "<|end|>": END}
     tokenizer = BpeTokenizer(
         tokens={value: bytes([value]) for value in range(256)},
@@ -67,7 +68,7 @@ def toy_text(*, adds_bos: bool = True, chat: bool = True) -> TextModel:
         eos_id=EOS,
     )
     template = TemplateChat(TEMPLATE, controls=controls, encode=tokenizer.encode, variables={})
-    return TextModel(tokenizer, template if chat else None, stop_ids=(END,))
+    return TextModel(tokenizer, template if chat else None, stop_ids=(END,), tools=HermesTools({}))
 
 
 class FakeEngine:

@@ -21,7 +21,7 @@ from engine.request import validate_request
 from service.errors import Code, ServiceError, from_engine, invalid
 from service.generation import Delta, Finished, GenerationEvent, GenerationRequest, Started, Usage
 from service.host import Loras, Phase, Status
-from service.text.chat import Conversation
+from service.text.chat import Conversation, ToolCallDelta
 
 PIECES = 1000
 FIRST_PIECE = 256
@@ -61,12 +61,14 @@ class Answer:
 
     Attributes:
         pieces: texts of the tokens, None = " t0", " t1", …; with fewer pieces than max_tokens the answer ends by STOP.
+        calls: pieces of tool calls by the number of the token that brings them instead of text.
         gate: each token waits for it.
         error: raised after `error_after` tokens; with 0 before Started.
         finished_error: the last event is Finished(reason=ERROR, error=this) after `error_after` tokens.
     """
 
     pieces: tuple[str, ...] | None = None
+    calls: dict[int, list[ToolCallDelta]] = field(default_factory=dict)
     gate: Gate | None = None
     error: ServiceError | None = None
     finished_error: str | None = None
@@ -183,7 +185,14 @@ class FakeHost:
                 return
             self.produced[request.request_id] += 1
             await self._notify()
-            yield Delta(index=index, text=pieces[i], token_ids=[FIRST_PIECE + i], logprobs=self._logprobs(i, request))
+            calls = answer.calls.get(i, [])
+            yield Delta(
+                index=index,
+                text="" if calls else pieces[i],
+                token_ids=[FIRST_PIECE + i],
+                logprobs=self._logprobs(i, request),
+                tool_calls=calls,
+            )
 
     def _finished(
         self, index: int, request: GenerationRequest, answer: Answer, prompt_tokens: int, tokens: int
@@ -195,6 +204,7 @@ class FakeHost:
             index=index,
             reason=reason,
             usage=Usage(prompt_tokens=prompt_tokens, completion_tokens=tokens),
+            tool_calls=sum(bool(piece.name) for pieces in answer.calls.values() for piece in pieces),
             error=answer.finished_error,
             queued_seconds=0.001,
             first_token_seconds=0.002,

@@ -27,6 +27,31 @@ else:
 
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
 
+class _ToolChoice:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _ToolChoiceEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_ToolChoice.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    TOOL_CHOICE_UNSPECIFIED: _ToolChoice.ValueType  # 0
+    TOOL_CHOICE_AUTO: _ToolChoice.ValueType  # 1
+    """The model decides whether it calls tools."""
+    TOOL_CHOICE_NONE: _ToolChoice.ValueType  # 2
+    """No calls; the model does not see the tools."""
+    TOOL_CHOICE_REQUIRED: _ToolChoice.ValueType  # 3
+    """The answer is at least one call, with arguments that fit the tool's schema."""
+
+class ToolChoice(_ToolChoice, metaclass=_ToolChoiceEnumTypeWrapper): ...
+
+TOOL_CHOICE_UNSPECIFIED: ToolChoice.ValueType  # 0
+TOOL_CHOICE_AUTO: ToolChoice.ValueType  # 1
+"""The model decides whether it calls tools."""
+TOOL_CHOICE_NONE: ToolChoice.ValueType  # 2
+"""No calls; the model does not see the tools."""
+TOOL_CHOICE_REQUIRED: ToolChoice.ValueType  # 3
+"""The answer is at least one call, with arguments that fit the tool's schema."""
+Global___ToolChoice: typing_extensions.TypeAlias = ToolChoice
+
 class _FinishReason:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: typing_extensions.TypeAlias = ValueType
@@ -156,8 +181,17 @@ class Chat(google.protobuf.message.Message):
     MESSAGES_FIELD_NUMBER: builtins.int
     TOOLS_FIELD_NUMBER: builtins.int
     CONTINUE_FINAL_MESSAGE_FIELD_NUMBER: builtins.int
+    TOOL_CHOICE_FIELD_NUMBER: builtins.int
+    TOOL_NAME_FIELD_NUMBER: builtins.int
+    PARALLEL_TOOL_CALLS_FIELD_NUMBER: builtins.int
     continue_final_message: builtins.bool
     """Continue the last assistant message instead of starting a new one."""
+    tool_choice: Global___ToolChoice.ValueType
+    """Unset = AUTO."""
+    tool_name: builtins.str
+    """The one tool that the answer must call, once. Goes with tool_choice REQUIRED, which it stands for if that is unset."""
+    parallel_tool_calls: builtins.bool
+    """False = at most one call in an answer. Unset = true."""
     @property
     def messages(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ChatMessage]: ...
     @property
@@ -168,8 +202,13 @@ class Chat(google.protobuf.message.Message):
         messages: collections.abc.Iterable[Global___ChatMessage] | None = ...,
         tools: collections.abc.Iterable[Global___Tool] | None = ...,
         continue_final_message: builtins.bool = ...,
+        tool_choice: Global___ToolChoice.ValueType = ...,
+        tool_name: builtins.str = ...,
+        parallel_tool_calls: builtins.bool | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["continue_final_message", b"continue_final_message", "messages", b"messages", "tools", b"tools"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_parallel_tool_calls", b"_parallel_tool_calls", "parallel_tool_calls", b"parallel_tool_calls"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_parallel_tool_calls", b"_parallel_tool_calls", "continue_final_message", b"continue_final_message", "messages", b"messages", "parallel_tool_calls", b"parallel_tool_calls", "tool_choice", b"tool_choice", "tool_name", b"tool_name", "tools", b"tools"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_parallel_tool_calls", b"_parallel_tool_calls"]) -> typing.Literal["parallel_tool_calls"] | None: ...
 
 Global___Chat: typing_extensions.TypeAlias = Chat
 
@@ -244,6 +283,35 @@ class ToolCall(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["arguments_json", b"arguments_json", "id", b"id", "name", b"name"]) -> None: ...
 
 Global___ToolCall: typing_extensions.TypeAlias = ToolCall
+
+@typing.final
+class ToolCallDelta(google.protobuf.message.Message):
+    """More of a call that the model makes."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CALL_FIELD_NUMBER: builtins.int
+    ID_FIELD_NUMBER: builtins.int
+    NAME_FIELD_NUMBER: builtins.int
+    ARGUMENTS_JSON_FIELD_NUMBER: builtins.int
+    call: builtins.int
+    """Which call of this completion, counted from 0."""
+    id: builtins.str
+    """Both come with the first piece of a call and with no other."""
+    name: builtins.str
+    arguments_json: builtins.str
+    """The pieces of one call join to what the model wrote: JSON, except where it was cut off or made a mistake."""
+    def __init__(
+        self,
+        *,
+        call: builtins.int = ...,
+        id: builtins.str = ...,
+        name: builtins.str = ...,
+        arguments_json: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["arguments_json", b"arguments_json", "call", b"call", "id", b"id", "name", b"name"]) -> None: ...
+
+Global___ToolCallDelta: typing_extensions.TypeAlias = ToolCallDelta
 
 @typing.final
 class SamplingParameters(google.protobuf.message.Message):
@@ -482,6 +550,7 @@ class Delta(google.protobuf.message.Message):
     TOKEN_IDS_FIELD_NUMBER: builtins.int
     LOGPROBS_FIELD_NUMBER: builtins.int
     TOOL_CALL_FIELD_NUMBER: builtins.int
+    TOOL_CALLS_FIELD_NUMBER: builtins.int
     index: builtins.int
     text: builtins.str
     """Always whole characters."""
@@ -492,7 +561,13 @@ class Delta(google.protobuf.message.Message):
         """One per token id, if asked for."""
 
     @property
-    def tool_call(self) -> Global___ToolCall: ...
+    def tool_call(self) -> Global___ToolCall:
+        """Never sent: tool_calls has the calls, in pieces."""
+
+    @property
+    def tool_calls(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ToolCallDelta]:
+        """What the model says as calls of the tools that it was offered is here and not in text."""
+
     def __init__(
         self,
         *,
@@ -501,9 +576,10 @@ class Delta(google.protobuf.message.Message):
         token_ids: collections.abc.Iterable[builtins.int] | None = ...,
         logprobs: collections.abc.Iterable[Global___TokenLogprob] | None = ...,
         tool_call: Global___ToolCall | None = ...,
+        tool_calls: collections.abc.Iterable[Global___ToolCallDelta] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["tool_call", b"tool_call"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["index", b"index", "logprobs", b"logprobs", "text", b"text", "token_ids", b"token_ids", "tool_call", b"tool_call"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["index", b"index", "logprobs", b"logprobs", "text", b"text", "token_ids", b"token_ids", "tool_call", b"tool_call", "tool_calls", b"tool_calls"]) -> None: ...
 
 Global___Delta: typing_extensions.TypeAlias = Delta
 
@@ -569,12 +645,15 @@ class Finished(google.protobuf.message.Message):
     USAGE_FIELD_NUMBER: builtins.int
     TIMINGS_FIELD_NUMBER: builtins.int
     ERROR_FIELD_NUMBER: builtins.int
+    TOOL_CALLS_FIELD_NUMBER: builtins.int
     index: builtins.int
     reason: Global___FinishReason.ValueType
     stop: builtins.str
     stop_token_id: builtins.int
     error: builtins.str
     """What went wrong, when reason is ERROR."""
+    tool_calls: builtins.int
+    """How many tool calls the completion has. The reason of one that ends with a call is STOP."""
     @property
     def usage(self) -> Global___Usage: ...
     @property
@@ -589,9 +668,10 @@ class Finished(google.protobuf.message.Message):
         usage: Global___Usage | None = ...,
         timings: Global___Timings | None = ...,
         error: builtins.str = ...,
+        tool_calls: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["matched_stop", b"matched_stop", "stop", b"stop", "stop_token_id", b"stop_token_id", "timings", b"timings", "usage", b"usage"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["error", b"error", "index", b"index", "matched_stop", b"matched_stop", "reason", b"reason", "stop", b"stop", "stop_token_id", b"stop_token_id", "timings", b"timings", "usage", b"usage"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["error", b"error", "index", b"index", "matched_stop", b"matched_stop", "reason", b"reason", "stop", b"stop", "stop_token_id", b"stop_token_id", "timings", b"timings", "tool_calls", b"tool_calls", "usage", b"usage"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["matched_stop", b"matched_stop"]) -> typing.Literal["stop", "stop_token_id"] | None: ...
 
 Global___Finished: typing_extensions.TypeAlias = Finished

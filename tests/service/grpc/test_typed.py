@@ -163,6 +163,53 @@ async def test_chats_and_their_tools_arrive_whole() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("given", "choice", "name", "parallel"),
+    [
+        ({}, "auto", None, True),
+        ({"tool_choice": pb.TOOL_CHOICE_AUTO, "parallel_tool_calls": False}, "auto", None, False),
+        ({"tool_choice": pb.TOOL_CHOICE_NONE, "parallel_tool_calls": True}, "none", None, True),
+        ({"tool_choice": pb.TOOL_CHOICE_REQUIRED}, "required", None, True),
+        ({"tool_choice": pb.TOOL_CHOICE_REQUIRED, "tool_name": "f"}, "required", "f", True),
+        ({"tool_name": "f"}, "required", "f", True),
+    ],
+)
+async def test_the_choice_of_tools_arrives(
+    given: dict[str, Any], choice: str, name: str | None, parallel: bool
+) -> None:
+    host = FakeHost()
+    chat = pb.Chat(messages=[pb.ChatMessage(role="user", content="Hi")], tools=[pb.Tool(name="f")], **given)
+    async with serving(host) as port:
+        await generate(port, pb.GenerateRequest(chat=chat))
+    asked = host.requests[0].prompt
+    assert isinstance(asked, Conversation)
+    assert (asked.tool_choice, asked.tool_name, asked.parallel_tool_calls) == (choice, name, parallel)
+
+
+@pytest.mark.parametrize(
+    ("given", "field"),
+    [({"tool_choice": 9}, "tool_choice: 9"), ({"tool_choice": 1, "tool_name": "f"}, "tool_name: 'f'")],
+)
+async def test_a_choice_of_tools_that_is_none_is_refused(given: dict[str, Any], field: str, port: Port) -> None:
+    error = await refusal(port.typed.Generate(pb.GenerateRequest(chat=pb.Chat(**given)), timeout=10))
+    assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert error.details().startswith(field)
+
+
+async def test_calls_of_tools_come_in_pieces_that_join() -> None:
+    call = b'So: <tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>'
+    engine = FakeEngine([*call, END], replace(INFO, max_model_len=512))
+    chat = pb.Chat(messages=[pb.ChatMessage(role="user", content="Hi")], tools=[pb.Tool(name="f")])
+    async with serving(served(engine)) as port:
+        _, *deltas, finished = await generate(port, pb.GenerateRequest(chat=chat))
+    assert "".join(each.delta.text for each in deltas) == "So: "
+    first, *rest = (piece for each in deltas for piece in each.delta.tool_calls)
+    assert (first.call, first.name, first.id.startswith("call_")) == (0, "f", True)
+    assert {(piece.call, piece.name, piece.id) for piece in rest} == {(0, "", "")}
+    assert "".join(piece.arguments_json for piece in (first, *rest)) == '{"x": 1}'
+    assert (finished.finished.tool_calls, finished.finished.reason) == (1, pb.FINISH_REASON_STOP)
+
+
 async def test_nothing_not_even_metadata_is_sent_before_the_first_token(engine: FakeEngine, port: Port) -> None:
     engine.gate = Gate()
     call = port.typed.Generate(ask(max_tokens=1), timeout=10)

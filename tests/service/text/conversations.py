@@ -76,8 +76,8 @@ def conversation(rng: random.Random, *, tools: bool, repeats: bool = False, host
     messages.append(Message(role="user", content=content()))
     if tools and rng.random() < 0.3:
         messages += _tool_exchange(rng, content())
-    offered = tuple(tool(rng, hostile=hostile) for _ in range(rng.randint(0, 2))) if tools else ()
-    return Conversation(messages=tuple(messages), tools=offered)
+    offered = [tool(rng, hostile=hostile) for _ in range(rng.randint(0, 2))] if tools else []
+    return Conversation(messages=tuple(messages), tools=tuple({each.name: each for each in offered}.values()))
 
 
 def modern(rng: random.Random, conversation: Conversation, *, sort_results: bool) -> Conversation:
