@@ -26,7 +26,6 @@ def check_conversation(conversation: Conversation) -> None:
         raise invalid("messages", "is empty, must have at least one message")
     for index, message in enumerate(conversation.messages):
         _check_message(f"messages[{index}]", message)
-    _check_answers(conversation.messages)
     _check_tools(conversation)
     last = conversation.messages[-1]
     if conversation.continue_final_message and (last.role != "assistant" or not last.content or last.tool_calls):
@@ -50,8 +49,12 @@ def _check_message(field: str, message: Message) -> None:
         _check_name(f"{field}.tool_calls[{index}].name", call.name)
 
 
-def _check_answers(messages: tuple[Message, ...]) -> None:
-    """Tool messages answer calls that were made before."""
+def check_answers(messages: tuple[Message, ...]) -> None:
+    """Tool messages answer calls that were made before.
+
+    Raises:
+        ServiceError: INVALID_ARGUMENT naming `messages[i].…`.
+    """
     calls: set[str] = set()
     for index, message in enumerate(messages):
         calls.update(call.id for call in message.tool_calls)

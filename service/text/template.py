@@ -27,7 +27,7 @@ from typing import Any
 from engine import UnsupportedModelError
 from service.errors import invalid
 from service.text.chat import Conversation, Message, Tool
-from service.text.check import check_conversation, parse_json
+from service.text.check import check_answers, check_conversation, parse_json
 from service.text.plain import require_utf8
 from service.text.sandbox import MAX_OUTPUT, TOO_DEEP, CompiledTemplate
 
@@ -88,6 +88,7 @@ class TemplateChat:
 
     def encode(self, conversation: Conversation) -> list[int]:
         check_conversation(conversation)
+        check_answers(conversation.messages)
         hidden = _Hiding()
         try:
             messages = [hidden.message(f"messages[{i}]", message) for i, message in enumerate(conversation.messages)]

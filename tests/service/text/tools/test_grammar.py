@@ -56,7 +56,7 @@ def grammar(name: str, *, only_one: bool, tools: tuple[Tool, ...] = TOOLS) -> tu
     return format.grammar(tools, only_one=only_one), format
 
 
-def walk(text: str, tokenizer: LLTokenizer, rng: random.Random, most: int = 400) -> list[int]:
+def walk(text: str, tokenizer: LLTokenizer, rng: random.Random, most: int = 3000) -> list[int]:
     """Tokens of a model that chooses at random among those that the grammar allows, and ends as soon as it may."""
     matcher = LLMatcher(tokenizer, text, log_level=0)
     ids: list[int] = []
