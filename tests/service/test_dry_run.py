@@ -87,14 +87,3 @@ def test_it_warns_of_misspelt_variables_beside_its_output() -> None:
     result = dry_run("--json", NIM_GRPC_PORT="1")
     assert "unknown variable NIM_GRPC_PORT; did you mean NIM_GRPC_API_PORT?" in result.stderr
     assert json.loads(result.stdout)["settings"]["grpc_port"] == {"value": 8001, "source": "default"}
-
-
-@pytest.mark.parametrize(
-    ("nim", "ours"), [("nim-serve", "serve"), ("list-model-profiles", "profiles"), ("download-to-cache", "pull")]
-)
-def test_commands_answer_to_the_names_of_nim(nim: str, ours: str) -> None:
-    def usage(name: str) -> str:
-        return CliRunner().invoke(main, [name, "--help"]).stdout.partition("\n")[2]
-
-    assert usage(nim) == usage(ours)
-    assert nim not in CliRunner().invoke(main, ["--help"]).stdout
