@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from service.models.profiles import Profile, precisions, profiles
 from service.models.store import ModelStore
 from service.report import check_lines, memory_table
 from service.resolve import SettingError
+from service.security.errors import SecurityError
 from service.settings import engine_config
 
 MEMORY_GIB = (0.1, 10_000.0)  # of a GPU that may be planned for
@@ -128,6 +130,7 @@ def examine(values: Mapping[str, Any], elsewhere: Place | None) -> Examination:
         checks = [
             *check_machine(found.machine, ranks),
             check_port(values["host"], values["grpc_port"]),
+            *check_security(values),
             check_store(store.root, entry.num_bytes if entry is not None and path is None else 0),
             *([check_disk(path)] if path is not None else []),
         ]
@@ -150,6 +153,37 @@ def list_profiles(models: Sequence[str], elsewhere: Sequence[Place | None], valu
         for each in elsewhere:
             listed += profiles(subject, _place(each, here, values), options)
     return listed
+
+
+def check_security(values: Mapping[str, Any]) -> list[Check]:
+    """Keys and certificates, where there are some."""
+    from service.security.tls import SOON_DAYS  # by which time grpc is loaded
+
+    try:
+        days = check_files(values)
+    except SecurityError as error:
+        return [Check("security", False, str(error), fatal=True)]
+    checks = []
+    if values["api_keys_file"]:
+        checks.append(Check("keys", True, f"{values['api_keys_file']} can be used"))
+    if days is not None:
+        left = f"{values['tls_cert']} may be used for {days:.0f} days more"
+        checks.append(Check("TLS", days >= SOON_DAYS, left))
+    return checks
+
+
+def check_files(values: Mapping[str, Any]) -> float | None:
+    """Read what `serve` would read of keys and certificates. Returns the days that the certificate may be used.
+
+    Raises:
+        SecurityError: a file cannot be used.
+    """
+    from service.security.access import access_of
+    from service.security.tls import read_certificates, tls_files
+
+    access_of(values)
+    files = tls_files(values)
+    return None if files is None else (read_certificates(files).expires - time.time()) / 86400
 
 
 def _path(store: ModelStore, model: str) -> Path | None:

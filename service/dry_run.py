@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine import EngineError
-from service.doctor import list_profiles
+from service.doctor import check_files, list_profiles
 from service.models.errors import StoreError
 from service.models.profiles import Profile
 from service.report import profile_table, taken_line
 from service.resolve import Resolved
+from service.security.errors import SecurityError
 from service.tables import table
 
 
@@ -53,8 +54,9 @@ def dry_run(settings: Mapping[str, Resolved]) -> DryRun:
     """Look at this machine and at the model, or at what the catalogue says of it, and plan."""
     values = {name: each.value for name, each in settings.items()}
     try:
+        check_files(values)
         profiles = list_profiles([values["model"]], [None], values)
-    except (StoreError, EngineError) as error:
+    except (StoreError, EngineError, SecurityError) as error:
         return DryRun(settings=settings, profiles=[], failure=str(error))
     reason = next((each.fit.reason for each in profiles if each.taken), None)
     failure = f"{values['model']} does not fit: {reason}" if reason else None
@@ -63,7 +65,7 @@ def dry_run(settings: Mapping[str, Resolved]) -> DryRun:
 
 def _shown(value: Any) -> str:
     if value is None:
-        return "auto"
+        return "-"
     if isinstance(value, tuple):
         return ",".join(value)
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -23,6 +23,7 @@ def _asked(model: str | None, profile: str | None, uri: str | None) -> str:
     return resolve_model({"model": model or uri, "profile": profile}, os.environ)
 
 
+SECURITY = ("allow_anonymous", "api_keys_file", "tls_mode", "tls_cert", "tls_key", "tls_client_ca")
 _PROFILE = click.option("-p", "--profile", metavar="ID", help="the model of this profile, as NIM asks for it")
 _URI = click.option("--model-uri", "--model-repo", "uri", metavar="URI", help="the same as MODEL, as NIM names it")
 
@@ -103,7 +104,7 @@ def models(as_json: bool) -> None:
 @click.argument("model", required=False)
 @click.option("--gpu", metavar="NAME", help="plan for this GPU (h100, a100-40gb, l40s, …) instead of this machine")
 @click.option("--memory", type=float, metavar="GIB", help="plan for a GPU with so much memory")
-@options("profile", "config", "host", "grpc_port", "device", *PLANNED)
+@options("profile", "config", "host", "grpc_port", *SECURITY, "device", *PLANNED)
 @as_json()
 def doctor(gpu: str | None, memory: float | None, as_json: bool, **flags: str | None) -> None:
     """Look at this machine and tell what of MODEL fits, precision by precision.

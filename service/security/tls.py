@@ -128,10 +128,16 @@ def tls_of(values: Mapping[str, Any]) -> Tls | None:
     Raises:
         SecurityError: the files cannot be used.
     """
+    files = tls_files(values)
+    return None if files is None else Tls(files)
+
+
+def tls_files(values: Mapping[str, Any]) -> TlsFiles | None:
+    """Those that the settings name."""
     if not encrypts(values):
         return None
     client_ca = Path(values["tls_client_ca"]) if asks_for_certificates(values) else None
-    return Tls(TlsFiles(certificate=Path(values["tls_cert"]), key=Path(values["tls_key"]), client_ca=client_ca))
+    return TlsFiles(certificate=Path(values["tls_cert"]), key=Path(values["tls_key"]), client_ca=client_ca)
 
 
 def read_certificates(files: TlsFiles) -> Certificates:

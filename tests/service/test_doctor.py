@@ -327,3 +327,22 @@ def test_the_driver_tells_its_version(tmp_path: Path, text: str, version: str | 
     (tmp_path / "version").write_text(text)
     assert driver_version(tmp_path / "version") == version
     assert driver_version(tmp_path / "none") is None
+
+
+def test_keys_and_certificates_are_looked_at(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from engine.probe import Found
+    from tests.service.security.certificates import Authority
+
+    monkeypatch.setattr("service.doctor.look", lambda *_: Found(machine=MACHINE, weights=None))
+    authority = Authority(tmp_path / "authority")
+
+    def doctor(days: int) -> Result:
+        signed = authority.server(f"of-{days}", days=days)
+        pair = ("--tls-cert", str(signed.certificate), "--tls-key", str(signed.key))
+        return run("doctor", "--grpc-port", "0", *pair, NEMOSERVE_CACHE=str(tmp_path))
+
+    assert "ok  TLS" in doctor(90).stdout
+    soon, ended = doctor(3), doctor(-1)
+    assert (soon.exit_code, "!!  TLS" in soon.stdout) == (0, True)
+    assert ended.exit_code == 1
+    assert "certificate has expired" in ended.stderr
