@@ -21,6 +21,7 @@ from service.security.limits import MAX_REQUEST_BYTES
 from service.security.tls import Tls
 
 MAX_METADATA_BYTES = 16 * 2**10  # twice what gRPC takes for sure, and no more than it ever takes
+HANDSHAKE_SECONDS = 15  # a few round trips, of TLS and HTTP/2
 HEALTH_SECONDS = 1.0  # how late health may notice that the engine's heart has stopped
 OPTIONS = [
     ("grpc.max_send_message_length", -1),
@@ -31,6 +32,8 @@ OPTIONS = [
     # By default refusal is a matter of chance between 8 and 16 KiB.
     ("grpc.max_metadata_size", MAX_METADATA_BYTES),
     ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
+    # Who connects and then says nothing is cut off; by default after two minutes.
+    ("grpc.server_handshake_timeout_ms", HANDSHAKE_SECONDS * 1000),
 ]
 SERVICES = (
     generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,

@@ -112,7 +112,7 @@ def test_keys_are_compared_in_constant_time_with_all_of_them(monkeypatch: pytest
             "entry 2 must have a name",
         ),
         (["\x00"], "no YAML"),
-        (["[" * 2000], "no YAML"),
+        (["[" * 500], "no YAML"),
     ],
 )
 def test_what_is_wrong_is_named_and_no_key_is_quoted(lines: list[str], complaint: str) -> None:
