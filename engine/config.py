@@ -97,6 +97,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             taken at the start. 0 = no adapters, no memory.
         max_cpu_loras: adapters that can be loaded, all of which stay in host memory.
         max_lora_rank: highest rank of an adapter, and what a slot is sized for.
+        log_level, log_json: of the log lines that processes of the engine write to stderr; see `engine.logs`.
     """
 
     model_path: str
@@ -120,6 +121,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_loras: int = 0
     max_cpu_loras: int = 64  # of rank 32 on every matrix of NeMo they are 14 GiB; most change fewer
     max_lora_rank: int = 32  # few adapters have more; a slot for NeMo takes 218 MiB on a GPU
+    log_level: str = "info"
+    log_json: bool = False
 
     def lookahead_on(self, device: str) -> int:
         """The lookahead on "cpu" or "cuda"."""

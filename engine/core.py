@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, Protocol
 
 from engine.adapters import Adapters
 from engine.config import EngineConfig
+from engine.costs import StepCosts
 from engine.errors import AdapterLimitError, EngineConfigError
 from engine.kv.pages import PagePool
 from engine.request import AdapterInfo, EngineInfo, EngineStats, Request, TokenEvent, validate_request
@@ -123,6 +124,7 @@ class EngineCore:
         self._busy_since: float | None = None  # the end of the step before, if there was more to do
         self._prefill_rate = Rate()
         self._decode_rate = Rate()
+        self._costs = StepCosts()
 
     @property
     def has_work(self) -> bool:
@@ -209,6 +211,7 @@ class EngineCore:
         now = self._clock()
         prompt, generated = self._scheduler.prompt_tokens, self._scheduler.generated_tokens
         events = self._scheduler.commit(flight.plan, result, now)
+        committed = self._scheduler.committed
         self._drop_adapters()
         self._steps += 1
         seconds = now - max(flight.began, self._committed)  # before that the time was the step's before it
@@ -217,7 +220,10 @@ class EngineCore:
         self._decode_rate.add(self._scheduler.generated_tokens - generated, seconds)
         self._model_seconds += result.model_seconds
         ended = self._clock()
-        self._step_seconds += ended - (flight.began if self._busy_since is None else self._busy_since)
+        whole = ended - (flight.began if self._busy_since is None else self._busy_since)
+        self._step_seconds += whole
+        if committed.tokens:
+            self._costs.add(whole, committed.tokens, committed.decode_rows, committed.context_tokens)
         self._busy_since = ended if self.has_work else None
         return events
 
@@ -257,6 +263,9 @@ class EngineCore:
             accepted_draft_tokens=scheduler.accepted_draft_tokens,
             prefill_tokens_per_second=self._prefill_rate.value,
             decode_tokens_per_second=self._decode_rate.value,
+            step_times=self._costs.seconds.distribution,
+            batch_tokens=self._costs.tokens.distribution,
+            step_cost=self._costs.cost,
         )
 
 

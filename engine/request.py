@@ -13,7 +13,9 @@ from typing import Literal
 
 import msgspec
 
+from engine.costs import StepCost
 from engine.errors import InvalidRequestError
+from engine.histogram import Distribution
 
 MAX_LOGPROBS = 20  # as the OpenAI API; each one costs a top-k over the vocabulary
 MAX_PROMPT_LOGPROBS = 2**18  # of one request, named tokens included: 1 beside each of 128K, or 20 beside each of 12K
@@ -227,6 +229,9 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
             of them needed no computation. Pre-empted requests do not count again.
         draft_tokens, accepted_draft_tokens: guesses that were computed beside a known token, and those that were right.
         prefill_tokens_per_second, decode_tokens_per_second: moving averages over the last seconds of work.
+        step_times, batch_tokens: how long steps took and how many tokens they computed, in the buckets of
+            `engine.costs`; of those steps that computed something.
+        step_cost: what a step costs by what it computes.
     """
 
     steps: int = 0
@@ -248,6 +253,9 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     accepted_draft_tokens: int = 0
     prefill_tokens_per_second: float = 0.0
     decode_tokens_per_second: float = 0.0
+    step_times: Distribution = Distribution()
+    batch_tokens: Distribution = Distribution()
+    step_cost: StepCost = StepCost()
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):

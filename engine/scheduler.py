@@ -54,7 +54,7 @@ from engine.kv.prefix import Prefix
 from engine.request import FinishReason, Request, TokenEvent, TokenLogprob
 from engine.sequence import Sequence, WaitingLine
 from engine.speculate import Drafter, Patience, Speculation, Step
-from engine.step import LAST_SAMPLED, RowInit, RowWork, SampledToken, StepPlan, StepResult, Targets
+from engine.step import LAST_SAMPLED, Committed, RowInit, RowWork, SampledToken, StepPlan, StepResult, Targets
 
 
 @dataclass(slots=True)
@@ -104,6 +104,7 @@ class Scheduler:
         self.prefix_hit_tokens = 0  # of these: found
         self.draft_tokens = 0
         self.accepted_draft_tokens = 0
+        self.committed = Committed()  # of the latest step
 
     @property
     def has_work(self) -> bool:
@@ -341,6 +342,7 @@ class Scheduler:
         """
         if plan.is_empty:
             return []
+        computed = decoding = context = 0
         sampled: dict[int, list[SampledToken]] = {}
         for each in result.sampled:
             sampled.setdefault(each.row, []).append(each)
@@ -350,8 +352,11 @@ class Scheduler:
             accepted = len(tokens) - 1 if work.drafts else 0
             self.draft_tokens += work.drafts
             stood += accepted
-            decodes = work.sample and len(work.token_ids) == 1 + work.drafts and work.token_ids[0] != LAST_SAMPLED
-            guessable += decodes and sequence.drafter is not None
+            decodes = work.sample and len(work.token_ids) == 1 + work.drafts
+            guessable += decodes and sequence.drafter is not None and work.token_ids[0] != LAST_SAMPLED
+            computed += len(work.token_ids)
+            decoding += decodes
+            context += work.start + len(work.token_ids)
             end = work.start + len(work.token_ids) - work.drafts + accepted
             self.prompt_tokens += min(end, sequence.num_prompt) - min(work.start, sequence.num_prompt)
             if sequence.ended:
@@ -365,6 +370,7 @@ class Scheduler:
             if event is not None:
                 events.append(event if logprobs is None else replace(event, prompt_logprobs=logprobs))
         self.accepted_draft_tokens += stood
+        self.committed = Committed(computed, decoding, context)
         self._patience.learn(guessable, stood)
         return events
 

@@ -124,3 +124,18 @@ class StepResult:
     sampled: list[SampledToken]
     targets: dict[int, list[TokenLogprob]] = field(default_factory=dict)
     model_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """What a step computed, in numbers.
+
+    Attributes:
+        tokens: all of them; one of each row that decodes, and its drafts, among them.
+        decode_rows: rows that had one known token to compute.
+        context_tokens: those that the rows attended to, their own included.
+    """
+
+    tokens: int = 0
+    decode_rows: int = 0
+    context_tokens: int = 0

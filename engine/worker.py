@@ -22,6 +22,7 @@ import msgspec
 from engine.config import EngineConfig
 from engine.errors import EngineError
 from engine.face import Done
+from engine.logs import configure
 from engine.loop import HEARTBEAT_SECONDS, Command, StepOutput, run_core
 from engine.wire import (
     HEADER_BYTES,
@@ -130,6 +131,7 @@ def serve(sock: socket.socket) -> None:
         first = messages[0] if messages else None
     if not isinstance(first, Start):
         raise msgspec.DecodeError(f"the first message is {type(first).__name__}, not Start")
+    configure(first.config.log_level, as_json=first.config.log_json)
     try:
         _run(first.config, inbox, outbox)
     except EngineError as error:
@@ -168,7 +170,7 @@ def _run(config: EngineConfig, inbox: Inbox, outbox: Outbox) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="engine.worker", description=__doc__)
     parser.add_argument("--fd", type=int, required=True, help="inherited end of a socket pair")
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    configure("info", as_json=False)  # until the service says how
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     with socket.socket(fileno=parser.parse_args().fd) as sock:

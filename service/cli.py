@@ -105,6 +105,9 @@ def _serve(values: dict[str, Any], sample_prompt: str | None) -> None:
         max_request_bytes=values["max_request_bytes"],
         drain_timeout=values["drain_timeout"],
         progress_bar=sys.stderr.isatty() and not values["log_json"],
+        metrics_aliases=values["metrics_aliases"],
+        otlp_endpoint=values["otlp_endpoint"],
+        trace_content=values["trace_content"],
     )
 
     async def run() -> int:

@@ -1,53 +1,13 @@
-"""Log lines as events with fields: for people on a terminal, or one JSON object per line for collectors.
-
-Code logs `log.info("ready", extra={"address": …})`; fields are what `extra` brings. Prompts are never among them.
-"""
+"""The form of the service's log lines, see `engine.logs`, and which of libraries are left out."""
 
 from __future__ import annotations
 
-import json
 import logging
-import sys
-from datetime import UTC, datetime
-from typing import Any
 
-_STANDARD = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName"}
+from engine import logs
 
 
 def configure(level: str, *, as_json: bool) -> None:
     """Send all logs of this process to stderr in one format."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter() if as_json else TextFormatter())
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logs.configure(level, as_json=as_json)
     logging.getLogger("httpx").setLevel(logging.WARNING)  # one line per request of a download
-
-
-def fields(record: logging.LogRecord) -> dict[str, Any]:
-    """What the record's `extra` brought."""
-    return {key: value for key, value in vars(record).items() if key not in _STANDARD}
-
-
-class JsonFormatter(logging.Formatter):
-    """`{"time", "level", "logger", "event", …fields, "traceback"?}`"""
-
-    def format(self, record: logging.LogRecord) -> str:
-        line = {
-            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "event": record.getMessage(),
-            **fields(record),
-        }
-        if record.exc_info:
-            line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str, ensure_ascii=False)
-
-
-class TextFormatter(logging.Formatter):
-    """`12:34:56 info event key=value …`, the traceback below."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        time = datetime.fromtimestamp(record.created).strftime("%H:%M:%S")
-        pairs = "".join(f" {key}={value}" for key, value in fields(record).items())
-        line = f"{time} {record.levelname.lower():7} {record.getMessage()}{pairs}"
-        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line

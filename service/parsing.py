@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from service.models.profiles import settings_of
 
@@ -79,6 +80,13 @@ def memory(value: str) -> int | float:
         f"must be a number of bytes, such as 800M or 4Gi and at least {LEAST_MEMORY}, "
         "or a share of what is left, such as 0.9 or 90%"
     )
+
+
+def url(value: str) -> str:
+    parts = urlsplit(value)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("must be a URL such as http://localhost:4317")
+    return value
 
 
 def folder(value: str) -> str:

@@ -15,6 +15,7 @@ from engine import Done, Engine, EngineInfo, EngineStats
 from service.errors import Code, ServiceError, invalid
 from service.generation import GenerationEvent, GenerationRequest, Generator
 from service.host import Loras, Phase, Status
+from service.observer import Observer, Unobserved
 from service.text.chat import Conversation
 from service.text.tokenizer import TextModel
 
@@ -26,6 +27,7 @@ class ServedModel:
     """One model under one name and its aliases. Belongs to one event loop.
 
     Attributes:
+        observer: is told of every request.
         in_flight: accepted requests that have not ended; `idle` is set while there are none.
     """
 
@@ -33,6 +35,7 @@ class ServedModel:
         self.model_name = name
         self.model_aliases = aliases
         self.loras = loras
+        self.observer: Observer = Unobserved()
         self.started_at = time.time()
         self.in_flight = 0
         self.idle = asyncio.Event()
@@ -108,7 +111,20 @@ class ServedModel:
                 continue
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent]:
-        """See `service.generation.Generator.generate`."""
+        """See `service.generation.Generator.generate`. The observer learns of all that happens."""
+        observation = self.observer.begin(request)
+        try:
+            async with aclosing(self._generate(request)) as events:
+                async for event in events:
+                    observation.event(event)
+                    yield event
+        except Exception as error:
+            observation.failed(error)
+            raise
+        finally:
+            observation.close()
+
+    async def _generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent]:
         if self._generator is None or self._status.phase is not Phase.READY:
             raise self._unavailable()
         self.in_flight += 1

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine import Done, Engine, EngineConfig, EngineError, LoadProgress
 from engine.remote import RemoteEngine
@@ -25,8 +25,12 @@ from service.security.access import EVERYBODY, Access
 from service.security.limits import MAX_REQUEST_BYTES
 from service.security.tls import Tls
 from service.served import ServedModel
+from service.telemetry.telemetry import Telemetry
 from service.text.load import load_text
 from service.text.tokenizer import TextModel
+
+if TYPE_CHECKING:
+    from service.telemetry.export import Export
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +52,9 @@ class ServerConfig:
         max_request_bytes: of one request, on any port.
         drain_timeout: seconds that accepted requests have to end after SIGTERM.
         progress_bar: somebody watches stderr: show a bar while loading, instead of log lines.
+        metrics_aliases: metrics also under the names of others.
+        otlp_endpoint: URL of the collector that gets traces, None = nothing is traced.
+        trace_content: prompts and answers are part of traces.
     """
 
     engine: EngineConfig
@@ -61,6 +68,9 @@ class ServerConfig:
     max_request_bytes: int = MAX_REQUEST_BYTES
     drain_timeout: float = 30.0
     progress_bar: bool = False
+    metrics_aliases: bool = True
+    otlp_endpoint: str | None = None
+    trace_content: bool = False
 
 
 StartEngine = Callable[[EngineConfig, LoadProgress], Coroutine[Any, Any, Engine]]
@@ -90,6 +100,10 @@ class Server:
         taken = (config.model_name, *config.model_aliases, *VIEW_NAMES)
         self._loras = None if config.lora_dir is None else LoraFolder(config.lora_dir, taken)
         self.model = ServedModel(config.model_name, config.model_aliases, self._loras)
+        self._export = None if config.otlp_endpoint is None else _export_to(config.otlp_endpoint, config.trace_content)
+        tracing = None if self._export is None else self._export.tracing
+        self.telemetry = Telemetry(self.model, aliases=config.metrics_aliases, tracing=tracing)
+        self.model.observer = self.telemetry.requests
 
     def stop(self) -> None:
         """What SIGTERM and SIGINT do: the first call drains, the second ends the draining."""
@@ -114,11 +128,17 @@ class Server:
                 task.cancel()
             for number in signals:
                 loop.remove_signal_handler(number)
+            if self._export is not None:
+                await asyncio.to_thread(self._export.close)
 
     async def _run(self, on_ready: ReadyCallback | None) -> int:
         config = self._config
         grpc_server = GrpcServer(
-            self.model, access=config.access, tls=config.tls, max_request_bytes=config.max_request_bytes
+            self.model,
+            access=config.access,
+            tls=config.tls,
+            max_request_bytes=config.max_request_bytes,
+            telemetry=self.telemetry,
         )
         host = self._config.grpc_address.rpartition(":")[0]
         address = f"{host}:{await grpc_server.start(self._config.grpc_address)}"
@@ -225,3 +245,11 @@ async def _greet(on_ready: ReadyCallback, address: str) -> None:
         await on_ready(address)
     except OSError as error:
         log.warning("nobody reads the greeting", extra={"reason": error.strerror})
+
+
+def _export_to(endpoint: str, content: bool) -> Export:
+    """Imports what it needs: a server without traces starts without it."""
+    from service.telemetry.export import Export
+
+    log.info("traces", extra={"endpoint": endpoint, "content": content})
+    return Export.to_collector(endpoint, content=content)

@@ -24,7 +24,7 @@ class Setting:
 
     Attributes:
         parse: of `service.parsing`.
-        alias: NIM's variable that means the same.
+        alias: NIM's or OpenTelemetry's variable that means the same.
         metavar: what the value looks like, for the help.
     """
 
@@ -313,6 +313,27 @@ SETTINGS = (
         why="one JSON object per line and no greeting, for log collectors; people read the other form",
         alias="NIM_JSONL_LOGGING",
     ),
+    Setting(
+        name="metrics_aliases",
+        parse=parsing.flag,
+        default=True,
+        metavar="true|false",
+        why="metrics also under the names of vLLM and NIM, which gateways, autoscalers and dashboards look for",
+    ),
+    Setting(
+        name="otlp_endpoint",
+        parse=parsing.url,
+        default=None,
+        metavar="URL",
+        why="OpenTelemetry collector that gets traces over gRPC: http://HOST:4317, or https; by default there are none",
+        alias="OTEL_EXPORTER_OTLP_ENDPOINT",
+    ),
+    Setting(
+        name="trace_content",
+        parse=parsing.flag,
+        default=False,
+        why="put prompts and answers into traces; whoever sees those can then read them",
+    ),
 )
 
 
@@ -341,6 +362,8 @@ def engine_config(model: Path, values: Mapping[str, Any]) -> EngineConfig:
         max_loras=values["max_loras"] if values["lora_dir"] else 0,
         max_cpu_loras=values["max_cpu_loras"],
         max_lora_rank=values["max_lora_rank"],
+        log_level=values["log_level"],
+        log_json=values["log_json"],
     )
 
 

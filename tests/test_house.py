@@ -115,6 +115,8 @@ def test_nobody_imports_bench_or_tests() -> None:
         ("service.command", ("service.cli", "service.model_commands", "service.server")),
         ("service.http.management", ("service.grpc", "service.generation", "service.server", "service.cli")),
         ("service.generation", ("service.grpc", "service.server", "service.cli")),
+        ("service.observer", ("service.telemetry", "service.served", "service.grpc", "service.server", "service.cli")),
+        ("service.telemetry", ("service.served", "service.grpc", "service.http", "service.server", "service.cli")),
         ("service.grpc.kserve", ("service.grpc.generation", "service.server", "service.cli", "engine.core")),
         ("service.grpc.generation", ("service.grpc.kserve", "service.server", "service.cli", "engine.core")),
     ],
@@ -156,6 +158,11 @@ def test_nothing_can_unpickle() -> None:
 )
 def test_the_service_process_starts_without_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+
+def test_a_server_that_traces_nothing_loads_no_exporter() -> None:
+    code = "import sys, service.server; sys.exit('opentelemetry.sdk' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
 
 

@@ -18,6 +18,7 @@ import threading
 from pathlib import Path
 
 from engine.errors import EngineError
+from engine.logs import configure
 from engine.parallel.wire import Meet, Met, Point, Start, Step, encode, receive_to_follower
 from engine.wire import Failed
 
@@ -39,6 +40,7 @@ def follow(sock: socket.socket) -> None:
             raise ConnectionError(f"the leader does not come to {point!r}")
 
     config = start.config
+    configure("error", as_json=config.log_json)  # rank 0 says the rest
     device = device_of_rank(config.device, start.rank, config.tensor_parallel_size)
     meet(Point.STARTED)
     communicator = connect(Path(start.store), start.rank, config.tensor_parallel_size, device)
@@ -63,7 +65,7 @@ def end_with(sock: socket.socket) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="engine.parallel.follower", description=__doc__)
     parser.add_argument("--fd", type=int, required=True, help="inherited end of a socket pair")
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.ERROR)  # rank 0 says the rest
+    configure("error", as_json=False)  # until the leader says how
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the service drains first, and needs all ranks for it
     with socket.socket(fileno=parser.parse_args().fd) as sock:

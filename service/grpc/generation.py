@@ -200,6 +200,16 @@ class GenerationServicer(rpc.GenerationServiceServicer):
             decode_tokens_per_second=stats.decode_tokens_per_second,
             started_at=self._host.started_at,
             engine_version=VERSION,
+            step_base_seconds=stats.step_cost.base,
+            seconds_per_prefill_token=stats.step_cost.per_prefill_token,
+            seconds_per_decode_row=stats.step_cost.per_decode_row,
+            seconds_per_context_token=stats.step_cost.per_context_token,
+            steps=stats.steps,
+            prompt_tokens=stats.prompt_tokens,
+            generated_tokens=stats.generated_tokens,
+            prefix_cache_query_tokens=stats.prefix_cache_query_tokens,
+            prefix_cache_hit_tokens=stats.prefix_cache_hit_tokens,
+            preemptions=stats.preemptions,
         )
 
 

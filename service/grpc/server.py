@@ -15,10 +15,12 @@ from service.grpc.auth import Authenticate
 from service.grpc.generation import GenerationServicer
 from service.grpc.interceptors import Guard
 from service.grpc.kserve import KServeServicer, LoraModels, llm_models
+from service.grpc.observe import Observe
 from service.host import Host, Phase
 from service.security.access import EVERYBODY, Access
 from service.security.limits import MAX_REQUEST_BYTES
 from service.security.tls import Tls
+from service.telemetry.telemetry import Telemetry
 
 MAX_METADATA_BYTES = 16 * 2**10  # twice what gRPC takes for sure, and no more than it ever takes
 HANDSHAKE_SECONDS = 15  # a few round trips, of TLS and HTTP/2
@@ -49,6 +51,7 @@ class GrpcServer:
         access: who may call what; everybody everything by default.
         tls: the port's certificates; without, it is in plain text.
         max_request_bytes: larger messages are refused with RESOURCE_EXHAUSTED before they are read.
+        telemetry: is told of every RPC.
     """
 
     def __init__(
@@ -58,11 +61,13 @@ class GrpcServer:
         access: Access = EVERYBODY,
         tls: Tls | None = None,
         max_request_bytes: int = MAX_REQUEST_BYTES,
+        telemetry: Telemetry | None = None,
     ) -> None:
         self._host = host
         self._tls = tls
         options = [*OPTIONS, ("grpc.max_receive_message_length", max_request_bytes)]
-        self._server = grpc.aio.server(interceptors=[Authenticate(access), Guard()], options=options)
+        observed = [] if telemetry is None else [Observe(telemetry)]
+        self._server = grpc.aio.server(interceptors=[*observed, Authenticate(access), Guard()], options=options)
         self._health = health.aio.HealthServicer()
         self._health_task: asyncio.Task[None] | None = None
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(host), self._server)  # type: ignore[no-untyped-call,unused-ignore]

@@ -982,6 +982,16 @@ class Load(google.protobuf.message.Message):
     DECODE_TOKENS_PER_SECOND_FIELD_NUMBER: builtins.int
     STARTED_AT_FIELD_NUMBER: builtins.int
     ENGINE_VERSION_FIELD_NUMBER: builtins.int
+    STEP_BASE_SECONDS_FIELD_NUMBER: builtins.int
+    SECONDS_PER_PREFILL_TOKEN_FIELD_NUMBER: builtins.int
+    SECONDS_PER_DECODE_ROW_FIELD_NUMBER: builtins.int
+    SECONDS_PER_CONTEXT_TOKEN_FIELD_NUMBER: builtins.int
+    STEPS_FIELD_NUMBER: builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: builtins.int
+    GENERATED_TOKENS_FIELD_NUMBER: builtins.int
+    PREFIX_CACHE_QUERY_TOKENS_FIELD_NUMBER: builtins.int
+    PREFIX_CACHE_HIT_TOKENS_FIELD_NUMBER: builtins.int
+    PREEMPTIONS_FIELD_NUMBER: builtins.int
     phase: Global___Phase.ValueType
     progress: builtins.float
     """While loading: between 0 and 1."""
@@ -1000,6 +1010,23 @@ class Load(google.protobuf.message.Message):
     started_at: builtins.float
     """Unix time."""
     engine_version: builtins.str
+    step_base_seconds: builtins.float
+    """A step of the engine takes about
+      step_base_seconds + seconds_per_prefill_token * p + seconds_per_decode_row * d + seconds_per_context_token * c
+    to compute p tokens of prompts and one token of each of d requests, where all of them attend to c tokens. Fitted to
+    the latest steps; 0 until there are some.
+    """
+    seconds_per_prefill_token: builtins.float
+    seconds_per_decode_row: builtins.float
+    seconds_per_context_token: builtins.float
+    steps: builtins.int
+    """Counters from the start of the engine: rates come out right however rarely one looks."""
+    prompt_tokens: builtins.int
+    generated_tokens: builtins.int
+    prefix_cache_query_tokens: builtins.int
+    """Of prompts that were started, and how many of these needed no computation."""
+    prefix_cache_hit_tokens: builtins.int
+    preemptions: builtins.int
     def __init__(
         self,
         *,
@@ -1017,7 +1044,17 @@ class Load(google.protobuf.message.Message):
         decode_tokens_per_second: builtins.float = ...,
         started_at: builtins.float = ...,
         engine_version: builtins.str = ...,
+        step_base_seconds: builtins.float = ...,
+        seconds_per_prefill_token: builtins.float = ...,
+        seconds_per_decode_row: builtins.float = ...,
+        seconds_per_context_token: builtins.float = ...,
+        steps: builtins.int = ...,
+        prompt_tokens: builtins.int = ...,
+        generated_tokens: builtins.int = ...,
+        prefix_cache_query_tokens: builtins.int = ...,
+        prefix_cache_hit_tokens: builtins.int = ...,
+        preemptions: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["capacity", b"capacity", "decode_tokens_per_second", b"decode_tokens_per_second", "engine_version", b"engine_version", "eta_seconds", b"eta_seconds", "kv_pages_total", b"kv_pages_total", "kv_pages_used", b"kv_pages_used", "oldest_queued_seconds", b"oldest_queued_seconds", "phase", b"phase", "prefill_tokens_per_second", b"prefill_tokens_per_second", "progress", b"progress", "queued_requests", b"queued_requests", "queued_tokens", b"queued_tokens", "running_requests", b"running_requests", "started_at", b"started_at"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["capacity", b"capacity", "decode_tokens_per_second", b"decode_tokens_per_second", "engine_version", b"engine_version", "eta_seconds", b"eta_seconds", "generated_tokens", b"generated_tokens", "kv_pages_total", b"kv_pages_total", "kv_pages_used", b"kv_pages_used", "oldest_queued_seconds", b"oldest_queued_seconds", "phase", b"phase", "preemptions", b"preemptions", "prefill_tokens_per_second", b"prefill_tokens_per_second", "prefix_cache_hit_tokens", b"prefix_cache_hit_tokens", "prefix_cache_query_tokens", b"prefix_cache_query_tokens", "progress", b"progress", "prompt_tokens", b"prompt_tokens", "queued_requests", b"queued_requests", "queued_tokens", b"queued_tokens", "running_requests", b"running_requests", "seconds_per_context_token", b"seconds_per_context_token", "seconds_per_decode_row", b"seconds_per_decode_row", "seconds_per_prefill_token", b"seconds_per_prefill_token", "started_at", b"started_at", "step_base_seconds", b"step_base_seconds", "steps", b"steps"]) -> None: ...
 
 Global___Load: typing_extensions.TypeAlias = Load
