@@ -55,7 +55,7 @@ class MistralTools:
         if self._listed:
             call = rules.add("call", (rules.call_object(tool, "arguments") for tool in tools))
             rest = "" if only_one else f' (", " {call})*'
-            return rules.text(f'{calls} "[" {call}{rest} "]"')
+            return rules.text(f'{calls} " "? "[" {call}{rest} "]"')  # SentencePiece begins words with a space
         name_ends = rules.token(self._controls[ARGS])
         if self._with_ids:
             name_ends = f"{rules.token(self._controls[CALL_ID])} /[a-zA-Z0-9]{{9}}/ {name_ends}"

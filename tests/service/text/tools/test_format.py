@@ -64,8 +64,8 @@ def test_mistrals_own_formats_need_no_template() -> None:
 @pytest.mark.parametrize(
     ("template", "version", "begins"),
     [
-        (None, 3, '<[0]> "["'),
-        (None, 7, '<[0]> "["'),
+        (None, 3, '<[0]> " "? "["'),
+        (None, 7, '<[0]> " "? "["'),
         (None, 11, '<[0]> "f" <[1]> /[a-zA-Z0-9]{9}/ <[2]>'),
         (None, 13, '<[0]> "f" <[2]>'),
         (MISTRAL, None, '<[0]> "f" <[2]>'),
