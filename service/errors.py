@@ -47,6 +47,13 @@ class ServiceError(Exception):
         self.field = field
         self.retry_after_ms = retry_after_ms
 
+    def about(self, field: str) -> ServiceError:
+        """The same error, about a field that the client knows by another name."""
+        if field in ("", self.field):
+            return self
+        message = f"{field}: {self.message.removeprefix(f'{self.field}: ')}"
+        return ServiceError(self.code, message, field=field, retry_after_ms=self.retry_after_ms)
+
 
 class TalkError(Exception):
     """A conversation partner cannot answer; the message is one line for the person at the terminal."""

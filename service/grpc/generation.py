@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import aclosing
@@ -38,6 +39,7 @@ CHOICES: Mapping[int, Literal["auto", "none", "required"]] = {
     pb.TOOL_CHOICE_NONE: "none",
     pb.TOOL_CHOICE_REQUIRED: "required",
 }
+_IS_JSON = re.compile(r"\.(parameters|arguments)$")  # fields of tools and calls, named in generation.proto with "_json"
 LOAD_INTERVAL_SECONDS = (0.1, 60.0)
 MAX_REQUEST_ID = 256  # characters; it travels in headers and stands in logs
 PROMPT_LOGPROBS_PER_MESSAGE = 512  # with 20 named tokens each a message has about 200 KB
@@ -60,7 +62,7 @@ class GenerationServicer(rpc.GenerationServiceServicer):
                     for response in self._responses(event, generation.adapter or self._host.model_name):
                         yield response
         except ServiceError as error:
-            await abort(context, error)
+            await abort(context, error.about(_IS_JSON.sub(r".\1_json", error.field or "")))
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         try:

@@ -22,7 +22,9 @@ from service.generation import (
     Generator,
     Started,
 )
+from service.text import sandbox
 from service.text.chat import Conversation, Message
+from service.text.template import TemplateChat
 from tests.service.fake_engine import BOS, END, EOS, INFO, PADDING, FakeEngine, toy_text
 from tests.service.fakes import Gate
 
@@ -345,6 +347,34 @@ async def test_without_a_bos_the_empty_text_is_refused() -> None:
     generator = Generator(FakeEngine(), toy_text(adds_bos=False))
     with pytest.raises(ServiceError, match="at least one token"):
         await anext(generator.generate(ask("")))
+
+
+BUSY = "{% for x in range(90000) %}{% for y in range(90000) %}{% endfor %}{% endfor %}"
+LONG = "{% for x in range(9) %}{{ '<' * 100000 }}{% endfor %}{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+@pytest.mark.parametrize(("source", "reason"), [(BUSY, "runs longer than"), (LONG, "tokens")])
+async def test_a_hostile_chat_template_fails_its_chats_and_nothing_else(
+    source: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.5)
+    model = toy_text()
+    controls = {"<s>": BOS, "<|end|>": END}
+    hostile = TemplateChat(source, controls=controls, encode=model.tokenizer.encode, variables={})
+    engine = FakeEngine()
+    generator = Generator(engine, dataclasses.replace(model, chat=hostile))
+
+    async def one(prompt: str | Conversation) -> list[GenerationEvent]:
+        return [event async for event in generator.generate(ask(prompt))]
+
+    chat = Conversation(messages=(Message(role="user", content="Hi"),))
+    chats = [asyncio.create_task(one(chat)) for _ in range(3)]
+    assert [text(await one("Hi")) for _ in range(5)] == ["abc"] * 5
+    for failed in await asyncio.gather(*chats, return_exceptions=True):
+        assert isinstance(failed, ServiceError)
+        assert failed.code is Code.INVALID_ARGUMENT
+        assert reason in failed.message
+    assert len(engine.requests) == 5
 
 
 class Slow:

@@ -196,6 +196,12 @@ async def test_a_choice_of_tools_that_is_none_is_refused(given: dict[str, Any], 
     assert error.details().startswith(field)
 
 
+async def test_what_is_wrong_with_a_tool_is_named_as_in_the_contract(port: Port) -> None:
+    chat = pb.Chat(messages=[pb.ChatMessage(role="user", content="Hi")], tools=[pb.Tool(name="f", parameters_json="[")])
+    error = await refusal(port.typed.Generate(pb.GenerateRequest(chat=chat), timeout=10))
+    assert error.details() == "tools[0].parameters_json: is not a JSON object"
+
+
 async def test_calls_of_tools_come_in_pieces_that_join() -> None:
     call = b'So: <tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>'
     engine = FakeEngine([*call, END], replace(INFO, max_model_len=512))
