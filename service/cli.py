@@ -19,6 +19,7 @@ from service.command import as_json as json_option
 from service.key_commands import keys
 from service.model_commands import COMMANDS
 from service.models.catalog import DEFAULT_MODEL
+from service.parsing import AUTO
 from service.resolve import Resolved, resolve, unknown_variables
 from service.settings import SETTINGS, engine_config, join_address
 from service.version import VERSION
@@ -68,7 +69,7 @@ def serve(sample_prompt: str | None, dry_run: bool, as_json: bool, **flags: str 
     if as_json and not dry_run:
         raise click.UsageError("--json goes with --dry-run; --log-json makes the log JSON")
     with errors():
-        settings = resolve(flags, os.environ)
+        settings = _with_profile(resolve(flags, os.environ), flags)
         if dry_run:
             for name, near in unknown_variables(os.environ).items():
                 hint = f"; did you mean {near}?" if near else ""
@@ -78,9 +79,21 @@ def serve(sample_prompt: str | None, dry_run: bool, as_json: bool, **flags: str 
         _serve({name: each.value for name, each in settings.items()}, sample_prompt)
 
 
+def _with_profile(settings: dict[str, Resolved], flags: dict[str, str | None]) -> dict[str, Resolved]:
+    """The same settings with the profile that `auto` comes to here."""
+    asked = settings["profile"]
+    if asked.value != AUTO:
+        return settings
+    from service.doctor import choose
+
+    chosen = choose({name: each.value for name, each in settings.items()}).id
+    return resolve({**flags, "profile": chosen}, os.environ) | {"profile": Resolved(chosen, asked.source)}
+
+
 def _serve(values: dict[str, Any], sample_prompt: str | None) -> None:
     import logging
 
+    from service.doctor import refuse_before_fetching
     from service.logs import configure
     from service.security.access import access_of
     from service.security.tls import tls_of
@@ -91,6 +104,7 @@ def _serve(values: dict[str, Any], sample_prompt: str | None) -> None:
         hint = {"did_you_mean": near} if near else {}
         logging.getLogger(__name__).warning("unknown variable", extra={"variable": name, **hint})
     access, tls = access_of(values), tls_of(values)  # what is wrong with them is told before anything is fetched
+    refuse_before_fetching(values)
     stored = fetch(values["model"])
     name, *aliases = values["served_model_name"] or (stored.name,)
     config = ServerConfig(

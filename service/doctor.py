@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from engine import EngineConfigError
 from engine.parallel.share import share_of
 from engine.probe import Found, Weights
 from engine.schemes import SCHEMES
@@ -47,10 +48,17 @@ class Examination:
     @property
     def failure(self) -> str | None:
         """Why `serve` would refuse, with what would help."""
+        if self.misfit is not None:
+            return self.misfit
+        broken = next((check for check in self.checks if check.fatal and not check.ok), None)
+        return f"{broken.name}: {broken.detail}" if broken else None
+
+    @property
+    def misfit(self) -> str | None:
+        """Why the model does not fit, with what would help."""
         reason = self.fits[self.asked][0].reason
         if reason is None:
-            broken = next((check for check in self.checks if check.fatal and not check.ok), None)
-            return f"{broken.name}: {broken.detail}" if broken else None
+            return None
         helps = [f"--kv-precision {each.kv_precision}" for each in self.fits[self.asked] if each.reason is None]
         helps += [f"--precision {name}" for name in precisions(self.place) if self.fits[name][0].reason is None]
         hint = f"; {helps[0]} fits" if helps else ""
@@ -184,6 +192,35 @@ def check_files(values: Mapping[str, Any]) -> float | None:
     access_of(values)
     files = tls_files(values)
     return None if files is None else (read_certificates(files).expires - time.time()) / 86400
+
+
+def choose(values: Mapping[str, Any]) -> Profile:
+    """What `--profile auto` takes: the first that has room for a whole sequence, else the first that fits at all.
+
+    Raises:
+        EngineConfigError: none fits; the message has what each lacks.
+    """
+    found = list_profiles([values["model"]], [None], values)
+    found.sort(key=lambda each: not each.taken)
+    fitting = [each for each in found if each.fit.reason is None]
+    fitting.sort(key=lambda each: each.fit.tight)
+    if not fitting:
+        lacks = "; ".join(f"{each.id}: {each.fit.reason}" for each in found)
+        raise EngineConfigError(f"profile: no profile of {values['model']} fits here: {lacks}")
+    return fitting[0]
+
+
+def refuse_before_fetching(values: Mapping[str, Any]) -> None:
+    """Say now, not after the download, that a model does not fit; by what the catalogue says of its shape.
+
+    Raises:
+        EngineConfigError: it does not.
+    """
+    if ModelStore.default().find(values["model"]) is not None or catalog.find(values["model"]) is None:
+        return
+    found = examine(values, None)
+    if (reason := found.misfit) is not None:
+        raise EngineConfigError(f"{reason}; nothing was fetched")
 
 
 def _path(store: ModelStore, model: str) -> Path | None:

@@ -118,11 +118,15 @@ def level(value: str) -> str:
     return choice("debug", "info", "warning", "error")(_LEVELS.get(lower, lower))
 
 
+AUTO = "auto"
+
+
 def profile(value: str) -> str | None:
-    """NIM's "default" is to have none: the file as it is."""
+    """An id, AUTO, or NIM's "default", which is to have none: the file as it is."""
     if value == "default":
         return None
-    settings_of(value)
+    if value != AUTO:
+        settings_of(value)
     return value
 
 

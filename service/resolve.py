@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from service.models.profiles import settings_of
+from service.parsing import AUTO
 from service.security.errors import SecurityError
 from service.security.exposure import check_exposure
 from service.settings import ALIAS_PREFIX, PREFIX, SETTINGS, Setting
@@ -74,7 +75,7 @@ def _given(flags: Mapping[str, str | None], environ: Mapping[str, str]) -> list[
     if (path := _resolve(_BY_NAME["config"], given).value) is not None:
         given.append(read_file(Path(path)))
     profile = _resolve(_BY_NAME["profile"], given).value
-    if profile is not None:
+    if profile not in (None, AUTO):
         given.append({name: (f"profile {profile}", text) for name, text in settings_of(profile).items()})
     return given
 

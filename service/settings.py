@@ -71,8 +71,9 @@ SETTINGS = (
         name="profile",
         parse=parsing.profile,
         default=None,
-        metavar="ID",
-        why="an id of `nemoserve profiles`; decides model, device and precisions where nothing else does",
+        metavar="ID|auto",
+        why="an id of `nemoserve profiles`, which decides model, device and precisions where nothing else does; auto: "
+        "the first that fits here, the file's own precision before fp8, int8, int4",
         alias="NIM_MODEL_PROFILE",
     ),
     Setting(

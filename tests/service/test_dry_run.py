@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from click.testing import CliRunner, Result
 
@@ -87,3 +88,44 @@ def test_it_warns_of_misspelt_variables_beside_its_output() -> None:
     result = dry_run("--json", NIM_GRPC_PORT="1")
     assert "unknown variable NIM_GRPC_PORT; did you mean NIM_GRPC_API_PORT?" in result.stderr
     assert json.loads(result.stdout)["settings"]["grpc_port"] == {"value": 8001, "source": "default"}
+
+
+def machine_with(monkeypatch: pytest.MonkeyPatch, gib: int) -> None:
+    machine = msgspec.structs.replace(MACHINE, free_bytes=gib * 2**30)
+    monkeypatch.setattr("service.doctor.look", lambda *_: Found(machine=machine, weights=None))
+
+
+@pytest.mark.parametrize(
+    ("gib", "precision", "group"),
+    [
+        (64, "bf16", "runs here"),
+        (56, "fp8-weight-only", "runs here"),
+        (38, "bf16", "tight"),
+        (13, "int8", "tight"),
+    ],
+)
+def test_the_profile_auto_is_the_first_that_fits(
+    gib: int, precision: str, group: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine_with(monkeypatch, gib)
+    found = answer("mistral-nemo-12b", NIM_MODEL_PROFILE="auto")
+    assert (found["profile"], found["failure"]) == (f"mistral-nemo-12b-instruct/cpu-{precision}-tp1", None)
+    assert found["settings"]["profile"] == {"value": found["profile"], "source": "NIM_MODEL_PROFILE"}
+    assert found["settings"]["precision"]["source"] == f"profile {found['profile']}"
+    assert [each["group"] for each in found["profiles"] if each["taken"]] == [group]
+
+
+def test_where_none_fits_each_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine_with(monkeypatch, 4)
+    result = dry_run("mistral-nemo-12b", "--profile", "auto")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "no profile of mistral-nemo-12b fits here: mistral-nemo-12b-instruct/cpu-bf16-tp1: " in result.stderr
+    assert result.stderr.count(" GiB short") == 4
+
+
+def test_what_does_not_fit_is_not_fetched_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.cli.fetch", None)
+    result = CliRunner().invoke(main, ["serve", "mistral-nemo-12b"])
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+    assert "GiB short" in result.stderr
+    assert result.stderr.endswith("; nothing was fetched\n")

@@ -40,6 +40,8 @@ class Hub:
     fetched: list[str] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
     refused: int | None = None  # status of every file
+    redirects: bool = False  # to the same files under another host's name
+    shown: list[tuple[str, str | None]] = field(default_factory=list)  # hosts, and the tokens that they were sent
     url: str = ""
 
     def entry(self, name: str) -> dict[str, object]:
@@ -60,6 +62,12 @@ class Hub:
                     self.reply(hub.refusal[0], b"{}", {"X-Error-Code": hub.refusal[1]})
                 elif path.startswith(f"/api/models/{SOURCE.repo}"):
                     self.reply(200, json.dumps(hub.info()).encode())
+                elif hub.redirects and self.headers["Host"].startswith("127."):
+                    hub.shown.append(("hub", self.headers["Authorization"]))
+                    self.reply(302, b"", {"Location": f"http://localhost:{self.server.server_port}{path}"})  # type: ignore[attr-defined]
+                elif hub.redirects:
+                    hub.shown.append(("elsewhere", self.headers["Authorization"]))
+                    self.send_file(path.partition(f"/resolve/{COMMIT}/")[2])
                 elif hub.refused:
                     self.reply(hub.refused, b"{}")
                 else:
@@ -150,6 +158,16 @@ def test_the_first_file_that_fails_is_the_one_that_is_told_of(hub: Hub, tmp_path
     hub.refused = 404
     with pytest.raises(StoreError, match="the server answers 404"):
         pull(hub, tmp_path)
+
+
+def test_a_token_is_shown_to_the_hub_and_to_nobody_it_sends_us_to(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    hub.redirects = True
+    pull(hub, tmp_path)
+    assert set(hub.shown) == {("hub", "Bearer hf_secret"), ("elsewhere", None)}
+    assert (tmp_path / "model.safetensors").read_bytes() == WEIGHTS
 
 
 def test_weights_that_may_not_be_read_say_whose_leave_is_needed(hub: Hub, tmp_path: Path) -> None:
