@@ -51,17 +51,20 @@ class Package:
     options: EngineConfig
 
     @classmethod
-    def of(cls, store: ModelStore, reference: str, options: EngineConfig) -> Package:
-        """Of a model that is there.
+    def of(cls, store: ModelStore, options: EngineConfig) -> Package:
+        """Of the model that the engine is told to load; without files while they are being fetched.
 
         Raises:
-            StoreError: it is not.
+            StoreError: it is a path, and no model is there any more.
         """
+        reference = store.reference_of(Path(options.model_path))
         wanted, entry = store.resolve(reference), catalog.find(reference)
         folder = wanted.path if wanted.path.is_dir() else wanted.path.parent
-        names = [wanted.path.name]
-        if wanted.path.is_dir():
-            names = [path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
+        names: list[str] = []
+        if store.find(reference) is not None:
+            names = [wanted.path.name]
+            if wanted.path.is_dir():
+                names = [path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
         exported = store.exported(reference)
         licence = entry.licence if entry else exported.licence if exported else None
         text = next((_text(folder / name) for name in sorted(names) if name.startswith("LICENSE")), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Any
 
@@ -17,18 +18,24 @@ from service.host import Host
 from service.management import Health, Package
 
 
-def routes(host: Host, package: Package, repository_override: str = "") -> list[Route]:
-    """To be mounted as they are; GET (and HEAD) only, each answers from memory."""
+def management_routes(host: Host, package: Callable[[], Package], repository_override: str = "") -> list[Route]:
+    """For `service.http.app.create_app`; GET (and HEAD) only.
+
+    Args:
+        package: of the model that is served now; looks at its files, so it is called in a thread.
+        repository_override: see `service.management.metadata`.
+    """
 
     async def metadata(request: Request) -> Response:
-        return _json(management.metadata(host, package, repository_override))
+        found = await asyncio.to_thread(package)
+        return _json(management.metadata(host, found, repository_override))
 
     async def manifest(request: Request) -> Response:
         try:
             info = host.info
         except ServiceError:  # not loaded yet
             info = None
-        found = management.manifest(package, info)
+        found = management.manifest(await asyncio.to_thread(package), info)
         if "json" in request.headers.get("accept", ""):
             return _json(found)
         return Response(yaml.safe_dump(found, sort_keys=False, width=120), media_type="application/yaml")
@@ -37,7 +44,7 @@ def routes(host: Host, package: Package, repository_override: str = "") -> list[
         return _json(management.version())
 
     async def licence(request: Request) -> Response:
-        return _json(management.licence(package))
+        return _json(management.licence(await asyncio.to_thread(package)))
 
     def health(check: Callable[[Host], Health]) -> Callable[[Request], Any]:
         async def answer(request: Request) -> Response:

@@ -138,6 +138,14 @@ class ModelStore:
                 self._fetch(wanted, wanted.source, report)
         return StoredModel(wanted.name, wanted.path)
 
+    def reference_of(self, path: Path) -> str:
+        """What `resolve` makes this path of: a name, `hf://…`, or the path itself."""
+        for entry in catalog.CATALOG.values():
+            if self.resolve(entry.name).path == path:
+                return entry.name
+        hub = re.fullmatch(r"(.+?)--(.+)@(.+)", path.name) if path.parent == self.root / "models" else None
+        return f"{HUB_PREFIX}{hub[1]}/{hub[2]}@{hub[3].replace('--', '/')}" if hub else str(path)
+
     def source_of(self, reference: str) -> str | None:
         """A URI of what a model that is here was fetched from; None for files of the user's own."""
         wanted = self.resolve(reference)
@@ -182,16 +190,20 @@ def _is_set(word: str) -> bool:
 
 def _own(path: Path) -> Wanted:
     """A model of the user's own, under the name that it has, or that `nemoserve store` wrote beside it."""
-    exported = read_exported(path) if path.is_dir() else None
     if path.is_dir():
-        gguf = [name for name in os.listdir(path) if name.endswith(".gguf")]
-        if len(gguf) == 1 and not {"config.json", "params.json"} & set(os.listdir(path)):
-            name = exported.name if exported else path.resolve().name
-            return Wanted(name, path / gguf[0])
+        names = set(os.listdir(path))
+        gguf = [name for name in names if name.endswith(".gguf")]
+        if len(gguf) == 1 and not {"config.json", "params.json"} & names:
+            return Wanted(_name_of(path), path / gguf[0])
     _refuse_what_is_no_model(path)
-    if exported:
-        return Wanted(exported.name, path)
-    return Wanted(path.resolve().stem if path.is_file() else path.resolve().name, path)
+    return Wanted(_name_of(path), path)
+
+
+def _name_of(path: Path) -> str:
+    exported = read_exported(path if path.is_dir() else path.parent)
+    if exported is not None and (path.is_dir() or any(file.name == path.name for file in exported.files)):
+        return exported.name
+    return path.resolve().stem if path.is_file() else path.resolve().name
 
 
 def _refuse_what_is_no_model(path: Path) -> None:

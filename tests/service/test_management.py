@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 
 from engine import EngineConfig
 from service.host import Phase, Status
-from service.http.management import routes
+from service.http.management import management_routes
 from service.management import Package
 from service.models.profiles import settings_of
 from service.models.store import ModelStore
@@ -33,7 +33,8 @@ PACKAGE = Package(
 
 
 def client(host: FakeHost | None = None, package: Package = PACKAGE) -> TestClient:
-    return TestClient(Starlette(routes=routes(host or FakeHost(), package, "https://mirror.example")))
+    routes = management_routes(host or FakeHost(), lambda: package, "https://mirror.example")
+    return TestClient(Starlette(routes=routes))
 
 
 def test_metadata_has_what_nims_operator_reads() -> None:
@@ -165,7 +166,7 @@ def test_who_is_not_says_how_far_it_is() -> None:
 def test_a_path_of_this_machine_is_told_to_nobody(tmp_path: Path) -> None:
     model = tmp_path / "mine.gguf"
     model.touch()
-    package = Package.of(ModelStore(tmp_path), str(model), EngineConfig(model_path=str(model)))
+    package = Package.of(ModelStore(tmp_path), EngineConfig(model_path=str(model)))
     for route in ("metadata", "manifest", "license"):
         assert str(tmp_path) not in client(package=package).get(f"/v1/{route}").text
     assert package.uri("mine.gguf") == "local://mine/mine.gguf"
@@ -176,7 +177,18 @@ def test_a_licence_beside_the_model_is_shown_unless_it_cannot_be_one(tmp_path: P
     options = EngineConfig(model_path=str(tmp_path))
     for content, text in ((b"do as you like", "do as you like"), (b"\xff", None), (bytes(2**20 + 1), None)):
         (tmp_path / "LICENSE").write_bytes(content)
-        assert Package.of(ModelStore(tmp_path), str(tmp_path), options).licence_text == text
+        assert Package.of(ModelStore(tmp_path), options).licence_text == text
+
+
+@pytest.mark.parametrize(
+    "reference", ["mistral-nemo-12b-instruct", "hf://org/Name", "hf://org/Name@refs/pr/1", "smollm2-135m-instruct"]
+)
+def test_where_a_model_came_from_is_told_by_where_it_lies(reference: str, tmp_path: Path) -> None:
+    store = ModelStore(tmp_path)
+    wanted = store.resolve(reference)
+    assert store.resolve(store.reference_of(wanted.path)) == wanted
+    loading = Package.of(store, EngineConfig(model_path=str(wanted.path)))
+    assert (loading.name, loading.files, loading.source) == (wanted.name, (), store.source_of(reference))
 
 
 def test_only_reading_is_possible() -> None:

@@ -58,6 +58,13 @@ def test_a_folder_with_one_gguf_file_is_that_file(tmp_path: Path) -> None:
     export(store, str(model), tmp_path / "out")
     found = store.pull(str(tmp_path / "out"))
     assert (found.name, found.path) == ("mine", tmp_path / "out" / "mine.gguf")
+    (tmp_path / "out").rename(tmp_path / "moved")
+    (tmp_path / "moved" / "mine.gguf").rename(tmp_path / "moved" / "a.gguf")
+    with pytest.raises(StoreError, match=r"mine\.gguf has 0 of its 4 bytes"):
+        store.resolve(str(tmp_path / "moved"))
+    (tmp_path / "moved" / "a.gguf").rename(tmp_path / "moved" / "mine.gguf")
+    (tmp_path / "moved").rename(tmp_path / "out")
+    assert store.resolve(str(found.path)).name == "mine"
     (tmp_path / "out" / "other.gguf").touch()
     with pytest.raises(StoreError, match=r"neither config\.json nor params\.json"):
         store.resolve(str(tmp_path / "out"))
