@@ -38,7 +38,7 @@ class ToolUse:
         """What is wrong with the grammar is wrong with the tools: the client knows of no other."""
         if self.grammar is None or error.field != "response_format":
             return error
-        return error.about("tools", error.message.replace("the lark", "the grammar of their schemas"))
+        return error.about("tools", error.message.replace("lark", "grammar of their schemas", 1))
 
 
 def without_barred_tools(conversation: Conversation) -> Conversation:
