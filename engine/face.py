@@ -82,3 +82,6 @@ class Engine(Protocol):
 
     async def close(self) -> None:
         """Cancel what runs, stop the core and wait for its end. Idempotent."""
+
+    async def kill(self, reason: str) -> None:
+        """End a core that may not be listening any more; what runs gets EngineDeadError with the reason at once."""

@@ -58,6 +58,11 @@ class LocalEngine(MailboxEngine):
             await self._loop.run_in_executor(None, self._thread.join)
         self._die("the engine was closed")
 
+    async def kill(self, reason: str) -> None:
+        """See `engine.face.Engine.kill`. A thread cannot be ended: it ends by itself after its step, or never."""
+        self._die(reason)
+        self._inbox.put(None)
+
     def _send(self, command: Command) -> None:
         self._inbox.put(command)
 

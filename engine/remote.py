@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
+import signal
 import socket
 import sys
 
@@ -70,6 +72,7 @@ class RemoteEngine(MailboxEngine):
                     case message:
                         raise EngineDeadError(f"the engine sent {type(message).__name__} while loading")
         except BaseException:
+            worker.kill()  # a core that loads holds nothing that is worth waiting for
             await worker.close()
             raise
 
@@ -84,6 +87,12 @@ class RemoteEngine(MailboxEngine):
             await self._pump
         self._die("the engine was closed")
         await self._worker.close()
+
+    async def kill(self, reason: str) -> None:
+        """See `engine.face.Engine.kill`."""
+        self._die(reason)
+        self._worker.kill()
+        await self.close()
 
     def _send(self, command: Command) -> None:
         self._worker.send(command)
@@ -168,8 +177,15 @@ class Worker:
         with contextlib.suppress(OSError):
             await self._writer.wait_closed()
         if await self._wait(EXIT_SECONDS) is None:
-            self._process.kill()
+            self.kill()
             await self._wait(EXIT_SECONDS)
+
+    def kill(self) -> None:
+        """Now, even if it is stopped or deep in a step, and with it the processes of the other ranks: they are of its
+        session. Not once it is gone, when its number may be another's."""
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
 
     async def _exit_status(self) -> str:
         code = await self._wait(0.5)

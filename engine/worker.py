@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 
 import msgspec
 
@@ -38,6 +39,8 @@ from engine.wire import (
 )
 
 log = logging.getLogger(__name__)
+
+REPORT_SECONDS = 0.1  # between two messages of a load's progress; a person sees no more of them
 
 
 class Inbox:
@@ -89,7 +92,7 @@ class Outbox:
 
 
 class LoadingBeat:
-    """Repeats the latest progress once a second while the model loads, however long a phase takes.
+    """Passes progress on, at most ten times a second, and repeats the latest once a second however long a phase takes.
 
     Ends the process when nobody listens any more: minutes of loading must not go on beside a restarted service.
     """
@@ -97,6 +100,7 @@ class LoadingBeat:
     def __init__(self, outbox: Outbox) -> None:
         self._outbox = outbox
         self._latest = Loading("start", Done(0.0))
+        self._sent = 0.0
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="loading-beat", daemon=True)
 
@@ -109,8 +113,12 @@ class LoadingBeat:
         self._thread.join()
 
     def report(self, phase: str, done: Done) -> None:
-        self._latest = Loading(phase, done)
-        self._outbox.send(self._latest)
+        """A phase's beginning and the last byte are always told: some read of 12B parameters tells 12,000 times."""
+        before, self._latest = self._latest, Loading(phase, done)
+        now = time.monotonic()
+        if phase != before.phase or done.read == done.total or now - self._sent >= REPORT_SECONDS:
+            self._sent = now
+            self._outbox.send(self._latest)
 
     def _run(self) -> None:
         while not self._done.wait(HEARTBEAT_SECONDS):

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import resource
+import select
 import signal
 import socket
 import subprocess
@@ -26,8 +27,19 @@ from engine.face import Done
 from engine.loop import Cancel, Submit
 from engine.remote import RemoteEngine
 from engine.request import FinishReason, Request, SamplingParams, TokenEvent
-from engine.wire import MAX_FRAME_BYTES, Failed, Start, ToWorker, decode_to_worker, encode
-from engine.worker import Inbox
+from engine.wire import (
+    HEADER_BYTES,
+    MAX_FRAME_BYTES,
+    Failed,
+    Loading,
+    Start,
+    ToWorker,
+    body_length,
+    decode_from_worker,
+    decode_to_worker,
+    encode,
+)
+from engine.worker import Inbox, LoadingBeat, Outbox
 from tests.tiny_models import write_hf
 
 in_loop_of_remote = pytest.mark.asyncio(loop_scope="module")  # the one that the shared engine belongs to
@@ -211,6 +223,26 @@ async def test_a_worker_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPa
         os.kill(remote.pid, 0)
 
 
+async def test_a_stopped_worker_and_its_ranks_can_be_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank is a child of the worker, and of its process group."""
+    start_rank = "import os, subprocess, sys; rank = subprocess.Popen(['sleep', '600'])"
+    tell = "sock.sendall(encode(Loading(str(rank.pid), Done(0.0))))"
+    config = worker_that(monkeypatch, start_rank, tell, BECOME_READY, UNTIL_THE_END)
+    ranks: list[int] = []
+    remote = await RemoteEngine.start(config, lambda phase, done: ranks.append(int(phase)))
+    running = asyncio.create_task(collect(remote, request(5)))
+    await asyncio.sleep(0)
+    os.kill(remote.pid, signal.SIGSTOP)
+    rank = os.pidfd_open(ranks[0])
+    await asyncio.wait_for(remote.kill("no heart beat for 5 s"), 10)
+    with pytest.raises(EngineDeadError, match="no heart beat for 5 s"):
+        await running
+    with pytest.raises(ProcessLookupError):
+        os.kill(remote.pid, 0)
+    assert select.select([rank], [], [], 10) == ([rank], [], [])  # it has ended
+    os.close(rank)
+
+
 async def test_a_start_that_is_cancelled_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     config = worker_that(
         monkeypatch, "import os", "sock.sendall(encode(Loading(str(os.getpid()), Done(0.0))))", UNTIL_THE_END
@@ -317,6 +349,27 @@ with LoadingBeat(Outbox(ours)):
     threading.Event().wait(60)  # loading
 """
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=30, check=False).returncode == 1
+
+
+def test_progress_is_told_ten_times_a_second_and_beginnings_and_ends_always() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        beat = LoadingBeat(Outbox(theirs))
+        for read in range(10_001):
+            beat.report("read weights", Done(read / 10_000, read, 10_000))
+        beat.report("warm up", Done(1.0, 10_000, 10_000))
+        theirs.shutdown(socket.SHUT_WR)
+        data = b"".join(iter(lambda: ours.recv(65536), b""))
+    told = []
+    while data:
+        end = HEADER_BYTES + body_length(data[:HEADER_BYTES])
+        message = decode_from_worker(data[HEADER_BYTES:end])
+        assert isinstance(message, Loading)
+        told.append((message.phase, message.done.read))
+        data = data[end:]
+    assert told[0] == ("read weights", 0)
+    assert told[-2:] == [("read weights", 10_000), ("warm up", 10_000)]
+    assert len(told) < 100
 
 
 # -- frames ----------------------------------------------------------------------------------------------------
