@@ -31,6 +31,7 @@ NIM_NAMES = {
     "create-model-store": "store",
 }
 """What NIM calls the same, for its scripts and charts."""
+LAME_DUCK_SECONDS = 5.0  # Kubernetes tells everybody that an endpoint is gone within a few
 TLS_CA_HELP = "CA of the server's certificate, PEM; with it the connection is encrypted"
 
 
@@ -94,8 +95,11 @@ def _serve(values: dict[str, Any], sample_prompt: str | None) -> None:
     import logging
 
     from service.doctor import refuse_before_fetching
+    from service.loading import find_in
     from service.logs import configure
+    from service.models.store import ModelStore
     from service.security.access import access_of
+    from service.security.exposure import is_loopback
     from service.security.tls import tls_of
     from service.server import Server, ServerConfig
 
@@ -105,10 +109,11 @@ def _serve(values: dict[str, Any], sample_prompt: str | None) -> None:
         logging.getLogger(__name__).warning("unknown variable", extra={"variable": name, **hint})
     access, tls = access_of(values), tls_of(values)  # what is wrong with them is told before anything is fetched
     refuse_before_fetching(values)
-    stored = fetch(values["model"])
-    name, *aliases = values["served_model_name"] or (stored.name,)
+    store, model, lame_duck = ModelStore.default(), values["model"], values["lame_duck"]
+    wanted = store.resolve(model)
+    name, *aliases = values["served_model_name"] or (wanted.name,)
     config = ServerConfig(
-        engine=engine_config(stored.path, values),
+        engine=engine_config(wanted.path, values),
         model_name=name,
         model_aliases=tuple(aliases),
         grpc_address=join_address(values["host"], values["grpc_port"]),
@@ -117,21 +122,35 @@ def _serve(values: dict[str, Any], sample_prompt: str | None) -> None:
         access=access,
         tls=tls,
         max_request_bytes=values["max_request_bytes"],
+        lame_duck=(0.0 if is_loopback(values["host"]) else LAME_DUCK_SECONDS) if lame_duck is None else lame_duck,
         drain_timeout=values["drain_timeout"],
+        engine_restarts=values["engine_restarts"],
+        engine_timeout=values["engine_timeout"],
+        model_control=values["model_control"] == "explicit",
         progress_bar=sys.stderr.isatty() and not values["log_json"],
         metrics_aliases=values["metrics_aliases"],
         otlp_endpoint=values["otlp_endpoint"],
         trace_content=values["trace_content"],
     )
 
+    server: Server | None = None
+
     async def run() -> int:
         async def on_ready(address: str) -> None:
             await _welcome(config.model_name, address, sample_prompt)
 
+        nonlocal server
         people_read = sample_prompt or not values["log_json"]
-        return await Server(config).run(on_ready if people_read else None)
+        fetch = None if store.find(model) else lambda progress: store.pull(model, progress)
+        server = Server(config, fetch=fetch, find=find_in(store, config.engine))
+        return await server.run(on_ready if people_read else None)
 
-    sys.exit(asyncio.run(run()))
+    code = asyncio.run(run())
+    if server is not None and server.abandoned:  # a download that nobody waits for any more, and cannot be told
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 async def _welcome(model: str, address: str, sample_prompt: str | None) -> None:

@@ -17,11 +17,21 @@ class Phase(enum.StrEnum):
     READY = "ready"
     DRAINING = "draining"
     FAILED = "failed"
+    UNLOADED = "unloaded"
+
+
+class Cause(enum.StrEnum):
+    """Why an engine was started again."""
+
+    DIED = "died"
+    HUNG = "hung"
+    NOT_STARTED = "not_started"
 
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """Where the server is in its life. `progress` is 0 to 1; `eta_seconds` is None when nothing says how long."""
+    """Where the server is in its life. `detail` says what is being loaded, or why it failed. `progress` is 0 to 1;
+    `eta_seconds` is None when nothing says how long."""
 
     phase: Phase
     detail: str = ""
@@ -56,6 +66,30 @@ class Loras(Protocol):
         """
 
 
+class ModelControl(Protocol):
+    """Changes of the served model itself while the server runs. Requests that run end on the model that they began on;
+    those that come while another is loaded wait for it."""
+
+    async def load(self, model: str | None) -> None:
+        """Load the model again from its source as it is now, or another one of the store in its place. When that fails
+        the one before is served on.
+
+        Args:
+            model: a name of the catalogue, or of a folder in the model store; None: the one that is served.
+
+        Raises:
+            ServiceError: INVALID_ARGUMENT, it is no such name; NOT_FOUND, it is not in the store; FAILED_PRECONDITION,
+                it cannot be loaded; UNAVAILABLE.
+        """
+
+    async def unload(self) -> None:
+        """Let requests end, then free the engine's memory. New ones are refused until the next `load`.
+
+        Raises:
+            ServiceError: UNAVAILABLE.
+        """
+
+
 class Host(Protocol):
     """One served model under one name and its aliases.
 
@@ -70,6 +104,11 @@ class Host(Protocol):
 
     @property
     def status(self) -> Status: ...
+
+    @property
+    def accepting(self) -> bool:
+        """New requests are taken: ready, or draining for so short a time that not all who send them have heard of it,
+        or another model is being loaded, for which they wait."""
 
     @property
     def alive(self) -> bool:
@@ -92,6 +131,14 @@ class Host(Protocol):
     @property
     def loras(self) -> Loras | None:
         """None if the server was started without."""
+
+    @property
+    def control(self) -> ModelControl | None:
+        """None if clients may not change the served model."""
+
+    @property
+    def restarts(self) -> Mapping[Cause, int]:
+        """How often the engine was started again; none of a cause that has not happened."""
 
     def watch(self, interval: float) -> AsyncGenerator[Status]:
         """Yield the status now, whenever it changes, and at least every `interval` seconds; ends with the server."""

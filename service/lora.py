@@ -14,6 +14,7 @@ import asyncio
 import logging
 import re
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from engine import (
@@ -23,6 +24,7 @@ from engine import (
     Done,
     Engine,
     EngineConfigError,
+    EngineDeadError,
     EngineError,
     LoadProgress,
 )
@@ -62,7 +64,7 @@ class LoraFolder:
         return self._absent
 
     async def open(self, engine: Engine, progress: LoadProgress) -> None:
-        """Load all that there are.
+        """Load all that there are into an engine that has none, but those that a client has unloaded.
 
         Args:
             progress: called before each.
@@ -71,6 +73,7 @@ class LoraFolder:
             OSError: the folder cannot be read.
         """
         self._engine = engine
+        self._seen = {name: seen for name, seen in self._seen.items() if self._absent.get(name) == UNLOADED}
         await self.refresh(progress)
 
     async def load(self, name: str) -> None:
@@ -148,7 +151,8 @@ class LoraFolder:
         del self._seen[name]
         self._absent.pop(name, None)
         if name in self.loaded:
-            self._opened().unload_adapter(name)
+            with suppress(EngineDeadError):  # the next engine does not get it
+                self._opened().unload_adapter(name)
             log.info("LoRA adapter unloaded", extra={"adapter": name, "reason": "its folder is gone"})
 
     def _refusal(self, error: EngineError) -> ServiceError:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LINE_SECONDS = 5.0
+DOWNLOAD = "download"  # the phase in which files are fetched; every other one is the engine's
 
 
 @contextmanager
@@ -67,21 +68,25 @@ def load_progress(model: str, *, bar: bool) -> Iterator[LoadProgress]:
 
 
 class LoadLog:
-    """Log events of one load: at most one in `every` seconds while weights are read, and one when they all are."""
+    """Log events of one load: at most one in `every` seconds while files are fetched or weights are read, and one when
+    they all are."""
 
     def __init__(self, every: float = LINE_SECONDS, clock: Callable[[], float] = time.monotonic) -> None:
         self._every, self._clock = every, clock
         self._began = self._last = clock()
-        self._complete = False
+        self._complete: set[bool] = set()
 
     def __call__(self, phase: str, done: Done) -> None:
-        now = self._clock()
+        now, fetches = self._clock(), phase == DOWNLOAD
         if done.read == 0:  # libraries are loaded first, which says nothing of the disk
             self._began = self._last = now
         complete = 0 < done.total == done.read
-        if not self._complete and done.total and (complete or now - self._last >= self._every):
-            self._last, self._complete = now, complete
-            self._write("weights read" if complete else "loading", done, max(now - self._began, 1e-3))
+        if fetches not in self._complete and done.total and (complete or now - self._last >= self._every):
+            self._last = now
+            if complete:
+                self._complete.add(fetches)
+            events = ("downloading", "downloaded") if fetches else ("loading", "weights read")
+            self._write(events[complete], done, max(now - self._began, 1e-3))
 
     def _write(self, event: str, done: Done, seconds: float) -> None:
         rate = done.read / seconds

@@ -1,45 +1,72 @@
 """The served model as protocol adapters see it: `service.host.Host` over an engine, once there is one.
 
-The server moves it through its phases; adapters only look. What needs the model is refused with UNAVAILABLE in every
-phase but READY, except that requests which were accepted before go on while draining.
+The server and its supervisor move it through its phases; adapters only look. What needs the model is refused with
+UNAVAILABLE in every phase but READY, except that new requests are taken for the first seconds of draining, until those
+who send them have heard of it, and that requests which were accepted before go on to their ends.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
 from engine import Done, Engine, EngineInfo, EngineStats
 from service.errors import Code, ServiceError, invalid
 from service.generation import GenerationEvent, GenerationRequest, Generator
-from service.host import Loras, Phase, Status
+from service.host import Cause, Loras, ModelControl, Phase, Status
 from service.observer import Observer, Unobserved
 from service.text.chat import Conversation
 from service.text.tokenizer import TextModel
 
-LIVE_SECONDS = 30.0  # without a heart beat; a step of the largest prefill on a slow CPU takes less
+# Without a heart beat, of which every step gives one. A step of a GPU takes well below a second; kernels that are
+# compiled when they are first met take half a minute. A step of 512 prompt tokens of a 12B model is 12.5 TFLOP: four
+# minutes of a CPU that does 50 GFLOP/s.
+GPU_BEAT_SECONDS, CPU_BEAT_SECONDS = 60.0, 300.0
 LOADING_SECONDS = 180.0  # without progress; compiling kernels or reading one large tensor over a network takes less
+
+CUT_OFF = "the server shut down before the request could end; retry with another replica"
 
 
 class ServedModel:
     """One model under one name and its aliases. Belongs to one event loop.
 
+    Args:
+        engine_timeout: seconds without a heart beat after which the engine counts as hung; None: what its device takes.
+
     Attributes:
         observer: is told of every request.
+        control: loads and unloads the model itself; None if clients may not.
         in_flight: accepted requests that have not ended; `idle` is set while there are none.
+        running: those of them that the engine has; `none_running` is set while there are none.
+        restarts: how often the engine was started again, by cause.
     """
 
-    def __init__(self, name: str, aliases: tuple[str, ...] = (), loras: Loras | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        aliases: tuple[str, ...] = (),
+        loras: Loras | None = None,
+        engine_timeout: float | None = None,
+    ) -> None:
         self.model_name = name
         self.model_aliases = aliases
         self.loras = loras
         self.observer: Observer = Unobserved()
+        self.control: ModelControl | None = None
+        self.restarts: Counter[Cause] = Counter()
         self.started_at = time.time()
         self.in_flight = 0
         self.idle = asyncio.Event()
         self.idle.set()
+        self.running = 0
+        self.none_running = asyncio.Event()
+        self.none_running.set()
+        self._engine_timeout = engine_timeout
+        self._taking = True  # new requests, if there is a model to answer them
+        self._held: asyncio.Event | None = None  # set when those that wait for a model may look again
         self._began = self._last_progress = time.monotonic()
         self._status = Status(Phase.LOADING, "start")
         self._changed = asyncio.Event()
@@ -47,7 +74,13 @@ class ServedModel:
         self._text: TextModel | None = None
         self._generator: Generator | None = None
 
-    # -- moved by the server -----------------------------------------------------------------------------------
+    # -- moved by the server and the supervisor ----------------------------------------------------------------
+
+    def begin(self, phase: str) -> None:
+        """A load begins, the first or a later one: there is no engine now. A text side that is loaded stays."""
+        self._engine = self._generator = None
+        self._began = time.monotonic()
+        self.loading(phase, Done(0.0))
 
     def loading(self, phase: str, done: Done) -> None:
         """Progress of the load; also proof of life. The time left is guessed from the time passed."""
@@ -59,15 +92,57 @@ class ServedModel:
     def ready(self, engine: Engine, text: TextModel) -> None:
         self._engine, self._text = engine, text
         self._generator = Generator(engine, text)
+        self._release()
         self._move(Status(Phase.READY, progress=1.0))
 
+    def hung(self) -> None:
+        """The engine does not answer: neither ready nor alive, until the next load begins."""
+        if self._status.phase is not Phase.DRAINING:
+            self._move(Status(Phase.FAILED, "the engine does not answer"))
+
+    def hold(self, *, takes: bool) -> None:
+        """The model is about to be exchanged or, unless `takes`, unloaded: the engine gets nothing more to do.
+
+        Args:
+            takes: new requests wait for the next model, else they are refused.
+        """
+        self._generator = None
+        if takes:
+            self._held = asyncio.Event()
+        self._move(Status(Phase.LOADING, "wait for running requests") if takes else Status(Phase.UNLOADED, "unloading"))
+
+    def _release(self) -> None:
+        if self._held is not None:
+            self._held.set()
+            self._held = None
+
+    def unloaded(self) -> None:
+        self._engine = self._generator = self._text = None
+        self._release()
+        self._move(Status(Phase.UNLOADED, "unloaded"))
+
     def draining(self) -> None:
+        """Not ready any more, but new requests are still taken."""
         self._move(Status(Phase.DRAINING, progress=1.0))
 
+    def refuse(self) -> None:
+        """From now on new requests are refused."""
+        self._taking = False
+
+    def cut_off(self) -> None:
+        """Requests that wait for a model are refused too; those that run end with the engine."""
+        self.refuse()
+        self._generator = None
+        self._release()
+
     def failed(self, reason: str) -> None:
+        self._generator = None
+        self._release()
         self._move(Status(Phase.FAILED, reason))
 
     def _move(self, status: Status) -> None:
+        if self._status.phase is Phase.DRAINING and status.phase is not Phase.FAILED:
+            return  # there is no way back, whatever becomes of the engine
         self._status = status
         self._changed.set()
         self._changed = asyncio.Event()
@@ -79,12 +154,24 @@ class ServedModel:
         return self._status
 
     @property
+    def accepting(self) -> bool:
+        return self._taking and (self._generator is not None or self._held is not None)
+
+    @property
     def alive(self) -> bool:
         if self._status.phase is Phase.FAILED:
             return False
         if self._engine is None:
-            return time.monotonic() - self._last_progress < LOADING_SECONDS
-        return self._engine.failure is None and self._engine.heartbeat_age < LIVE_SECONDS
+            return self._status.phase is Phase.UNLOADED or time.monotonic() - self._last_progress < LOADING_SECONDS
+        return not self.silent
+
+    @property
+    def silent(self) -> bool:
+        """The engine has not shown life for longer than a step can take."""
+        if self._engine is None:
+            return False
+        own = GPU_BEAT_SECONDS if self._engine.info.device.startswith("cuda") else CPU_BEAT_SECONDS
+        return self._engine.heartbeat_age > (own if self._engine_timeout is None else self._engine_timeout)
 
     @property
     def stats(self) -> EngineStats:
@@ -125,18 +212,38 @@ class ServedModel:
             observation.close()
 
     async def _generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent]:
-        if self._generator is None or self._status.phase is not Phase.READY:
+        if not self.accepting:
             raise self._unavailable()
         self.in_flight += 1
         self.idle.clear()
+        try:
+            while self._held is not None:
+                await self._held.wait()
+            async with aclosing(self._run(request)) as events:
+                async for event in events:
+                    yield event
+        except ServiceError as error:
+            if error.code is Code.UNAVAILABLE and not self._taking:
+                raise ServiceError(Code.UNAVAILABLE, CUT_OFF) from error
+            raise
+        finally:
+            self.in_flight -= 1
+            if self.in_flight == 0:
+                self.idle.set()
+
+    async def _run(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent]:
+        if self._generator is None:
+            raise self._unavailable()
+        self.running += 1
+        self.none_running.clear()
         try:
             async with aclosing(self._generator.generate(request)) as events:
                 async for event in events:
                     yield event
         finally:
-            self.in_flight -= 1
-            if self.in_flight == 0:
-                self.idle.set()
+            self.running -= 1
+            if self.running == 0:
+                self.none_running.set()
 
     async def tokenize(self, prompt: str | Conversation, *, add_bos: bool = False) -> list[int]:
         if self._generator is None:
@@ -167,5 +274,6 @@ class ServedModel:
             Phase.LOADING: f"model {self.model_name} is loading ({self._status.progress:.0%}); retry later",
             Phase.DRAINING: "the server is shutting down; retry with another replica",
             Phase.FAILED: "the engine is down; retry later",
+            Phase.UNLOADED: f"model {self.model_name} is unloaded; an administrator can load it",
         }
         return ServiceError(Code.UNAVAILABLE, reasons.get(self._status.phase, "the model is not loaded"))

@@ -1,7 +1,10 @@
 """A server's life: open the port, load, serve, drain, stop. Returns the exit code that says how it went.
 
-port open, loading ──► ready ──SIGTERM──► draining ──accepted requests done, or drain_timeout──► 0
-     │ model cannot be loaded: 1     │ engine lost: 70        │ second signal: at once
+port open, loading ──► ready ──SIGTERM──► draining ─────────────────────► told to go away ──────────────► 0
+     │ cannot be loaded: 1              not ready, new requests are     accepted requests end, or the
+     │ engine lost for good: 70         taken for the lame-duck time    drain timeout; second signal: at once
+
+The supervisor keeps the engine in all of these phases.
 """
 
 from __future__ import annotations
@@ -9,25 +12,27 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import suppress
+import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine import Done, Engine, EngineConfig, EngineError, LoadProgress
+from engine import EngineConfig, EngineError
 from engine.remote import RemoteEngine
 from service.grpc.kserve import VIEW_NAMES
 from service.grpc.server import GrpcServer
+from service.host import Phase
+from service.loading import Fetch, Find, Loader, LoadText, StartEngine
 from service.lora import LoraFolder
-from service.progress import load_progress
+from service.models.errors import StoreError
 from service.security.access import EVERYBODY, Access
 from service.security.limits import MAX_REQUEST_BYTES
 from service.security.tls import Tls
 from service.served import ServedModel
+from service.supervisor import Supervisor
 from service.telemetry.telemetry import Telemetry
 from service.text.load import load_text
-from service.text.tokenizer import TextModel
 
 if TYPE_CHECKING:
     from service.telemetry.export import Export
@@ -35,8 +40,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 EXIT_DRAINED, EXIT_CONFIGURATION, EXIT_ENGINE_LOST = 0, 1, 70
-ENGINE_CHECK_SECONDS = 0.2
 LAST_WORDS_SECONDS = 1.0  # for the last messages to reach their clients
+DRAIN_LOG_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +55,11 @@ class ServerConfig:
         access: who may call what.
         tls: certificates of the ports, None = plain text.
         max_request_bytes: of one request, on any port.
-        drain_timeout: seconds that accepted requests have to end after SIGTERM.
+        lame_duck: seconds after SIGTERM in which new requests are still taken.
+        drain_timeout: seconds after SIGTERM, the lame-duck time among them, that accepted requests have to end.
+        engine_restarts: how often in ten minutes the engine is started again.
+        engine_timeout: seconds without a heart beat after which it counts as hung; None: see `service.served`.
+        model_control: clients with the right to may load and unload the model.
         progress_bar: somebody watches stderr: show a bar while loading, instead of log lines.
         metrics_aliases: metrics also under the names of others.
         otlp_endpoint: URL of the collector that gets traces, None = nothing is traced.
@@ -66,14 +75,17 @@ class ServerConfig:
     access: Access = EVERYBODY
     tls: Tls | None = None
     max_request_bytes: int = MAX_REQUEST_BYTES
-    drain_timeout: float = 30.0
+    lame_duck: float = 0.0
+    drain_timeout: float = 25.0
+    engine_restarts: int = 3
+    engine_timeout: float | None = None
+    model_control: bool = False
     progress_bar: bool = False
     metrics_aliases: bool = True
     otlp_endpoint: str | None = None
     trace_content: bool = False
 
 
-StartEngine = Callable[[EngineConfig, LoadProgress], Coroutine[Any, Any, Engine]]
 ReadyCallback = Callable[[str], Awaitable[None]]
 """Awaited once when the model is ready, with the address that the port is bound to."""
 
@@ -84,36 +96,55 @@ class Server:
     Args:
         start_engine: makes the engine; `engine.local.LocalEngine.start` serves programs that embed a server.
         load_text: reads the text side; runs in a thread.
+        fetch: brings the model's files, if they are not here yet; runs in a thread.
+        find: what clients may load in the model's place.
     """
 
     def __init__(
         self,
         config: ServerConfig,
         start_engine: StartEngine = RemoteEngine.start,
-        load_text: Callable[[Path], TextModel] = load_text,
+        load_text: LoadText = load_text,
+        fetch: Fetch | None = None,
+        find: Find | None = None,
     ) -> None:
         self._config = config
-        self._start_engine = start_engine
-        self._load_text = load_text
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
+        self._ready = asyncio.Event()
         taken = (config.model_name, *config.model_aliases, *VIEW_NAMES)
         self._loras = None if config.lora_dir is None else LoraFolder(config.lora_dir, taken)
-        self.model = ServedModel(config.model_name, config.model_aliases, self._loras)
+        self.model = ServedModel(config.model_name, config.model_aliases, self._loras, config.engine_timeout)
         self._export = None if config.otlp_endpoint is None else _export_to(config.otlp_endpoint, config.trace_content)
         tracing = None if self._export is None else self._export.tracing
         self.telemetry = Telemetry(self.model, aliases=config.metrics_aliases, tracing=tracing)
         self.model.observer = self.telemetry.requests
+        self._loader = Loader(start_engine, load_text, self._loras, fetch)
+        self._supervisor = Supervisor(
+            self.model,
+            self._loader,
+            config.engine,
+            restarts=config.engine_restarts,
+            find=find,
+            progress_bar=config.progress_bar,
+        )
+        if config.model_control:
+            self.model.control = self._supervisor
+
+    @property
+    def abandoned(self) -> int:
+        """See `service.loading.Loader.abandoned`: who does not want to wait for them ends the process."""
+        return self._loader.abandoned
 
     def stop(self) -> None:
         """What SIGTERM and SIGINT do: the first call drains, the second ends the draining."""
         (self._hurry if self._stop.is_set() else self._stop).set()
 
     async def run(self, on_ready: ReadyCallback | None = None) -> int:
-        """Serve until `stop` is called or the engine is lost.
+        """Serve until `stop` is called or the engine is lost for good.
 
         Raises:
-            CheckpointError, EngineConfigError: the model cannot be loaded.
+            CheckpointError, EngineConfigError, StoreError: the model cannot be loaded.
             OSError: the port cannot be opened.
         """
         loop, signals = asyncio.get_running_loop(), (signal.SIGTERM, signal.SIGINT)
@@ -143,100 +174,76 @@ class Server:
         host = self._config.grpc_address.rpartition(":")[0]
         address = f"{host}:{await grpc_server.start(self._config.grpc_address)}"
         log.info("listening", extra={"address": address})
+        keeping = asyncio.create_task(self._supervisor.run(self._ready.set), name="supervisor")
+        serving = asyncio.create_task(self._when_ready(address, on_ready), name="when-ready")
+        stop = asyncio.ensure_future(self._stop.wait())
         try:
-            engine = await self._unless_stopped(self._load())
-            if engine is None:
-                return EXIT_DRAINED
-            try:
-                return await self._serve(engine, grpc_server, address, on_ready)
-            finally:
-                await engine.close()
-        except EngineError as error:
+            await asyncio.wait({keeping, stop}, return_when=asyncio.FIRST_COMPLETED)
+            if stop.done():
+                await self._drain(keeping, grpc_server)
+            return await self._end(keeping, grpc_server)
+        except (EngineError, StoreError, OSError) as error:
             self.model.failed(str(error))
             raise
         finally:
+            for task in (keeping, serving, stop):
+                task.cancel()
+            await asyncio.gather(keeping, serving, stop, return_exceptions=True)
             await grpc_server.stop(0)
 
-    async def _load(self) -> Engine:
-        """Text side and engine at the same time; both or neither."""
-        with load_progress(self._config.model_name, bar=self._config.progress_bar) as show:
-
-            def progress(phase: str, done: Done) -> None:
-                self.model.loading(phase, done)
-                show(phase, done)
-
-            return await self._load_both(progress)
-
-    async def _load_both(self, progress: LoadProgress) -> Engine:
-        path = Path(self._config.engine.model_path)
-        starting = asyncio.create_task(self._start_engine(self._config.engine, progress))
-        reading = asyncio.create_task(asyncio.to_thread(self._load_text, path))
-        try:
-            engine, text = await asyncio.gather(starting, reading)
-            if self._loras is not None:
-                await self._loras.open(engine, self.model.loading)
-            self.model.ready(engine, text)
-        except BaseException:  # of the first to fail; minutes of loading weights are not waited for
-            starting.cancel()
-            reading.cancel()
-            [half, _] = await asyncio.gather(starting, reading, return_exceptions=True)
-            if not isinstance(half, BaseException):
-                await half.close()
-            raise
-        return engine
-
-    async def _unless_stopped(self, work: Awaitable[Engine]) -> Engine | None:
-        """The result of `work`, or None, and `work` undone, if the server is told to stop first."""
-        task, stop = asyncio.ensure_future(work), asyncio.ensure_future(self._stop.wait())
-        try:
-            await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
-            if task.done():
-                return task.result()
-            log.info("stopped while loading")
-            return None
-        finally:
-            stop.cancel()
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-
-    async def _serve(
-        self, engine: Engine, grpc_server: GrpcServer, address: str, on_ready: ReadyCallback | None
-    ) -> int:
+    async def _when_ready(self, address: str, on_ready: ReadyCallback | None) -> None:
+        """What begins with the first model and goes on until the end."""
+        await self._ready.wait()
         log.info("ready", extra={"address": address, "model": self.model.model_name})
-        greeting = asyncio.ensure_future(_greet(on_ready, address)) if on_ready else None
-        watching = None
+        if on_ready is not None:
+            await _greet(on_ready, address)
         if self._loras is not None and self._config.lora_refresh:
-            watching = asyncio.create_task(self._loras.watch(self._config.lora_refresh), name="lora-refresh")
-        try:
-            while not self._stop.is_set():
-                if engine.failure is not None:
-                    log.error("engine lost", extra={"reason": engine.failure})
-                    self.model.failed(engine.failure)
-                    await grpc_server.stop(LAST_WORDS_SECONDS)
-                    return EXIT_ENGINE_LOST
-                if greeting is not None and greeting.done():
-                    greeting.result()
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(self._stop.wait(), ENGINE_CHECK_SECONDS)
-            return await self._drain(engine, grpc_server)
-        finally:
-            for task in (greeting, watching):
-                if task is not None and not task.done():
-                    task.cancel()
+            await self._loras.watch(self._config.lora_refresh)
 
-    async def _drain(self, engine: Engine, grpc_server: GrpcServer) -> int:
-        """Accepted requests end, or are cancelled at the limit; nothing is accepted any more."""
-        log.info("draining", extra={"in_flight": self.model.in_flight, "timeout": self._config.drain_timeout})
+    async def _drain(self, keeping: asyncio.Task[str], grpc_server: GrpcServer) -> None:
+        """Until every accepted request has ended, or the time for it has, or it is cut short."""
+        began, timeout = time.monotonic(), self._config.drain_timeout
+        served = self.model.status.phase is Phase.READY
         self.model.draining()
-        # Not the port's own grace period: an open Watch or an idle stream would last until its limit.
-        idle, hurry = asyncio.ensure_future(self.model.idle.wait()), asyncio.ensure_future(self._hurry.wait())
-        await asyncio.wait({idle, hurry}, timeout=self._config.drain_timeout, return_when=asyncio.FIRST_COMPLETED)
+        hurry = asyncio.ensure_future(self._hurry.wait())
+        try:
+            if served and self._config.lame_duck:
+                lame_duck = min(self._config.lame_duck, timeout)
+                log.info("draining", extra={"in_flight": self.model.in_flight, "still_accepting": lame_duck})
+                await asyncio.wait({hurry, keeping}, timeout=lame_duck, return_when=asyncio.FIRST_COMPLETED)
+            self.model.refuse()
+            grpc_server.refuse()
+            while self.model.in_flight and not (hurry.done() or keeping.done()):
+                left = began + timeout - time.monotonic()
+                if left <= 0:
+                    break
+                log.info("draining", extra={"in_flight": self.model.in_flight, "seconds_left": round(left, 1)})
+                await self._idle(min(left, DRAIN_LOG_SECONDS), hurry, keeping)
+        finally:
+            hurry.cancel()
+
+    async def _idle(self, seconds: float, *others: asyncio.Future[Any]) -> None:
+        """Until no request is in flight, for so many seconds at most, or until one of the others is done."""
+        idle = asyncio.ensure_future(self.model.idle.wait())
+        try:
+            await asyncio.wait({idle, *others}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            idle.cancel()
+
+    async def _end(self, keeping: asyncio.Task[str], grpc_server: GrpcServer) -> int:
+        """The engine ends, and requests that are left with it, in our own words; then the port."""
         lost = self.model.in_flight
-        await grpc_server.stop(LAST_WORDS_SECONDS if idle.done() else 0)
-        idle.cancel()
-        hurry.cancel()
-        log.info("stopped", extra={"lost": lost})
-        return EXIT_DRAINED if engine.failure is None else EXIT_ENGINE_LOST
+        reason = keeping.result() if keeping.done() else None
+        self.model.cut_off()
+        keeping.cancel()
+        await self._idle(LAST_WORDS_SECONDS)
+        await grpc_server.stop(0 if self._hurry.is_set() else LAST_WORDS_SECONDS)
+        if reason is None:
+            await asyncio.gather(keeping, return_exceptions=True)
+            log.info("stopped", extra={"lost": lost})
+            return EXIT_DRAINED
+        log.error("stopped", extra={"reason": reason})
+        return EXIT_ENGINE_LOST
 
 
 async def _greet(on_ready: ReadyCallback, address: str) -> None:

@@ -293,11 +293,42 @@ SETTINGS = (
         alias="NIM_MAX_LORA_RANK",
     ),
     Setting(
+        name="lame_duck",
+        parse=parsing.seconds,
+        default=None,
+        metavar="SECONDS",
+        why="after SIGTERM, how long new requests are still taken while the server says that it is not ready; by "
+        "default 5, which Kubernetes needs to tell all who send them, and 0 on loopback, where nobody has to be told",
+    ),
+    Setting(
         name="drain_timeout",
         parse=parsing.seconds,
-        default=30.0,
+        default=25.0,
         metavar="SECONDS",
-        why="seconds that accepted requests have to end after SIGTERM; Kubernetes' own default grace",
+        why="after SIGTERM, how long accepted requests have to end, --lame-duck included; five seconds less than "
+        "Kubernetes waits by default before it kills",
+    ),
+    Setting(
+        name="engine_restarts",
+        parse=parsing.count(0, 1000),
+        default=3,
+        why="how often in ten minutes an engine that died or hangs is started again before the server ends with 70; "
+        "one that needs more fails for a reason that a restart does not mend",
+    ),
+    Setting(
+        name="engine_timeout",
+        parse=parsing.seconds,
+        default=None,
+        metavar="SECONDS",
+        why="how long a step may take before the engine counts as hung; by default 60 on a GPU, where kernels may "
+        "still have to be compiled, and 300 on a CPU, whose step of a long prompt of a 12B model takes minutes",
+    ),
+    Setting(
+        name="model_control",
+        parse=parsing.choice("none", "explicit"),
+        default="none",
+        metavar="none|explicit",
+        why="explicit: administrators may load and unload the model through Triton's repository API; none: nobody may",
     ),
     Setting(
         name="log_level",

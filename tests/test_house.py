@@ -115,6 +115,8 @@ def test_nobody_imports_bench_or_tests() -> None:
         ("service.resolve", ("service.command", "service.cli", "service.server")),
         ("service.command", ("service.cli", "service.model_commands", "service.server")),
         ("service.http.management", ("service.grpc", "service.generation", "service.server", "service.cli")),
+        ("service.loading", ("service.grpc", "service.http", "service.generation", "service.served", "service.server")),
+        ("service.supervisor", ("service.grpc", "service.http", "service.server", "service.cli")),
         ("service.generation", ("service.grpc", "service.server", "service.cli")),
         ("service.observer", ("service.telemetry", "service.served", "service.grpc", "service.server", "service.cli")),
         ("service.telemetry", ("service.served", "service.grpc", "service.http", "service.server", "service.cli")),

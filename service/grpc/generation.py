@@ -33,6 +33,7 @@ PHASES = {
     Phase.READY: pb.PHASE_READY,
     Phase.DRAINING: pb.PHASE_DRAINING,
     Phase.FAILED: pb.PHASE_FAILED,
+    Phase.UNLOADED: pb.PHASE_UNLOADED,
 }
 CHOICES: Mapping[int, Literal["auto", "none", "required"]] = {
     pb.TOOL_CHOICE_AUTO: "auto",
@@ -212,6 +213,7 @@ class GenerationServicer(rpc.GenerationServiceServicer):
             prefix_cache_query_tokens=stats.prefix_cache_query_tokens,
             prefix_cache_hit_tokens=stats.prefix_cache_hit_tokens,
             preemptions=stats.preemptions,
+            detail=status.detail,
         )
 
 

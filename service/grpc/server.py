@@ -24,6 +24,7 @@ from service.telemetry.telemetry import Telemetry
 
 MAX_METADATA_BYTES = 16 * 2**10  # twice what gRPC takes for sure, and no more than it ever takes
 HANDSHAKE_SECONDS = 15  # a few round trips, of TLS and HTTP/2
+FOREVER_SECONDS = 86400.0
 HEALTH_SECONDS = 1.0  # how late health may notice that the engine's heart has stopped
 OPTIONS = [
     ("grpc.max_send_message_length", -1),
@@ -70,8 +71,10 @@ class GrpcServer:
         self._server = grpc.aio.server(interceptors=[*observed, Authenticate(access), Guard()], options=options)
         self._health = health.aio.HealthServicer()
         self._health_task: asyncio.Task[None] | None = None
+        self._going_away: asyncio.Task[None] | None = None
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(host), self._server)  # type: ignore[no-untyped-call,unused-ignore]
-        kserve = KServeServicer(llm_models(host), LoraModels(host, host.loras) if host.loras else None)
+        loras = LoraModels(host, host.loras) if host.loras else None
+        kserve = KServeServicer(llm_models(host), loras, host.control)
         service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(kserve, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection([*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server)
@@ -95,9 +98,18 @@ class GrpcServer:
         self._health_task = asyncio.create_task(self._watch(), name="grpc-health")
         return port
 
+    def refuse(self) -> None:
+        """Close the port to new connections, and tell those that are open to go away; running RPCs go on until `stop`.
+
+        gRPC alone would wait for them, but an open Watch or an idle stream never ends.
+        """
+        self._going_away = asyncio.create_task(self._server.stop(FOREVER_SECONDS), name="grpc-goaway")
+
     async def stop(self, grace: float) -> None:
         """Refuse new RPCs at once, let running ones end for `grace` seconds, then cancel them."""
         await self._server.stop(grace)
+        if self._going_away is not None:
+            await self._going_away
         if self._health_task is not None:
             self._health_task.cancel()
             with suppress(asyncio.CancelledError):

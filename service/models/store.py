@@ -26,6 +26,7 @@ from service.models.lock import BEAT_SECONDS, STALE_SECONDS, SharedLock
 OFFLINE_VARIABLES = ("NIM_DISABLE_MODEL_DOWNLOAD", "HF_HUB_OFFLINE")
 HUB_PREFIX = "hf://"
 _HUB_REFERENCE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+-]{0,255}")
 _COMPLETE = ".complete"  # beside the files of a repository, written last; holds the commit that they are of
 
 
@@ -112,6 +113,20 @@ class ModelStore:
             case _:
                 there = wanted.path.exists()
         return StoredModel(wanted.name, wanted.path) if there else None
+
+    def named(self, name: str) -> StoredModel | None:
+        """A model that is there and whole, by its name in the catalogue or that of its folder in the store. Never a
+        path: the name may be anybody's.
+
+        Raises:
+            ValueError: it can be no such name.
+        """
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"{name!r} must be a name of the catalogue or of a folder in the model store")
+        if catalog.find(name) is not None:
+            return self.find(name)
+        path = self.root / "models" / name
+        return StoredModel(name, path) if (path / _COMPLETE).is_file() else None
 
     def pull(self, reference: str, progress: Progress = lambda done, total: None) -> StoredModel:
         """The model, fetched first unless it is there.

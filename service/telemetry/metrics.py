@@ -25,9 +25,11 @@ from prometheus_client.core import (
 )
 from prometheus_client.exposition import choose_encoder
 
+from engine import EngineInfo
 from engine.costs import BATCH_TOKENS, STEP_SECONDS
 from engine.histogram import Distribution, Histogram
-from service.host import Host, Phase
+from service.errors import ServiceError
+from service.host import Cause, Host, Phase
 from service.version import VERSION
 
 OTHER = "_OTHER"  # OpenTelemetry's word for a value that is not known beforehand
@@ -104,6 +106,14 @@ class Metrics:
         encode, content_type = choose_encoder(accept)
         return encode(self.registry), content_type
 
+    @property
+    def _info(self) -> EngineInfo | None:
+        """None while there is no engine."""
+        try:
+            return self._host.info
+        except ServiceError:
+            return None
+
     # -- what the registry asks --------------------------------------------------------------------------------
 
     def describe(self) -> Iterator[Metric]:
@@ -126,6 +136,12 @@ class Metrics:
         for phase in Phase:
             phases.add_metric([phase.value], float(host.status.phase is phase))
         yield phases
+        restarts = CounterMetricFamily(
+            "nemoserve_engine_restarts_total", "Engines that were lost and started again, by why.", labels=["cause"]
+        )
+        for cause in Cause:
+            restarts.add_metric([cause.value], host.restarts.get(cause, 0))
+        yield restarts
         yield _gauge("nemoserve_alive", "1 while loading makes progress or the engine's heart beats.", host.alive)
         yield _gauge("nemoserve_start_time_seconds", "Unix time of the server's start.", host.started_at)
         calls = CounterMetricFamily(
@@ -203,8 +219,7 @@ class Metrics:
             ("context_token", "Fitted cost of a token that a request attends to, per step.", cost.per_context_token),
         ):
             yield _gauge(f"nemoserve_seconds_per_{name}", help, value)
-        if self._host.status.phase in (Phase.READY, Phase.DRAINING):
-            info = self._host.info
+        if (info := self._info) is not None:
             sizes = {
                 "page_size": str(info.page_size),
                 "pages": str(info.kv_pages),
@@ -271,8 +286,7 @@ class Metrics:
         yield from self._vllm_infos()
 
     def _vllm_infos(self) -> Iterator[Metric]:
-        if self._host.status.phase in (Phase.READY, Phase.DRAINING):
-            info = self._host.info
+        if (info := self._info) is not None:
             sizes = GaugeMetricFamily(
                 "vllm:cache_config_info", "nemoserve_cache_config_info.", labels=["block_size", "num_gpu_blocks"]
             )

@@ -22,7 +22,8 @@ OPTIONS = ("--dtype", "fp32", "--threads", "1", "--max-batch-size", "4", "--max-
 
 @pytest.fixture(scope="module")
 def divided(smollm2_path: Path) -> Iterator[ServerProcess]:
-    running = ServerProcess.start(smollm2_path, "--tensor-parallel-size", str(RANKS), *OPTIONS)
+    ranks = ("--tensor-parallel-size", str(RANKS), "--engine-restarts", "0")
+    running = ServerProcess.start(smollm2_path, *ranks, *OPTIONS)
     yield running
     running.kill()
 

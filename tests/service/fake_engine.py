@@ -96,6 +96,7 @@ class FakeEngine:
         self.stats = EngineStats(max_batch_size=info.max_batch_size, kv_pages_total=info.kv_pages)
         self.failure: str | None = None
         self.closed = False
+        self.killed: str | None = None
         self.requests: list[Request] = []
         self.produced = 0
         self.cancelled: list[str] = []
@@ -111,12 +112,17 @@ class FakeEngine:
             await self._changed.wait_for(condition)
 
     def die(self, reason: str = "killed by signal 9") -> None:
-        self.failure = reason
+        self.failure = self.failure or reason
         self._died.set()
 
     async def close(self) -> None:
         self.closed = True
         self.die("the engine was closed")
+
+    async def kill(self, reason: str) -> None:
+        self.killed = reason
+        self.die(reason)
+        await self.close()
 
     async def generate(self, request: Request) -> AsyncGenerator[TokenEvent]:
         if self.failure is not None:

@@ -20,7 +20,7 @@ from engine import EngineError, EngineInfo, EngineStats, FinishReason, Request, 
 from engine.request import validate_request
 from service.errors import Code, ServiceError, from_engine, invalid
 from service.generation import Delta, Finished, GenerationEvent, GenerationRequest, Started, Usage
-from service.host import Loras, Phase, Status
+from service.host import Cause, Loras, ModelControl, Phase, Status
 from service.text.chat import Conversation, ToolCallDelta
 
 PIECES = 1000
@@ -87,6 +87,8 @@ class FakeHost:
     stats: EngineStats = field(default_factory=EngineStats)
     has_chat: bool = True
     loras: Loras | None = None
+    control: ModelControl | None = None
+    restarts: Counter[Cause] = field(default_factory=Counter)
     answers: dict[str, Answer] = field(default_factory=dict)
     requests: list[GenerationRequest] = field(default_factory=list)
     produced: Counter[str] = field(default_factory=Counter)
@@ -95,6 +97,10 @@ class FakeHost:
 
     def __post_init__(self) -> None:
         self._changed = asyncio.Condition()
+
+    @property
+    def accepting(self) -> bool:
+        return self.status.phase is Phase.READY
 
     @property
     def info(self) -> EngineInfo:

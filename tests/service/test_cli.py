@@ -95,7 +95,9 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[ServerConfig]:
     configs: list[ServerConfig] = []
 
     class Recorder:
-        def __init__(self, config: ServerConfig) -> None:
+        abandoned = 0
+
+        def __init__(self, config: ServerConfig, **parts: object) -> None:
             configs.append(config)
 
         async def run(self, on_ready: Callable[[str], Awaitable[None]] | None) -> int:
@@ -132,7 +134,11 @@ def test_every_setting_reaches_the_server(served: list[ServerConfig], folder: Pa
         "--prefix-caching": "false",
         "--cuda-graphs": "false",
         "--threads": "1",
+        "--lame-duck": "0.5",
         "--drain-timeout": "1.5",
+        "--engine-restarts": "5",
+        "--engine-timeout": "7",
+        "--model-control": "explicit",
     }
     result = CliRunner().invoke(main, ["serve", str(folder), *(word for pair in flags.items() for word in pair)])
     engine = EngineConfig(
@@ -150,7 +156,8 @@ def test_every_setting_reaches_the_server(served: list[ServerConfig], folder: Pa
         cuda_graphs=False,
         threads=1,
     )
-    expected = ServerConfig(engine=engine, model_name="bob", grpc_address="[::1]:9000", drain_timeout=1.5)
+    life = {"lame_duck": 0.5, "drain_timeout": 1.5, "engine_restarts": 5, "engine_timeout": 7.0, "model_control": True}
+    expected = ServerConfig(engine=engine, model_name="bob", grpc_address="[::1]:9000", **life)
     assert served == [expected]
     assert result.exit_code == 70
 
@@ -158,6 +165,14 @@ def test_every_setting_reaches_the_server(served: list[ServerConfig], folder: Pa
 def test_defaults_are_those_of_the_engine(served: list[ServerConfig], folder: Path) -> None:
     CliRunner().invoke(main, ["serve", str(folder)])
     assert served == [ServerConfig(engine=EngineConfig(model_path=str(folder)), model_name=folder.name)]
+
+
+@pytest.mark.parametrize(("host", "seconds"), [("127.0.0.1", 0.0), ("0.0.0.0", 5.0)])
+def test_new_requests_are_taken_for_a_while_where_others_have_to_hear_of_the_end(
+    served: list[ServerConfig], folder: Path, host: str, seconds: float
+) -> None:
+    CliRunner().invoke(main, ["serve", str(folder), "--host", host, "--allow-anonymous"])
+    assert [config.lame_duck for config in served] == [seconds]
 
 
 def test_people_are_greeted_and_log_collectors_are_not(served: list[ServerConfig], folder: Path) -> None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,80 +17,18 @@ from nemoserve.v1 import generation_pb2_grpc as rpc
 
 from engine import CheckpointError, Done, EngineConfig, LoadProgress
 from service.host import Phase
-from service.served import LIVE_SECONDS, LOADING_SECONDS, ServedModel
-from service.server import Server, ServerConfig
+from service.models.download import Progress
+from service.models.errors import StoreError
+from service.served import CPU_BEAT_SECONDS, CUT_OFF, LOADING_SECONDS, ServedModel
+from service.server import Server
 from service.text.tokenizer import TextModel
 from tests.service.fake_engine import FakeEngine, toy_text
-from tests.service.fakes import Gate
-
-
-@dataclass
-class Life:
-    """A running server, where it listens, and its end."""
-
-    server: Server
-    engine: FakeEngine
-    address: str
-    end: asyncio.Task[int]
-    channel: grpc.aio.Channel = field(init=False)
-
-    @property
-    def typed(self) -> Any:
-        return rpc.GenerationServiceStub(self.channel)
-
-    def ask(self) -> Any:
-        request = pb.GenerateRequest(prompt="Hi", sampling=pb.SamplingParameters(max_tokens=3))
-        return self.typed.Generate(request, timeout=10)
-
-    async def accepted(self) -> Any:
-        """A call whose first token has arrived and whose others wait for the gate."""
-        self.engine.gate = Gate()
-        self.engine.gate.allow()
-        call = self.ask()
-        assert (await anext(aiter(call))).HasField("started")
-        return call
-
-
-def config(tmp_path: Path, **changes: Any) -> ServerConfig:
-    engine = EngineConfig(model_path=str(tmp_path / "model.gguf"))
-    return ServerConfig(**{"engine": engine, "model_name": "toy", "grpc_address": "127.0.0.1:0"} | changes)
-
-
-@asynccontextmanager
-async def living(settings: ServerConfig) -> AsyncIterator[Life]:
-    """A server that is ready."""
-    engine = FakeEngine(b"abc")
-
-    async def start_engine(config: EngineConfig, progress: LoadProgress) -> FakeEngine:
-        progress("read weights", Done(1.0))
-        return engine
-
-    ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-
-    async def on_ready(address: str) -> None:
-        ready.set_result(address)
-
-    server = Server(settings, start_engine, lambda path: toy_text())
-    end = asyncio.create_task(server.run(on_ready))
-    life = Life(server, engine, await asyncio.wait_for(ready, 10), end)
-    try:
-        async with grpc.aio.insecure_channel(life.address) as life.channel:
-            yield life
-    finally:
-        end.cancel()
-        await asyncio.gather(end, return_exceptions=True)
-        assert engine.closed
-
-
-async def health(channel: grpc.aio.Channel, service: str) -> bool:
-    request = health_pb2.HealthCheckRequest(service=service)
-    answer = await health_pb2_grpc.HealthStub(channel).Check(request, timeout=10)
-    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+from tests.service.lives import config, health, living
 
 
 async def test_a_server_answers_and_ends_with_0_when_told_to_stop(tmp_path: Path) -> None:
     async with living(config(tmp_path)) as life:
-        assert "".join([response.delta.text async for response in life.ask()]) == "abc"
+        assert await life.answer() == "abc"
         life.server.stop()
         assert await asyncio.wait_for(life.end, 10) == 0
 
@@ -103,15 +40,29 @@ async def test_draining_finishes_what_was_accepted_and_refuses_the_rest(tmp_path
         assert (await watch.read()).load.phase == pb.PHASE_READY
         life.server.stop()
         assert (await watch.read()).load.phase == pb.PHASE_DRAINING
-        with pytest.raises(grpc.aio.AioRpcError) as refused:
-            await anext(aiter(life.ask()))
+        with pytest.raises(grpc.aio.AioRpcError) as refused:  # told to go away: there is no new connection either
+            await life.answer()
         assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
-        assert not await health(life.channel, "nemoserve.ready")
-        assert await health(life.channel, "nemoserve.live")
         assert life.engine.gate is not None
         life.engine.gate.allow(3)
         rest = [response async for response in call]
         assert rest[-1].finished.usage.completion_tokens == 3
+        assert await asyncio.wait_for(life.end, 10) == 0
+
+
+async def test_in_the_lame_duck_time_the_server_is_not_ready_and_takes_new_requests(tmp_path: Path) -> None:
+    async with living(config(tmp_path, lame_duck=60.0, drain_timeout=60.0)) as life:
+        watch = health_pb2_grpc.HealthStub(life.channel).Watch(health_pb2.HealthCheckRequest(service="nemoserve.ready"))
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+        life.server.stop()
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        assert await health(life.channel, "nemoserve.live")
+        assert await life.answer() == "abc"
+        async with grpc.aio.insecure_channel(life.address) as channel:  # a new connection
+            life.channel, old = channel, life.channel
+            assert await life.answer() == "abc"
+            life.channel = old
+        life.server.stop()
         assert await asyncio.wait_for(life.end, 10) == 0
 
 
@@ -127,26 +78,25 @@ async def test_draining_ends_at_its_limit_or_at_a_second_signal(
             life.server.stop()
         with pytest.raises(grpc.aio.AioRpcError) as lost:
             [_ async for _ in call]
-        assert lost.value.code() == grpc.StatusCode.UNAVAILABLE
+        assert (lost.value.code(), lost.value.details()) == (grpc.StatusCode.UNAVAILABLE, CUT_OFF)
         assert await asyncio.wait_for(life.end, 10) == 0
         assert len(life.engine.cancelled) == 1
     [stopped] = [record for record in caplog.records if record.message == "stopped"]
     assert stopped.lost == 1  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("draining", [False, True])
-async def test_a_lost_engine_fails_its_requests_at_once_and_ends_the_server_with_70(
-    tmp_path: Path, draining: bool
+async def test_a_stopping_server_says_how_many_requests_it_waits_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with living(config(tmp_path)) as life:
-        call = await life.accepted()
-        if draining:
-            life.server.stop()
-        life.engine.die()
-        with pytest.raises(grpc.aio.AioRpcError) as lost:
-            [_ async for _ in call]
-        assert lost.value.code() == grpc.StatusCode.UNAVAILABLE
-        assert await asyncio.wait_for(life.end, 10) == 70
+    monkeypatch.setattr("service.server.DRAIN_LOG_SECONDS", 0.02)
+    caplog.set_level(logging.INFO)
+    async with living(config(tmp_path, drain_timeout=0.2)) as life:
+        await life.accepted()
+        life.server.stop()
+        assert await asyncio.wait_for(life.end, 10) == 0
+    told = [record for record in caplog.records if record.message == "draining"]
+    assert len(told) > 1
+    assert {record.in_flight for record in told} == {1}  # type: ignore[attr-defined]
 
 
 # -- loading ---------------------------------------------------------------------------------------------------------
@@ -222,6 +172,38 @@ async def test_an_engine_that_had_started_is_closed_when_the_text_side_fails(tmp
     assert engine.closed
 
 
+async def test_files_are_fetched_first_and_a_stop_does_not_wait_for_them(tmp_path: Path) -> None:
+    began, released = threading.Event(), threading.Event()
+
+    def fetch(progress: Progress) -> None:
+        progress(50, 100)
+        began.set()
+        released.wait(60)
+
+    server = Server(config(tmp_path), Loading(), lambda path: toy_text(), fetch)
+    end = asyncio.create_task(server.run())
+    try:
+        async with asyncio.timeout(10):
+            async for status in server.model.watch(0.05):
+                if status.detail == "download" and status.progress:
+                    break
+        assert status.phase is Phase.LOADING
+        assert 0.4 < status.progress < 0.5
+        server.stop()
+        assert await asyncio.wait_for(end, 10) == 0
+        assert server.abandoned == 1
+    finally:
+        released.set()
+
+
+async def test_files_that_cannot_be_fetched_end_the_server(tmp_path: Path) -> None:
+    def fetch(progress: Progress) -> None:
+        raise StoreError("the server answers 404")
+
+    with pytest.raises(StoreError, match="404"):
+        await asyncio.wait_for(Server(config(tmp_path), Loading(), lambda path: toy_text(), fetch).run(), 10)
+
+
 async def test_cancelling_the_server_undoes_the_loading(tmp_path: Path) -> None:
     loading = Loading()
     end = asyncio.create_task(Server(config(tmp_path), loading, lambda path: toy_text()).run())
@@ -241,7 +223,7 @@ async def test_a_port_in_use_is_an_os_error_that_names_it(tmp_path: Path) -> Non
 # -- the served model ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("limit", [LOADING_SECONDS, LIVE_SECONDS])
+@pytest.mark.parametrize("limit", [LOADING_SECONDS, CPU_BEAT_SECONDS])
 async def test_live_turns_off_without_progress_or_heart_beat(limit: float, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
     monkeypatch.setattr("service.served.time.monotonic", lambda: now)
@@ -255,7 +237,7 @@ async def test_live_turns_off_without_progress_or_heart_beat(limit: float, monke
         engine.heartbeat_age += seconds
 
     passes: Callable[[float], None] = loading
-    if limit == LIVE_SECONDS:
+    if limit == CPU_BEAT_SECONDS:
         model.ready(engine, toy_text())
         passes = beating
     passes(limit - 1)

@@ -90,6 +90,8 @@ class _PhaseEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumType
     PHASE_READY: _Phase.ValueType  # 2
     PHASE_DRAINING: _Phase.ValueType  # 3
     PHASE_FAILED: _Phase.ValueType  # 4
+    PHASE_UNLOADED: _Phase.ValueType  # 5
+    """The server runs, and its model was unloaded."""
 
 class Phase(_Phase, metaclass=_PhaseEnumTypeWrapper): ...
 
@@ -98,6 +100,8 @@ PHASE_LOADING: Phase.ValueType  # 1
 PHASE_READY: Phase.ValueType  # 2
 PHASE_DRAINING: Phase.ValueType  # 3
 PHASE_FAILED: Phase.ValueType  # 4
+PHASE_UNLOADED: Phase.ValueType  # 5
+"""The server runs, and its model was unloaded."""
 Global___Phase: typing_extensions.TypeAlias = Phase
 
 @typing.final
@@ -992,6 +996,7 @@ class Load(google.protobuf.message.Message):
     PREFIX_CACHE_QUERY_TOKENS_FIELD_NUMBER: builtins.int
     PREFIX_CACHE_HIT_TOKENS_FIELD_NUMBER: builtins.int
     PREEMPTIONS_FIELD_NUMBER: builtins.int
+    DETAIL_FIELD_NUMBER: builtins.int
     phase: Global___Phase.ValueType
     progress: builtins.float
     """While loading: between 0 and 1."""
@@ -1027,6 +1032,8 @@ class Load(google.protobuf.message.Message):
     """Of prompts that were started, and how many of these needed no computation."""
     prefix_cache_hit_tokens: builtins.int
     preemptions: builtins.int
+    detail: builtins.str
+    """While loading: what is being done, such as "download", "read weights", "warm up"; failed: why."""
     def __init__(
         self,
         *,
@@ -1054,7 +1061,8 @@ class Load(google.protobuf.message.Message):
         prefix_cache_query_tokens: builtins.int = ...,
         prefix_cache_hit_tokens: builtins.int = ...,
         preemptions: builtins.int = ...,
+        detail: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["capacity", b"capacity", "decode_tokens_per_second", b"decode_tokens_per_second", "engine_version", b"engine_version", "eta_seconds", b"eta_seconds", "generated_tokens", b"generated_tokens", "kv_pages_total", b"kv_pages_total", "kv_pages_used", b"kv_pages_used", "oldest_queued_seconds", b"oldest_queued_seconds", "phase", b"phase", "preemptions", b"preemptions", "prefill_tokens_per_second", b"prefill_tokens_per_second", "prefix_cache_hit_tokens", b"prefix_cache_hit_tokens", "prefix_cache_query_tokens", b"prefix_cache_query_tokens", "progress", b"progress", "prompt_tokens", b"prompt_tokens", "queued_requests", b"queued_requests", "queued_tokens", b"queued_tokens", "running_requests", b"running_requests", "seconds_per_context_token", b"seconds_per_context_token", "seconds_per_decode_row", b"seconds_per_decode_row", "seconds_per_prefill_token", b"seconds_per_prefill_token", "started_at", b"started_at", "step_base_seconds", b"step_base_seconds", "steps", b"steps"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["capacity", b"capacity", "decode_tokens_per_second", b"decode_tokens_per_second", "detail", b"detail", "engine_version", b"engine_version", "eta_seconds", b"eta_seconds", "generated_tokens", b"generated_tokens", "kv_pages_total", b"kv_pages_total", "kv_pages_used", b"kv_pages_used", "oldest_queued_seconds", b"oldest_queued_seconds", "phase", b"phase", "preemptions", b"preemptions", "prefill_tokens_per_second", b"prefill_tokens_per_second", "prefix_cache_hit_tokens", b"prefix_cache_hit_tokens", "prefix_cache_query_tokens", b"prefix_cache_query_tokens", "progress", b"progress", "prompt_tokens", b"prompt_tokens", "queued_requests", b"queued_requests", "queued_tokens", b"queued_tokens", "running_requests", b"running_requests", "seconds_per_context_token", b"seconds_per_context_token", "seconds_per_decode_row", b"seconds_per_decode_row", "seconds_per_prefill_token", b"seconds_per_prefill_token", "started_at", b"started_at", "step_base_seconds", b"step_base_seconds", "steps", b"steps"]) -> None: ...
 
 Global___Load: typing_extensions.TypeAlias = Load

@@ -96,6 +96,10 @@ class LlmModel(ABC):
         reason = status.detail or (status.phase.value if status.phase is not Phase.READY else "engine not responding")
         return (LOADING if status.phase is Phase.LOADING else UNAVAILABLE), reason
 
+    @property
+    def accepts(self) -> bool:
+        return self._host.accepting
+
     @abstractmethod
     async def ask(self, request: InferRequest) -> Ask:
         """Translate the request.

@@ -102,6 +102,10 @@ class Model(Protocol):
     def state(self) -> tuple[str, str]:
         """READY, LOADING or UNAVAILABLE, and the reason in words."""
 
+    @property
+    def accepts(self) -> bool:
+        """Requests are taken now; also by a model that says it is not ready, so that fewer come."""
+
     def infer(self, request: InferRequest) -> AsyncGenerator[InferResult]:
         """Responses to one request. Closing the generator early cancels the work.
 
@@ -124,4 +128,14 @@ class Repository(Protocol):
         """Raises ServiceError."""
 
     async def unload(self, name: str) -> None:
+        """Raises ServiceError."""
+
+
+class Control(Protocol):
+    """Changes of the models that the server always has, which are names of one."""
+
+    async def load(self, model: str | None) -> None:
+        """Load it again, or another one in its place. Raises ServiceError."""
+
+    async def unload(self) -> None:
         """Raises ServiceError."""

@@ -3,8 +3,10 @@ and its words (core `infer_request.cc`, server `infer_handler.cc`)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import msgspec
 from tritonclient.grpc import service_pb2
 
 from service.grpc.kserve.model import Array, InferRequest, ModelSpec, Parameter
@@ -41,6 +43,39 @@ def parse(request: service_pb2.ModelInferRequest, spec: ModelSpec, *, single: bo
 def wants_empty_final(request: service_pb2.ModelInferRequest) -> bool:
     """True if the client asks to be told of the end by a response without outputs, where no other tells it."""
     return EMPTY_FINAL in request.parameters and request.parameters[EMPTY_FINAL].bool_param
+
+
+def wanted_model(parameters: Mapping[str, Any]) -> str | None:
+    """Which model a RepositoryModelLoad of the served model names, None for the one that is served: the parameter
+    `model`, or, since Triton's clients send no parameters of one's own, a `config` of
+    {"parameters": {"model": {"string_value": NAME}}}.
+
+    Raises:
+        ServiceError: INVALID_ARGUMENT, for everything else.
+    """
+    if unknown := min(parameters.keys() - {"model", "config"}, default=None):
+        raise refused(f"unrecognized load parameter '{unknown}'.")
+    names = set()
+    for key, parameter in parameters.items():
+        _check_kind(key, parameter.WhichOneof("parameter_choice"), "string_param")
+        names.add(_named_in(parameter.string_param) if key == "config" else parameter.string_param)
+    if len(names) > 1:
+        raise refused("load parameters 'model' and 'config' name different models")
+    return min(names, default=None)
+
+
+def _named_in(config: str) -> str:
+    match _json(config):
+        case {"parameters": {"model": {"string_value": str(name)}}} as found if len(found) == 1:
+            return name
+    raise refused('load parameter \'config\' must be {"parameters": {"model": {"string_value": NAME}}}')
+
+
+def _json(text: str) -> Any:
+    try:
+        return msgspec.json.decode(text)
+    except msgspec.DecodeError:
+        return None
 
 
 def _parameters(request: service_pb2.ModelInferRequest) -> tuple[dict[str, Parameter], int, float | None]:

@@ -29,8 +29,8 @@ from service.grpc.kserve.management import (
     model_metadata,
     trace_settings,
 )
-from service.grpc.kserve.model import READY, UNAVAILABLE, InferResult, Model, ModelSpec, Repository
-from service.grpc.kserve.requests import parse, wants_empty_final
+from service.grpc.kserve.model import READY, UNAVAILABLE, Control, InferResult, Model, ModelSpec, Repository
+from service.grpc.kserve.requests import parse, wanted_model, wants_empty_final
 from service.grpc.kserve.stream import Stream
 from service.grpc.kserve.tensors import add_output, refused
 from service.grpc.status import Context, abort, metadata_value
@@ -67,6 +67,7 @@ class KServeServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
 
     Args:
         repository: further models, which clients may load and unload. A model of the same name goes first.
+        control: loads and unloads what all of `models` are names of; None if clients may not.
         server_name: what ServerMetadata tells; some clients insist on "triton".
         logger: whose level LogSettings reads and sets; None = the logger of the whole service.
     """
@@ -75,12 +76,14 @@ class KServeServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
         self,
         models: Sequence[Model],
         repository: Repository | None = None,
+        control: Control | None = None,
         server_name: str = "nemoserve",
         server_version: str = VERSION,
         logger: logging.Logger | None = None,
     ) -> None:
         self._fixed = {model.spec.name: model for model in models}
         self._repository = repository
+        self._control = control
         self._statistics: defaultdict[str, Statistics] = defaultdict(Statistics)
         self._server = pb.ServerMetadataResponse(name=server_name, version=server_version, extensions=EXTENSIONS)
         self._logger = logger if logger is not None else logging.getLogger("service")
@@ -162,6 +165,9 @@ class KServeServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
         self, request: pb.RepositoryModelLoadRequest, context: Context
     ) -> pb.RepositoryModelLoadResponse:
         try:
+            if (control := self._control_of(request.repository_name, request.model_name)) is not None:
+                await control.load(wanted_model(request.parameters))
+                return pb.RepositoryModelLoadResponse()
             unknown = next((key for key in request.parameters if key != "config" and not key.startswith("file:")), None)
             if not request.repository_name and unknown is not None:
                 raise refused(f"unrecognized load parameter '{unknown}'.")
@@ -177,10 +183,17 @@ class KServeServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
         self, request: pb.RepositoryModelUnloadRequest, context: Context
     ) -> pb.RepositoryModelUnloadResponse:
         try:
-            await self._changeable(request.repository_name, request.model_name).unload(request.model_name)
+            if (control := self._control_of(request.repository_name, request.model_name)) is not None:
+                await control.unload()
+            else:
+                await self._changeable(request.repository_name, request.model_name).unload(request.model_name)
             return pb.RepositoryModelUnloadResponse()
         except ServiceError as error:
             await abort(context, error)
+
+    def _control_of(self, repository_name: str, model_name: str) -> Control | None:
+        """What loads and unloads the served model, if that is meant and clients may."""
+        return self._control if not repository_name and model_name in self._fixed else None
 
     def _changeable(self, repository_name: str, model_name: str) -> Repository:
         """The repository, if the model can be loaded and unloaded.
@@ -249,10 +262,10 @@ class KServeServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
 
     async def ModelStreamInfer(self, request_iterator: AsyncIterator[pb.ModelInferRequest], context: Context) -> None:
         _echo_request_id(context)
-        states = [model.state for model in self._fixed.values()]
+        models = list(self._fixed.values())
         try:
-            if states and all(state != READY for state, _ in states):
-                raise ServiceError(Code.UNAVAILABLE, states[0][1])
+            if models and not any(model.accepts for model in models):
+                raise ServiceError(Code.UNAVAILABLE, models[0].state[1])
             strict = metadata_value(context, "triton_grpc_error") == "true"
             await Stream(context, self._responses, strict=strict).run(request_iterator)
         except ServiceError as error:

@@ -18,7 +18,7 @@ from nemoserve.v1 import generation_pb2 as pb
 
 from engine import EngineStats
 from service.grpc.server import LIVE, OPTIONS, READY, SERVICES, GrpcServer
-from service.served import LIVE_SECONDS, ServedModel
+from service.served import CPU_BEAT_SECONDS, ServedModel
 from tests.service.fake_engine import INFO, FakeEngine, toy_text
 from tests.service.fakes import Gate
 from tests.service.grpc.ports import Port, refusal, served, serving
@@ -267,7 +267,7 @@ async def test_health_turns_off_when_the_heart_of_the_engine_stops(
                 )
             )
             assert (await anext(watch)).status == SERVING
-            engine.heartbeat_age = LIVE_SECONDS + 1
+            engine.heartbeat_age = CPU_BEAT_SECONDS + 1
             assert (await anext(watch)).status == NOT_SERVING
             engine.heartbeat_age = 0.0
             assert (await anext(watch)).status == SERVING

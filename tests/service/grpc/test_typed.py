@@ -308,6 +308,7 @@ async def test_a_model_that_is_not_ready_is_unavailable(phase: str) -> None:
     model = ServedModel("toy") if phase == "loading" else served(FakeEngine())
     if phase == "draining":
         model.draining()
+        model.refuse()
     if phase == "failed":
         model.failed("secret reason")
     async with serving(model) as port:

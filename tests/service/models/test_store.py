@@ -358,3 +358,24 @@ def test_a_disk_that_fills_up_in_the_middle_leaves_nothing_that_is_taken_for_who
     assert "no space left" in full["error"], done.stderr
     assert (full["found"], whole["sha256"]) == (None, hashlib.sha256(PAYLOAD).hexdigest())
     assert index.sent[0] == 0 < index.sent[1] <= 500 * 1024  # what had arrived was kept
+
+
+# -- by name alone ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../toy", "/etc", "hf://org/name", "a/b", ".complete", "a" * 257])
+def test_what_is_no_plain_name_is_refused_before_anything_is_looked_at(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match="must be a name of the catalogue or of a folder"):
+        ModelStore(tmp_path).named(name)
+
+
+def test_a_model_is_found_by_its_catalogue_name_and_by_its_folder(tmp_path: Path) -> None:
+    store, folder = ModelStore(tmp_path), tmp_path / "models" / "org--name@main"
+    assert store.named("mistral-nemo-12b") is None
+    assert store.named(folder.name) is None
+    folder.mkdir(parents=True)
+    assert store.named(folder.name) is None  # half of it may be there
+    (folder / ".complete").touch()
+    found = store.named(folder.name)
+    assert found is not None
+    assert (found.name, found.path) == (folder.name, folder)

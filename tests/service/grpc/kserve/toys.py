@@ -29,6 +29,7 @@ class Toy:
 
     spec: ModelSpec
     state = (READY, "")
+    accepts = True
 
 
 class Sums(Toy):
