@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from engine.histogram import Histogram
 from service.generation import GenerationRequest, Started
 from service.telemetry.calls import Call
-from service.telemetry.metrics import token_latencies
+from service.telemetry.numbers import token_latencies
 
 
 @dataclass(slots=True)
@@ -21,7 +21,7 @@ class Record:
         began: on the clock of time.monotonic(); `began_ns` is Unix time.
         started: None before its first token.
         reasons: why its completions ended, in that order.
-        outcome: one of `service.telemetry.metrics.OUTCOMES`; "" while it runs.
+        outcome: one of `service.telemetry.numbers.OUTCOMES`; "" while it runs.
         code: `ok`, `cancelled`, or a `service.errors.Code`.
     """
 

@@ -15,7 +15,7 @@ from service.generation import Delta, Finished, GenerationEvent, GenerationReque
 from service.host import Host
 from service.telemetry.access import log_request
 from service.telemetry.calls import CALL
-from service.telemetry.metrics import Metrics, ModelMetrics
+from service.telemetry.metrics import Metrics
 from service.telemetry.record import Record
 from service.telemetry.spans import RequestSpan, Tracing
 
@@ -46,19 +46,20 @@ class Requests:
             call.requests += 1
         record = Record(request, request.adapter or self._host.model_name, call)
         span = None if self._tracing is None else self._tracing.begin(record)
-        return WatchedRequest(record, self._metrics.of(record.model), span)
+        return WatchedRequest(record, self._metrics, span)
 
 
 class WatchedRequest:
     """See `service.observer.Observation`."""
 
-    def __init__(self, record: Record, metrics: ModelMetrics, span: RequestSpan | None) -> None:
+    def __init__(self, record: Record, metrics: Metrics, span: RequestSpan | None) -> None:
         self._record = record
         self._metrics = metrics
+        self._numbers = metrics.of(record.model)
         self._span = span
         self._reasons: list[FinishReason] = []
         self._last: dict[int, float] = {}  # of each completion: when it got its last token
-        metrics.waiting += 1
+        self._numbers.waiting += 1
 
     def event(self, event: GenerationEvent) -> None:
         if isinstance(event, Delta):
@@ -83,16 +84,16 @@ class WatchedRequest:
         self._end("cancelled", "cancelled")
 
     def _start(self, started: Started) -> None:
-        metrics, record = self._metrics, self._record
+        numbers, record = self._numbers, self._record
         record.started = started
         record.first_token = time.monotonic() - record.began
-        metrics.waiting -= 1
-        metrics.running += 1
-        metrics.first_token.add(record.first_token)
-        metrics.queue.add(started.queue_seconds)
-        metrics.prefill.add(max(0.0, record.first_token - started.queue_seconds))
-        metrics.prompt_tokens += started.prompt_tokens
-        metrics.cached_tokens += started.cached_tokens
+        numbers.waiting -= 1
+        numbers.running += 1
+        numbers.first_token.add(record.first_token)
+        numbers.queue.add(started.queue_seconds)
+        numbers.prefill.add(max(0.0, record.first_token - started.queue_seconds))
+        numbers.prompt_tokens += started.prompt_tokens
+        numbers.cached_tokens += started.cached_tokens
 
     def _tokens(self, delta: Delta) -> None:
         """Tokens that come together share the time since the one before them; behind the first there is none."""
@@ -102,7 +103,7 @@ class WatchedRequest:
             return
         now = time.monotonic()
         self._record.generated_tokens += count
-        self._metrics.generated_tokens += count
+        self._numbers.generated_tokens += count
         last = self._last.get(delta.index)
         self._last[delta.index] = now
         if last is None:
@@ -110,7 +111,7 @@ class WatchedRequest:
         else:
             gap = (now - last) / count
         if count:
-            self._metrics.between_tokens.add(gap, count)
+            self._numbers.between_tokens.add(gap, count)
             self._record.between_tokens.add(gap, count)
 
     def _finish(self, finished: Finished) -> None:
@@ -121,18 +122,18 @@ class WatchedRequest:
             self._end(worst.value, CODES.get(worst, "ok"))
 
     def _end(self, outcome: str, code: str) -> None:
-        metrics, record = self._metrics, self._record
+        numbers, record = self._numbers, self._record
         if record.outcome:
             return
         record.outcome, record.code = outcome, code
         record.ended = time.monotonic() - record.began
-        metrics.outcomes[outcome] += 1
+        numbers.outcomes[outcome] += 1
         if record.started is None:
-            metrics.waiting -= 1
+            numbers.waiting -= 1
         else:
-            metrics.running -= 1
-            metrics.duration.add(record.ended)
-            metrics.decode.add(record.ended - record.first_token)
+            numbers.running -= 1
+            numbers.duration.add(record.ended)
+            numbers.decode.add(record.ended - record.first_token)
         if self._span is not None:
             self._span.end(record)
         log_request(record)
