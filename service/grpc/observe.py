@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from functools import partial
 from typing import Any
@@ -34,6 +34,8 @@ REPORTING = (
 )
 """Methods whose trailing metadata brings a load report: those that a balancer has to share out. It comes unasked, as
 gRFC A51 has no way to ask, and costs a hundred bytes an RPC."""
+
+CODES: Mapping[int | None, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 
 
 class Observe(grpc.aio.ServerInterceptor):
@@ -120,5 +122,7 @@ def _code(context: Any, ended: BaseException | None) -> grpc.StatusCode:
         left = context.time_remaining()
         late = left is not None and left <= 0
         return grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
-    code, unset = context.code(), grpc.StatusCode.OK if ended is None else grpc.StatusCode.UNKNOWN
-    return next((each for each in grpc.StatusCode if each is code or each.value[0] == code), unset)
+    code = context.code()
+    if isinstance(code, grpc.StatusCode):
+        return code
+    return CODES.get(code, grpc.StatusCode.OK) if ended is None or code else grpc.StatusCode.UNKNOWN

@@ -331,11 +331,14 @@ sys.exit(engine.worker.main())
         with theirs:
             command = [sys.executable, "-c", script, f"--fd={theirs.fileno()}"]
             process = subprocess.Popen(command, cwd=ROOT, pass_fds=[theirs.fileno()], stderr=subprocess.PIPE)
-        ours.sendall(encode(Start(EngineConfig(model_path="-"))))
+        ours.sendall(encode(Start(EngineConfig(model_path="-", log_json=True))))
         _, errors = process.communicate(timeout=60)
         said = ours.recv(2**16)
     assert process.returncode == 1
     assert b"the service sent" not in errors
+    line = json.loads(errors.splitlines()[-1])  # in the form that the service asked for
+    assert (line["level"], line["event"]) == ("error", "the engine failed")
+    assert line["traceback"].endswith("ValueError: ours")
     assert said.endswith(encode(Failed("", "the engine failed: ValueError")))
 
 

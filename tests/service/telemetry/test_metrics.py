@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import Counter
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import grpc
 import pytest
@@ -23,6 +25,8 @@ from tests.service.fakes import Gate
 from tests.service.grpc.ports import drained, refusal, served
 from tests.service.telemetry.observed import Observed, ask, observed
 from tests.service.telemetry.reports import Scrape
+
+PAGE = Path(__file__).parents[3] / "docs" / "observability.md"
 
 
 @pytest.fixture
@@ -200,3 +204,14 @@ async def test_two_servers_in_one_process_count_for_themselves(running: Observed
     await drained(running.port.typed.Generate(ask()))
     assert running.scrape().value("nemoserve_generation_tokens_total", model="toy") == 3
     assert Scrape(other).value("nemoserve_generation_tokens_total", model="toy") == 0
+
+
+async def test_the_page_about_metrics_names_all_that_there_are_and_no_others(running: Observed) -> None:
+    await drained(running.port.typed.Generate(ask()))
+    await refusal(running.port.typed.Generate(ask(temperature=-1)))
+    told = set(re.findall(r"\bnemoserve_[a-z_]+", PAGE.read_text()))
+    there = {name for name, _ in running.scrape().samples if name.startswith("nemoserve_")}
+    endings = ("_bucket", "_count", "_sum")
+    families = {name.removesuffix(next((end for end in endings if name.endswith(end)), "")) for name in there}
+    shortened = {"nemoserve_seconds_per_decode_row", "nemoserve_seconds_per_context_token"}  # as `…_per_decode_row`
+    assert {name.removesuffix("_bucket") for name in told} == families - shortened
