@@ -124,7 +124,7 @@ class KeysFile:
 
 
 def digest_of(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
 
 
 def new_key() -> str:
