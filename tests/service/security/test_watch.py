@@ -12,8 +12,8 @@ from nemoserve.v1 import generation_pb2 as pb
 from service.security.access import Access
 from service.security.keys import KeysFile
 from service.security.tls import Tls, TlsFiles
+from tests.service.lives import Life, config, living
 from tests.service.security.certificates import Authority
-from tests.service.test_server import Life, config, living
 
 KEY, OTHER = "nms-0123456789abcdef", "nms-fedcba9876543210"
 
