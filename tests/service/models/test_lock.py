@@ -99,6 +99,12 @@ def test_who_is_slow_to_take_a_stale_lock_finds_that_it_was_taken_and_given_back
     assert numbers(tmp_path) == ["toy.lock.3"]
 
 
+def test_of_all_that_want_the_same_number_one_gets_it(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        took = [pool.submit(lock(tmp_path)._take, 1) for _ in range(8)]
+    assert [each.result() for each in took].count(True) == 1
+
+
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with (
