@@ -108,8 +108,9 @@ def _serve(values: dict[str, Any], sample_prompt: str | None) -> None:
         hint = {"did_you_mean": near} if near else {}
         logging.getLogger(__name__).warning("unknown variable", extra={"variable": name, **hint})
     access, tls = access_of(values), tls_of(values)  # what is wrong with them is told before anything is fetched
-    refuse_before_fetching(values)
     store, model, lame_duck = ModelStore.default(), values["model"], values["lame_duck"]
+    store.refuse_what_may_not_be_fetched(model)
+    refuse_before_fetching(values)
     wanted = store.resolve(model)
     name, *aliases = values["served_model_name"] or (wanted.name,)
     config = ServerConfig(

@@ -134,14 +134,10 @@ class ModelStore:
         Raises:
             StoreError: it cannot be fetched, or may not be; what has arrived is kept for the next attempt.
         """
+        self.refuse_what_may_not_be_fetched(reference)
         wanted = self.resolve(reference)
         if wanted.source is None or self.find(reference) is not None:
             return StoredModel(wanted.name, wanted.path)
-        if self._forbidden_by is not None:
-            raise StoreError(
-                f"{reference}: not in the store {self.root}, and {self._forbidden_by} says not to fetch anything; "
-                f"bring it from where it may: nemoserve store {reference} --to DIR"
-            )
         path = self.root / "locks" / f"{wanted.path.name}.lock"
         with SharedLock(path, beat=self._beat, stale=self._stale).held() as lock:
 
@@ -152,6 +148,14 @@ class ModelStore:
             if self.find(reference) is None:
                 self._fetch(wanted, wanted.source, report)
         return StoredModel(wanted.name, wanted.path)
+
+    def refuse_what_may_not_be_fetched(self, reference: str) -> None:
+        """Raise StoreError unless the model is there or may be fetched."""
+        if self.find(reference) is None and self._forbidden_by is not None:
+            raise StoreError(
+                f"{reference}: not in the store {self.root}, and {self._forbidden_by} says not to fetch anything; "
+                f"bring it from where it may: nemoserve store {reference} --to DIR"
+            )
 
     def reference_of(self, path: Path) -> str:
         """What `resolve` makes this path of: a name, `hf://…`, or the path itself."""
