@@ -289,6 +289,7 @@ class _Server:
 @contextlib.contextmanager
 def _serving(path: Path, job: Job, timeout: float) -> Iterator[_Server]:
     command = [str(Path(sys.executable).parent / "nemoserve"), "serve", str(path), "--grpc-port", "0"]
+    command += ["--http-port", "off"]
     command += ["--precision", job.precision, "--kv-precision", job.kv_precision, "--threads", str(job.threads)]
     command += ["--max-model-len", str(max(256, job.prompt_tokens + job.new_tokens))]
     command += ["--max-batch-size", str(max(4, *job.streams)), "--served-model-name", "mistral-nemo-12b-random"]

@@ -45,7 +45,7 @@ class Commands(click.Group):
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(VERSION, prog_name="nemoserve")
 def main() -> None:
-    """Serve Mistral NeMo 12B and its dense Llama, Mistral and Qwen2 relatives over gRPC."""
+    """Serve Mistral NeMo 12B and its dense Llama, Mistral and Qwen2 relatives over gRPC and HTTP."""
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what the C core would print, our own errors say better
 
 
@@ -118,6 +118,7 @@ def _serve(values: dict[str, Any], sample_prompt: str | None) -> None:
         model_name=name,
         model_aliases=tuple(aliases),
         grpc_address=join_address(values["host"], values["grpc_port"]),
+        http_address=None if values["http_port"] is None else join_address(values["host"], values["http_port"]),
         lora_dir=Path(values["lora_dir"]) if values["lora_dir"] else None,
         lora_refresh=values["lora_refresh"],
         access=access,
@@ -138,7 +139,8 @@ def _serve(values: dict[str, Any], sample_prompt: str | None) -> None:
 
     async def run() -> int:
         async def on_ready(address: str) -> None:
-            await _welcome(config.model_name, address, sample_prompt)
+            assert server is not None
+            await _welcome(config.model_name, address, server.ports.http_address, sample_prompt)
 
         nonlocal server
         people_read = sample_prompt or not values["log_json"]
@@ -154,7 +156,7 @@ def _serve(values: dict[str, Any], sample_prompt: str | None) -> None:
     sys.exit(code)
 
 
-async def _welcome(model: str, address: str, sample_prompt: str | None) -> None:
+async def _welcome(model: str, address: str, http_address: str | None, sample_prompt: str | None) -> None:
     """What a person at the terminal wants to know once the model is ready."""
     from service.errors import TalkError
     from service.talk import RemotePartner, say
@@ -169,8 +171,9 @@ async def _welcome(model: str, address: str, sample_prompt: str | None) -> None:
             click.echo(f"no sample: {error}")
         finally:
             await partner.close()
+    openai = f" and http://{http_address}/v1 (OpenAI)" if http_address else ""
     click.echo(f"""
-{model} is ready at {address} (gRPC)
+{model} is ready at {address} (gRPC){openai}
 
   talk to it     nemoserve chat --address {address}
   typed API      nemoserve.v1.GenerationService; grpcurl -plaintext {address} list

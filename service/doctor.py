@@ -138,6 +138,7 @@ def examine(values: Mapping[str, Any], elsewhere: Place | None) -> Examination:
         checks = [
             *check_machine(found.machine, ranks),
             check_port(values["host"], values["grpc_port"]),
+            *([] if values["http_port"] is None else [check_port(values["host"], values["http_port"], "HTTP port")]),
             *check_security(values),
             check_store(store.root, entry.num_bytes if entry is not None and path is None else 0),
             *([check_disk(path)] if path is not None else []),

@@ -154,3 +154,10 @@ class Host(Protocol):
 
     def token_bytes(self, token_id: int) -> bytes:
         """See `service.text.tokenizer.Tokenizer.token_bytes`."""
+
+    def token_name(self, token_id: int) -> str:
+        """See `service.text.tokenizer.Tokenizer.token_name`."""
+
+    @property
+    def text_ends(self) -> tuple[int | None, int | None]:
+        """Ids of the tokens that begin and end a text; None where the model has none or does not expect it."""

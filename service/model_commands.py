@@ -104,7 +104,7 @@ def models(as_json: bool) -> None:
 @click.argument("model", required=False)
 @click.option("--gpu", metavar="NAME", help="plan for this GPU (h100, a100-40gb, l40s, …) instead of this machine")
 @click.option("--memory", type=float, metavar="GIB", help="plan for a GPU with so much memory")
-@options("profile", "config", "host", "grpc_port", *SECURITY, "device", *PLANNED)
+@options("profile", "config", "host", "http_port", "grpc_port", *SECURITY, "device", *PLANNED)
 @as_json()
 def doctor(gpu: str | None, memory: float | None, as_json: bool, **flags: str | None) -> None:
     """Look at this machine and tell what of MODEL fits, precision by precision.

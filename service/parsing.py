@@ -46,6 +46,15 @@ def count(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
     return parse
 
 
+def port_or_off(value: str) -> int | None:
+    if value == "off":
+        return None
+    try:
+        return count(0, 65535)(value)
+    except ValueError as error:
+        raise ValueError(f"{error}, or off") from None
+
+
 def seconds(value: str) -> float:
     try:
         number = float(value)

@@ -264,6 +264,17 @@ class ServedModel:
         tokenizer = self._loaded().tokenizer
         return tokenizer.token_bytes(token_id) if token_id < tokenizer.vocab_size else b""
 
+    def token_name(self, token_id: int) -> str:
+        """See `service.host.Host.token_name`."""
+        tokenizer = self._loaded().tokenizer
+        return tokenizer.token_name(token_id) if token_id < tokenizer.vocab_size else f"<padding {token_id}>"
+
+    @property
+    def text_ends(self) -> tuple[int | None, int | None]:
+        """See `service.host.Host.text_ends`."""
+        tokenizer = self._loaded().tokenizer
+        return tokenizer.bos_id, tokenizer.eos_id
+
     def _loaded(self) -> TextModel:
         if self._text is None:
             raise self._unavailable()

@@ -1,8 +1,8 @@
-"""A server's life: open the port, load, serve, drain, stop. Returns the exit code that says how it went.
+"""A server's life: open the ports, load, serve, drain, stop. Returns the exit code that says how it went.
 
-port open, loading ──► ready ──SIGTERM──► draining ─────────────────────► told to go away ──────────────► 0
-     │ cannot be loaded: 1              not ready, new requests are     accepted requests end, or the
-     │ engine lost for good: 70         taken for the lame-duck time    drain timeout; second signal: at once
+ports open, loading ──► ready ──SIGTERM──► draining ─────────────────────► told to go away ──────────────► 0
+      │ cannot be loaded: 1             not ready, new requests are     accepted requests end, or the
+      │ engine lost for good: 70        taken for the lame-duck time    drain timeout; second signal: at once
 
 The supervisor keeps the engine in all of these phases.
 """
@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 from engine import EngineConfig, EngineError
 from engine.remote import RemoteEngine
 from service.grpc.kserve import VIEW_NAMES
-from service.grpc.server import GrpcServer
 from service.host import Phase
 from service.loading import Fetch, Find, Loader, LoadText, StartEngine
 from service.lora import LoraFolder
 from service.models.errors import StoreError
+from service.ports import Ports
 from service.security.access import EVERYBODY, Access
 from service.security.limits import MAX_REQUEST_BYTES
 from service.security.tls import Tls
@@ -50,6 +50,7 @@ class ServerConfig:
 
     Attributes:
         grpc_address: HOST:PORT, port 0 for any free one.
+        http_address: the same; None = no HTTP.
         lora_dir: folder of LoRA adapters, None = none are served.
         lora_refresh: seconds between looks into it, 0 = only at the start.
         access: who may call what.
@@ -70,6 +71,7 @@ class ServerConfig:
     model_name: str
     model_aliases: tuple[str, ...] = ()
     grpc_address: str = "127.0.0.1:8001"
+    http_address: str | None = "127.0.0.1:8000"
     lora_dir: Path | None = None
     lora_refresh: float = 0.0
     access: Access = EVERYBODY
@@ -87,7 +89,7 @@ class ServerConfig:
 
 
 ReadyCallback = Callable[[str], Awaitable[None]]
-"""Awaited once when the model is ready, with the address that the port is bound to."""
+"""Awaited once when the model is ready, with the address that the gRPC port is bound to."""
 
 
 class Server:
@@ -98,6 +100,9 @@ class Server:
         load_text: reads the text side; runs in a thread.
         fetch: brings the model's files, if they are not here yet; runs in a thread.
         find: what clients may load in the model's place.
+
+    Attributes:
+        ports: their addresses are the bound ones once the server runs.
     """
 
     def __init__(
@@ -130,6 +135,15 @@ class Server:
         )
         if config.model_control:
             self.model.control = self._supervisor
+        self.ports = Ports(
+            self.model,
+            config.grpc_address,
+            config.http_address,
+            access=config.access,
+            tls=config.tls,
+            max_request_bytes=config.max_request_bytes,
+            telemetry=self.telemetry,
+        )
 
     @property
     def abandoned(self) -> int:
@@ -145,7 +159,7 @@ class Server:
 
         Raises:
             CheckpointError, EngineConfigError, StoreError: the model cannot be loaded.
-            OSError: the port cannot be opened.
+            OSError: a port cannot be opened.
         """
         loop, signals = asyncio.get_running_loop(), (signal.SIGTERM, signal.SIGINT)
         for number in signals:
@@ -163,25 +177,17 @@ class Server:
                 await asyncio.to_thread(self._export.close)
 
     async def _run(self, on_ready: ReadyCallback | None) -> int:
-        config = self._config
-        grpc_server = GrpcServer(
-            self.model,
-            access=config.access,
-            tls=config.tls,
-            max_request_bytes=config.max_request_bytes,
-            telemetry=self.telemetry,
-        )
-        host = self._config.grpc_address.rpartition(":")[0]
-        address = f"{host}:{await grpc_server.start(self._config.grpc_address)}"
-        log.info("listening", extra={"address": address})
+        ports = self.ports
+        await ports.start()
+        log.info("listening", extra={"address": ports.grpc_address, "http_address": ports.http_address})
         keeping = asyncio.create_task(self._supervisor.run(self._ready.set), name="supervisor")
-        serving = asyncio.create_task(self._when_ready(address, on_ready), name="when-ready")
+        serving = asyncio.create_task(self._when_ready(ports.grpc_address, on_ready), name="when-ready")
         stop = asyncio.ensure_future(self._stop.wait())
         try:
             await asyncio.wait({keeping, stop}, return_when=asyncio.FIRST_COMPLETED)
             if stop.done():
-                await self._drain(keeping, grpc_server)
-            return await self._end(keeping, grpc_server)
+                await self._drain(keeping)
+            return await self._end(keeping)
         except (EngineError, StoreError, OSError) as error:
             self.model.failed(str(error))
             raise
@@ -189,7 +195,7 @@ class Server:
             for task in (keeping, serving, stop):
                 task.cancel()
             await asyncio.gather(keeping, serving, stop, return_exceptions=True)
-            await grpc_server.stop(0)
+            await ports.stop(0)
 
     async def _when_ready(self, address: str, on_ready: ReadyCallback | None) -> None:
         """What begins with the first model and goes on until the end."""
@@ -200,7 +206,7 @@ class Server:
         if self._loras is not None and self._config.lora_refresh:
             await self._loras.watch(self._config.lora_refresh)
 
-    async def _drain(self, keeping: asyncio.Task[str], grpc_server: GrpcServer) -> None:
+    async def _drain(self, keeping: asyncio.Task[str]) -> None:
         """Until every accepted request has ended, or the time for it has, or it is cut short."""
         began, timeout = time.monotonic(), self._config.drain_timeout
         served = self.model.status.phase is Phase.READY
@@ -212,7 +218,7 @@ class Server:
                 log.info("draining", extra={"in_flight": self.model.in_flight, "still_accepting": lame_duck})
                 await asyncio.wait({hurry, keeping}, timeout=lame_duck, return_when=asyncio.FIRST_COMPLETED)
             self.model.refuse()
-            grpc_server.refuse()
+            self.ports.refuse()
             while self.model.in_flight and not (hurry.done() or keeping.done()):
                 left = began + timeout - time.monotonic()
                 if left <= 0:
@@ -230,14 +236,14 @@ class Server:
         finally:
             idle.cancel()
 
-    async def _end(self, keeping: asyncio.Task[str], grpc_server: GrpcServer) -> int:
-        """The engine ends, and requests that are left with it, in our own words; then the port."""
+    async def _end(self, keeping: asyncio.Task[str]) -> int:
+        """The engine ends, and requests that are left with it, in our own words; then the ports."""
         lost = self.model.in_flight
         reason = keeping.result() if keeping.done() else None
         self.model.cut_off()
         keeping.cancel()
         await self._idle(LAST_WORDS_SECONDS)
-        await grpc_server.stop(0 if self._hurry.is_set() else LAST_WORDS_SECONDS)
+        await self.ports.stop(0 if self._hurry.is_set() else LAST_WORDS_SECONDS)
         if reason is None:
             await asyncio.gather(keeping, return_exceptions=True)
             log.info("stopped", extra={"lost": lost})

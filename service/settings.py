@@ -91,6 +91,14 @@ SETTINGS = (
         why="address to listen on; others than this machine's own need keys, client certificates or --allow-anonymous",
     ),
     Setting(
+        name="http_port",
+        parse=parsing.port_or_off,
+        default=8000,
+        metavar="PORT|off",
+        why="where OpenAI's clients and Kubernetes' habits look for it; 0 for any free one; off: gRPC alone",
+        alias="NIM_SERVER_PORT",
+    ),
+    Setting(
         name="grpc_port",
         parse=parsing.count(0, 65535),
         default=8001,

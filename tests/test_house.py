@@ -102,7 +102,6 @@ def test_nobody_imports_bench_or_tests() -> None:
         ("engine.runner", ("engine.core", "engine.scheduler", "engine.local", "engine.remote")),
         ("engine.core", ("engine.local", "engine.remote")),
         ("service.text", ("service.grpc", "service.generation", "service.server", "service.cli")),
-        ("service.text.tools", ("service.text.load", "service.text.answer", "service.text.template")),
         ("service.security", ("service.grpc", "service.http", "service.generation", "service.server", "service.cli")),
         ("service.grpc.auth", ("service.http", "service.server", "service.cli")),
         ("service.http.auth", ("service.grpc", "service.server", "service.cli")),
@@ -121,6 +120,8 @@ def test_nobody_imports_bench_or_tests() -> None:
         ("service.observer", ("service.telemetry", "service.served", "service.grpc", "service.server", "service.cli")),
         ("service.telemetry", ("service.served", "service.grpc", "service.http", "service.server", "service.cli")),
         ("service.grpc.kserve", ("service.grpc.generation", "service.server", "service.cli", "engine.core")),
+        ("service.http", ("service.grpc", "service.ports", "service.server", "service.cli", "engine.core")),
+        ("service.grpc", ("service.http", "service.ports")),
         ("service.grpc.generation", ("service.grpc.kserve", "service.server", "service.cli", "engine.core")),
     ],
 )

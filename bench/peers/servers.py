@@ -112,6 +112,7 @@ class Nemoserve:
     def serve(self) -> Iterator[tuple[int, str]]:
         port = free_port()
         command = [str(Path(sys.executable).parent / "nemoserve"), "serve", str(self.model), "--grpc-port", str(port)]
+        command += ["--http-port", "off"]
         command += ["--precision", self.precision, "--threads", str(self.capacity.threads)]
         command += ["--max-batch-size", str(self.capacity.streams), "--max-model-len", str(self.capacity.context)]
         command += [

@@ -31,11 +31,12 @@ class ServerProcess:
     process: subprocess.Popen[str]
     lines: list[str] = field(default_factory=list)
     address: str = ""
+    http_address: str = ""
 
     @classmethod
     def start(cls, *args: str | Path) -> ServerProcess:
         process = subprocess.Popen(
-            [str(NEMOSERVE), "serve", *map(str, args), "--grpc-port", "0"],
+            [str(NEMOSERVE), "serve", *map(str, args), "--grpc-port", "0", "--http-port", "0"],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -47,8 +48,8 @@ class ServerProcess:
         while not server.address:
             line = fresh.get(timeout=max(0.0, limit - time.monotonic()))
             assert line is not None, "the server ended before it was ready:\n" + "".join(server.lines)
-            if found := re.search(r"ready at (127\.0\.0\.1:\d+)", line):
-                server.address = found[1]
+            if found := re.search(r"ready at (127\.0\.0\.1:\d+) \(gRPC\) and http://(127\.0\.0\.1:\d+)/v1", line):
+                server.address, server.http_address = found[1], found[2]
         return server
 
     def _read(self, fresh: queue.SimpleQueue[str | None]) -> None:

@@ -204,7 +204,7 @@ def test_health_and_reflection(server: ServerProcess) -> None:
 
 
 def serve(*args: object) -> subprocess.CompletedProcess[str]:
-    command = [str(NEMOSERVE), "serve", *map(str, args), "--grpc-port", "0"]
+    command = [str(NEMOSERVE), "serve", *map(str, args), "--grpc-port", "0", "--http-port", "0"]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 

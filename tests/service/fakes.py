@@ -147,6 +147,14 @@ class FakeHost:
             raise ValueError(f"token id {token_id} is not in the vocabulary")
         return bytes([token_id]) if token_id < FIRST_PIECE else f" t{token_id - FIRST_PIECE}".encode()
 
+    def token_name(self, token_id: int) -> str:
+        return self.token_bytes(token_id).decode(errors="replace")
+
+    @property
+    def text_ends(self) -> tuple[int | None, int | None]:
+        self._check_ready()
+        return None, FIRST_PIECE
+
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent]:
         self._check_ready()
         self.requests.append(request)

@@ -94,7 +94,9 @@ class Life:
 
 def config(tmp_path: Path, **changes: Any) -> ServerConfig:
     engine = EngineConfig(model_path=str(tmp_path / "model.gguf"))
-    return ServerConfig(**{"engine": engine, "model_name": "toy", "grpc_address": "127.0.0.1:0"} | changes)
+    return ServerConfig(
+        **{"engine": engine, "model_name": "toy", "grpc_address": "127.0.0.1:0", "http_address": None} | changes
+    )
 
 
 @asynccontextmanager

@@ -14,7 +14,9 @@ from click.testing import CliRunner
 
 from engine import EngineConfig
 from service.cli import main
+from service.ports import Ports
 from service.server import ServerConfig
+from tests.service.fakes import FakeHost
 
 NEMOSERVE = Path(sys.executable).parent / "nemoserve"
 
@@ -99,6 +101,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[ServerConfig]:
 
         def __init__(self, config: ServerConfig, **parts: object) -> None:
             configs.append(config)
+            self.ports = Ports(FakeHost(), config.grpc_address, config.http_address)
 
         async def run(self, on_ready: Callable[[str], Awaitable[None]] | None) -> int:
             if on_ready is not None:
@@ -121,6 +124,7 @@ def test_every_setting_reaches_the_server(served: list[ServerConfig], folder: Pa
     flags = {
         "--host": "::1",
         "--grpc-port": "9000",
+        "--http-port": "9001",
         "--served-model-name": "bob",
         "--precision": "fp8-weight-only",
         "--kv-precision": "fp8",
@@ -157,7 +161,9 @@ def test_every_setting_reaches_the_server(served: list[ServerConfig], folder: Pa
         threads=1,
     )
     life = {"lame_duck": 0.5, "drain_timeout": 1.5, "engine_restarts": 5, "engine_timeout": 7.0, "model_control": True}
-    expected = ServerConfig(engine=engine, model_name="bob", grpc_address="[::1]:9000", **life)
+    expected = ServerConfig(
+        engine=engine, model_name="bob", grpc_address="[::1]:9000", http_address="[::1]:9001", **life
+    )
     assert served == [expected]
     assert result.exit_code == 70
 
@@ -177,9 +183,12 @@ def test_new_requests_are_taken_for_a_while_where_others_have_to_hear_of_the_end
 
 def test_people_are_greeted_and_log_collectors_are_not(served: list[ServerConfig], folder: Path) -> None:
     greeted = CliRunner().invoke(main, ["serve", str(folder)])
-    assert f"{folder.name} is ready at 127.0.0.1:8001 (gRPC)" in greeted.stdout
+    ready = f"{folder.name} is ready at 127.0.0.1:8001 (gRPC)"
+    assert f"{ready} and http://127.0.0.1:8000/v1 (OpenAI)\n" in greeted.stdout
     assert CliRunner().invoke(main, ["serve", str(folder), "--log-json"]).stdout == ""
-    assert len(served) == 2
+    without = CliRunner().invoke(main, ["serve", str(folder), "--http-port", "off"])
+    assert f"{ready}\n" in without.stdout
+    assert [config.http_address for config in served] == ["127.0.0.1:8000", "127.0.0.1:8000", None]
 
 
 def test_chat_answers_a_question_from_a_pipe_with_an_engine_of_its_own(smollm2_path: Path) -> None:

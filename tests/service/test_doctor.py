@@ -57,14 +57,15 @@ def test_this_machine_and_a_model_on_its_disk(tmp_path: Path) -> None:
     folder = write_hf(tmp_path / "tiny")
     program = "import sys; from service.cli import main; main(sys.argv[1:], standalone_mode=False)"
     program += "; sys.exit('torch' in sys.modules)"
-    command = [sys.executable, "-c", program, "doctor", str(folder), "--json", "--device", "cpu", "--grpc-port", "0"]
+    command = [sys.executable, "-c", program, "doctor", str(folder), "--json", "--device", "cpu"]
+    command += ["--grpc-port", "0", "--http-port", "0"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     found = json.loads(done.stdout)
     assert found["model"]["name"] == "tiny"
     assert (found["fits"], found["device"]["kind"]) == (True, "cpu")
     names = [check["name"] for check in found["checks"]]
-    assert names == ["processor", "memory", "kernels", "torch", "gRPC port", "model store", "disk"]
+    assert names == ["processor", "memory", "kernels", "torch", "gRPC port", "HTTP port", "model store", "disk"]
     assert all(check["ok"] for check in found["checks"] if check["name"] != "kernels")
     rows = {(row["precision"], row["kv_precision"]): row for row in found["precisions"]}
     assert rows["int8", "auto"]["weight_bytes"] < rows["bf16", "auto"]["weight_bytes"]

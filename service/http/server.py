@@ -1,0 +1,170 @@
+"""The HTTP port: uvicorn with its h11 parser, which bounds headers, in the event loop of the process.
+
+Each connection that is waited for has a time limit: for a request to arrive and, in `service.http.body`, for its body.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import msgspec
+import uvicorn
+from starlette.routing import BaseRoute
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from service.host import Host
+from service.http.app import create_app
+from service.http.auth import CERTIFICATE, name_in_certificate
+from service.http.errors import RouteError, body_of
+from service.security.access import EVERYBODY, Access
+from service.security.limits import MAX_REQUEST_BYTES
+from service.security.tls import Tls
+from service.telemetry.telemetry import Telemetry
+
+IDLE_SECONDS = 75  # longer than load balancers keep theirs (60 s), so that none sends into a connection that we close
+HEAD_SECONDS = 15.0  # for the head of a request to arrive, from its first byte on or from the start of the connection
+BACKLOG = 2048  # connections that the kernel holds while the loop is busy
+
+
+class HttpServer:
+    """Start and stop of one port. Belongs to one event loop.
+
+    Args:
+        routes, access, max_request_bytes, telemetry: see `create_app`.
+        tls: the port's certificates; without, it is in plain text.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        *,
+        routes: Sequence[BaseRoute] = (),
+        access: Access = EVERYBODY,
+        tls: Tls | None = None,
+        max_request_bytes: int = MAX_REQUEST_BYTES,
+        telemetry: Telemetry | None = None,
+    ) -> None:
+        app = create_app(host, routes=routes, access=access, max_request_bytes=max_request_bytes, telemetry=telemetry)
+        self._config = uvicorn.Config(
+            app,
+            http=_Connection,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level=logging.CRITICAL,  # whatever a client can cause is no line in our log
+            access_log=False,
+            proxy_headers=False,  # nobody is trusted to say who the client is
+            server_header=False,
+            timeout_keep_alive=IDLE_SECONDS,
+            ssl_context_factory=None if tls is None else lambda config, default: tls.context,
+        )
+        self._server = _Uvicorn(self._config)
+        self._serving: asyncio.Task[None] | None = None
+
+    async def start(self, address: str) -> int:
+        """Listen on HOST:PORT, port 0 for any free one. Returns the port.
+
+        Raises:
+            OSError: the address cannot be bound.
+        """
+        listener = _listen(address)
+        self._serving = asyncio.create_task(self._server.serve(sockets=[listener]), name="http-server")
+        port: int = listener.getsockname()[1]
+        return port
+
+    def refuse(self) -> None:
+        """Close the port to new connections; those that are open end with the answer that they wait for."""
+        for listener in self._server.servers:
+            listener.close()
+        for connection in list(self._server.server_state.connections):
+            connection.shutdown()
+
+    async def stop(self, grace: float) -> None:
+        """Refuse new connections at once, let running requests end for `grace` seconds, then cancel them."""
+        if self._serving is None:
+            return
+        self._config.timeout_graceful_shutdown = grace  # type: ignore[assignment]  # asyncio takes it as it is
+        self._server.should_exit = True
+        await self._serving
+        tasks = self._server.server_state.tasks
+        if tasks:  # they have been cancelled, and say so to their clients
+            await asyncio.wait(tasks)
+
+
+class _Uvicorn(uvicorn.Server):
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals belong to the server's owner."""
+        yield
+
+
+class _Connection(H11Protocol):
+    """A connection that ends when what is to come does not come."""
+
+    _head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if (encrypted := transport.get_extra_info("ssl_object")) is not None:
+            self.app_state = self.app_state | {CERTIFICATE: name_in_certificate(encrypted)}
+        self._head_timer = self.loop.call_later(HEAD_SECONDS, self._head_is_late)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._waits():  # the beginning of another request
+            if self._head_timer is None:
+                self._head_timer = self.loop.call_later(HEAD_SECONDS, self._head_is_late)
+        elif self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+        super().connection_lost(exc)
+
+    def _waits(self) -> bool:
+        """No request is being served."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def _head_is_late(self) -> None:
+        self._head_timer = None
+        if self._waits():
+            self.transport.close()
+
+    def send_400_response(self, msg: str) -> None:
+        """What is no HTTP is answered like every other mistake."""
+        body = msgspec.json.encode(body_of(RouteError(400, "bad_request", "this is not a valid HTTP request")))
+        head = b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\n"
+        self.transport.write(b"%bcontent-length: %d\r\n\r\n%b" % (head, len(body), body))
+        self.transport.close()
+
+
+def _listen(address: str) -> socket.socket:
+    """A bound socket; the kernel queues connections from now on.
+
+    Raises:
+        OSError: one line that says what is wrong.
+    """
+    name, _, port = address.rpartition(":")
+    name = name.removeprefix("[").removesuffix("]")
+    try:
+        family, kind, protocol, _, where = socket.getaddrinfo(
+            name, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # not REUSEPORT: one server per port
+            listener.bind(where)
+            listener.listen(BACKLOG)
+            listener.setblocking(False)
+        except OSError:
+            listener.close()
+            raise
+    except OSError:
+        raise OSError(f"cannot listen on {address}: the address is in use or not of this machine") from None
+    return listener
