@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from service.generation import Delta, GenerationRequest
+from service.generation import Delta, GenerationRequest, ToolCallDelta
 from service.telemetry.record import Record
-from service.text.chat import Conversation, Message
+from service.text.chat import Conversation, Message, ToolCall
 
 ERRORS = ("unknown", "deadline_exceeded", "unimplemented", "internal", "unavailable", "data_loss")
 """Codes that make a SERVER span an error, by the conventions for gRPC."""
@@ -115,10 +116,10 @@ class Content:
 
     def __init__(self, request: GenerationRequest) -> None:
         self._prompt = request.prompt
-        self._texts: dict[int, list[str]] = {}
+        self._answers: dict[int, Answer] = {}
 
     def add(self, delta: Delta) -> None:
-        self._texts.setdefault(delta.index, []).append(delta.text)
+        self._answers.setdefault(delta.index, Answer()).add(delta)
 
     def attributes(self, reasons: Sequence[str]) -> Attributes:
         """`reasons` name how completions ended, as far as they did."""
@@ -127,10 +128,29 @@ class Content:
             found["gen_ai.input.messages"] = _json([_message(each) for each in self._prompt.messages])
         elif isinstance(self._prompt, str):
             found["gen_ai.input.messages"] = _json([_text_message("user", self._prompt)])
-        answers = [_text_message("assistant", "".join(self._texts[index])) for index in sorted(self._texts)]
+        answers = [answer.message for _, answer in sorted(self._answers.items())]
         if len(answers) == len(reasons) == 1:
             answers[0]["finish_reason"] = reasons[0]
         return found | {"gen_ai.output.messages": _json(answers)}
+
+
+class Answer:
+    """One completion, put together from its pieces."""
+
+    def __init__(self) -> None:
+        self._text: list[str] = []
+        self._calls: dict[int, ToolCallDelta] = {}  # as far as they have come
+
+    def add(self, delta: Delta) -> None:
+        self._text.append(delta.text)
+        for new in delta.tool_calls:
+            old = self._calls.get(new.call)
+            self._calls[new.call] = new if old is None else replace(old, arguments=old.arguments + new.arguments)
+
+    @property
+    def message(self) -> dict[str, Any]:
+        calls = [ToolCall(id=call.id, name=call.name, arguments=call.arguments) for call in self._calls.values()]
+        return _message(Message(role="assistant", content="".join(self._text), tool_calls=tuple(calls)))
 
 
 def _asked(record: Record) -> Attributes:

@@ -17,9 +17,13 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
+from tritonclient.grpc import service_pb2_grpc
 
+from service.generation import Delta, GenerationRequest, ToolCallDelta
 from service.telemetry.export import Export
+from service.telemetry.spans import Content
 from tests.service.fakes import Gate
+from tests.service.grpc.kserve.calls import stream, vllm
 from tests.service.grpc.ports import drained, refusal
 from tests.service.telemetry.observed import Bell, Observed, ask, observed
 
@@ -168,6 +172,27 @@ async def test_on_demand_they_are_as_the_conventions_want_them(traced: Traced) -
     answer = [{"role": "assistant", "parts": [{"type": "text", "content": "abc"}], "finish_reason": "length"}]
     assert json.loads(attributes["gen_ai.input.messages"]) == question
     assert json.loads(attributes["gen_ai.output.messages"]) == answer
+
+
+def test_a_call_of_a_tool_is_put_together_from_its_pieces() -> None:
+    content = Content(GenerationRequest(request_id="a", prompt=[1, 2]))
+    content.add(Delta(index=0, text="", tool_calls=[ToolCallDelta(call=0, id="c1", name="add", arguments='{"a"')]))
+    content.add(Delta(index=0, text="", tool_calls=[ToolCallDelta(call=0, arguments=": 1}")]))
+    attributes = content.attributes(["stop"])
+    assert set(attributes) == {"gen_ai.output.messages"}  # ids of tokens are no text
+    [message] = json.loads(attributes["gen_ai.output.messages"])
+    assert message["parts"][-1] == {"type": "tool_call", "id": "c1", "name": "add", "arguments": '{"a": 1}'}
+
+
+async def test_requests_of_one_stream_are_spans_within_one_call(traced: Traced) -> None:
+    stub: Any = service_pb2_grpc.GRPCInferenceServiceStub(traced.running.port.channel)
+    await stream(stub, vllm("hi"), vllm("ho"))
+    exporter = traced.exporter
+    await exporter.bell.until(lambda: len(exporter.get_finished_spans()) == 9)
+    spans = exporter.get_finished_spans()
+    [call] = [span for span in spans if span.kind is SpanKind.SERVER]
+    assert call.name == "inference.GRPCInferenceService/ModelStreamInfer"
+    assert [span.parent for span in spans if span.name == "text_completion toy"] == [call.context] * 2
 
 
 class Collector(trace_service_pb2_grpc.TraceServiceServicer):
