@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 import pytest
 from nemoserve.v1 import generation_pb2 as pb
-from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -25,6 +25,7 @@ from service.telemetry.spans import Content
 from tests.service.fakes import Gate
 from tests.service.grpc.kserve.calls import stream, vllm
 from tests.service.grpc.ports import drained, refusal
+from tests.service.telemetry.collector import Collector
 from tests.service.telemetry.observed import Bell, Observed, ask, observed
 
 GENERATE = "nemoserve.v1.GenerationService/Generate"
@@ -195,18 +196,6 @@ async def test_requests_of_one_stream_are_spans_within_one_call(traced: Traced) 
     assert [span.parent for span in spans if span.name == "text_completion toy"] == [call.context] * 2
 
 
-class Collector(trace_service_pb2_grpc.TraceServiceServicer):
-    """A real OTLP endpoint that keeps what it gets."""
-
-    def __init__(self) -> None:
-        self.names: list[str] = []
-
-    def Export(self, request: Any, context: Any) -> Any:
-        scopes = [scope for resource in request.resource_spans for scope in resource.scope_spans]
-        self.names += [span.name for scope in scopes for span in scope.spans]
-        return trace_service_pb2.ExportTraceServiceResponse()
-
-
 async def test_a_collector_gets_what_is_left_when_the_server_ends() -> None:
     collector, server = Collector(), grpc.server(futures.ThreadPoolExecutor(1))
     trace_service_pb2_grpc.add_TraceServiceServicer_to_server(collector, server)
@@ -217,4 +206,6 @@ async def test_a_collector_gets_what_is_left_when_the_server_ends() -> None:
         await drained(running.port.typed.Generate(ask(), timeout=10))
     await asyncio.to_thread(export.close)
     server.stop(0)
-    assert sorted(collector.names) == sorted([GENERATE, "text_completion toy", "queue", "prefill", "decode"])
+    assert sorted(span.name for span in collector.spans) == sorted(
+        [GENERATE, "text_completion toy", "queue", "prefill", "decode"]
+    )
