@@ -70,14 +70,13 @@ ROUTES: Mapping[str, Level] = {
     **{
         f"GET {path}": Level.TENANT
         for path in (
-            *("/v1/models", "/v1/models/{model:path}", "/tokenizer_info", "/openapi.json", "/docs"),
-            *("/v1/metadata", "/v1/manifest", "/v1/version", "/v1/license"),
+            *("/v1/models", "/v1/models/{model:path}", "/v2/models/{model:path}/ready", "/tokenizer_info"),
+            *("/v1/metadata", "/v1/manifest", "/v1/version", "/v1/license", "/openapi.json", "/docs"),
         )
     },
     **{each: Level.TENANT for each in METRICS},  # they tell of all tenants together; see Access.open_routes
     **{
-        f"POST {path}": Level.TENANT
-        for path in ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/tokenize", "/detokenize")
+        f"POST {path}": Level.TENANT for path in ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize")
     },
 }
 """By method and path of the route, as the route itself has it: parameters in braces. HEAD counts as GET."""
