@@ -48,6 +48,11 @@ class TextFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         time = datetime.fromtimestamp(record.created).strftime("%H:%M:%S")
-        pairs = "".join(f" {key}={value}" for key, value in fields(record).items())
+        pairs = "".join(f" {key}={_on_a_line(str(value))}" for key, value in fields(record).items())
         line = f"{time} {record.levelname.lower():7} {record.getMessage()}{pairs}"
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+
+
+def _on_a_line(text: str) -> str:
+    """Names that clients send may have line breaks, or what a terminal takes for commands."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -27,6 +27,8 @@ CODES = {
     FinishReason.ERROR: "internal",
 }
 
+MAX_NAME = 128  # characters of a model's name that are told of: clients may send any, and adapters have no longer ones
+
 
 class Requests:
     """See `service.observer.Observer`. Belongs to one event loop.
@@ -44,7 +46,7 @@ class Requests:
         call = CALL.get()
         if call is not None:
             call.requests += 1
-        record = Record(request, request.adapter or self._host.model_name, call)
+        record = Record(request, (request.adapter or self._host.model_name)[:MAX_NAME], call)
         span = None if self._tracing is None else self._tracing.begin(record)
         return WatchedRequest(record, self._metrics, span)
 

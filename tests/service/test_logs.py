@@ -57,6 +57,11 @@ def test_text_puts_fields_after_the_event() -> None:
     assert TextFormatter().format(record("failed", failed=True)).endswith("RuntimeError: boom")
 
 
+def test_text_stays_on_its_line_whatever_a_client_calls_itself() -> None:
+    text = TextFormatter().format(record("request", model="a\n12:00:00 info ready\r\x1b[2J\u2028\ud800é漢"))
+    assert text.endswith(r" model=a\n12:00:00 info ready\r\x1b[2J\u2028\ud800é漢")
+
+
 def test_progress_without_a_terminal_is_the_first_and_the_last_line_of_a_quick_pull() -> None:
     out = io.StringIO()
     report = lines("toy", out, every=3600)
