@@ -21,6 +21,7 @@ from service.model_commands import COMMANDS
 from service.models.catalog import DEFAULT_MODEL
 from service.parsing import AUTO
 from service.resolve import Resolved, resolve, unknown_variables
+from service.security.exposure import encrypts
 from service.settings import SETTINGS, engine_config, join_address
 from service.version import VERSION
 
@@ -65,8 +66,6 @@ def serve(sample_prompt: str | None, dry_run: bool, as_json: bool, **flags: str 
     MODEL is a name of `nemoserve models`, hf://org/name[@revision], a folder of safetensors as Hugging Face or Mistral
     publish them, or a .gguf file. Every option is also a variable: NEMOSERVE_GRPC_PORT=8001.
     """
-    if sample_prompt and any(flags[name] for name in ("api_keys_file", "tls_cert")):
-        raise click.UsageError("--sample-prompt is for servers without keys and encryption")
     if as_json and not dry_run:
         raise click.UsageError("--json goes with --dry-run; --log-json makes the log JSON")
     with errors():
@@ -77,7 +76,10 @@ def serve(sample_prompt: str | None, dry_run: bool, as_json: bool, **flags: str 
                 click.echo(f"nemoserve: unknown variable {name}{hint}", err=True)
             _dry_run(settings, as_json)
             return
-        _serve({name: each.value for name, each in settings.items()}, sample_prompt)
+        values = {name: each.value for name, each in settings.items()}
+        if sample_prompt and (values["api_keys_file"] or encrypts(values)):
+            raise click.UsageError("--sample-prompt is for servers without keys and encryption")
+        _serve(values, sample_prompt)
 
 
 def _with_profile(settings: dict[str, Resolved], flags: dict[str, str | None]) -> dict[str, Resolved]:
@@ -140,7 +142,8 @@ def _serve(values: dict[str, Any], sample_prompt: str | None) -> None:
     async def run() -> int:
         async def on_ready(address: str) -> None:
             assert server is not None
-            await _welcome(config.model_name, address, server.ports.http_address, sample_prompt)
+            keys, tls = config.access.keys is not None, config.tls is not None
+            await _welcome(config.model_name, address, server.ports.http_address, sample_prompt, keys=keys, tls=tls)
 
         nonlocal server
         people_read = sample_prompt or not values["log_json"]
@@ -156,7 +159,9 @@ def _serve(values: dict[str, Any], sample_prompt: str | None) -> None:
     sys.exit(code)
 
 
-async def _welcome(model: str, address: str, http_address: str | None, sample_prompt: str | None) -> None:
+async def _welcome(
+    model: str, address: str, http_address: str | None, sample_prompt: str | None, *, keys: bool, tls: bool
+) -> None:
     """What a person at the terminal wants to know once the model is ready."""
     from service.errors import TalkError
     from service.talk import RemotePartner, say
@@ -171,20 +176,24 @@ async def _welcome(model: str, address: str, http_address: str | None, sample_pr
             click.echo(f"no sample: {error}")
         finally:
             await partner.close()
-    openai = f" and http://{http_address}/v1 (OpenAI)" if http_address else ""
+    openai = f" and http{'s' if tls else ''}://{http_address}/v1 (OpenAI)" if http_address else ""
+    chat = (" --tls-ca CA.pem" if tls else "") + (" --api-key KEY" if keys else "")
+    grpcurl = ("-cacert CA.pem" if tls else "-plaintext") + (" -H 'x-api-key: KEY'" if keys else "")
+    client = ', ssl=True, root_certificates="CA.pem"' if tls else ""
+    headers = ', headers={"x-api-key": "KEY"}' if keys else ""
     click.echo(f"""
 {model} is ready at {address} (gRPC){openai}
 
-  talk to it     nemoserve chat --address {address}
-  typed API      nemoserve.v1.GenerationService; grpcurl -plaintext {address} list
+  talk to it     nemoserve chat --address {address}{chat}
+  typed API      nemoserve.v1.GenerationService; grpcurl {grpcurl} {address} list
   Triton client  as below; for TensorRT-LLM's tensor names ask for "ensemble"
   stop           Ctrl-C
 
 import numpy, tritonclient.grpc as triton
 text = triton.InferInput("text_input", [1], "BYTES")
 text.set_data_from_numpy(numpy.array([b"The capital of France is"], dtype=object))
-client = triton.InferenceServerClient("{address}")
-print(client.infer("{model}", [text]).as_numpy("text_output")[0].decode())
+client = triton.InferenceServerClient("{address}"{client})
+print(client.infer("{model}", [text]{headers}).as_numpy("text_output")[0].decode())
 """)
 
 

@@ -48,7 +48,7 @@ class ServerProcess:
         while not server.address:
             line = fresh.get(timeout=max(0.0, limit - time.monotonic()))
             assert line is not None, "the server ended before it was ready:\n" + "".join(server.lines)
-            if found := re.search(r"ready at (127\.0\.0\.1:\d+) \(gRPC\) and http://(127\.0\.0\.1:\d+)/v1", line):
+            if found := re.search(r"ready at (127\.0\.0\.1:\d+) \(gRPC\) and https?://(127\.0\.0\.1:\d+)/v1", line):
                 server.address, server.http_address = found[1], found[2]
         return server
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import ssl
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
+import openai
 import pytest
 import tritonclient.grpc as triton
 from nemoserve.v1 import generation_pb2 as pb
@@ -42,7 +44,11 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def guarded(smollm2_path: Path, authority: Authority, keys: dict[str, str]) -> Iterator[ServerProcess]:
     signed = authority.server()
     tls = ("--tls-cert", signed.certificate, "--tls-key", signed.key)
-    running = ServerProcess.start(smollm2_path, "--api-keys-file", keys["file"], *tls, "--log-level", "debug")
+    running = ServerProcess.start(
+        smollm2_path,
+        *("--served-model-name", "smollm2-135m-instruct", "--api-keys-file", keys["file"]),
+        *(*tls, "--log-level", "debug"),
+    )
     yield running
     assert running.stop() == 0, "".join(running.lines)
 
@@ -79,6 +85,29 @@ def test_tritonclient_needs_its_key_and_the_authority(
         client.is_server_live(client_timeout=10)
 
 
+def test_the_openai_client_needs_its_key_and_the_authority(
+    guarded: ServerProcess, authority: Authority, keys: dict[str, str]
+) -> None:
+    context = ssl.create_default_context(cafile=authority.path)
+    base = f"https://{guarded.http_address}/v1"
+    with (
+        openai.DefaultHttpxClient(verify=context) as transport,
+        openai.OpenAI(base_url=base, api_key=keys["ann"], max_retries=0, timeout=60, http_client=transport) as client,
+    ):
+        answer = client.completions.create(model="smollm2-135m-instruct", prompt=CANARY, max_tokens=2)
+        assert answer.usage is not None
+        assert answer.usage.completion_tokens == 2
+        with pytest.raises(openai.AuthenticationError):
+            client.with_options(api_key="nms-wrong").models.list()
+        with pytest.raises(openai.BadRequestError):
+            client.completions.create(model="smollm2-135m-instruct", prompt=CANARY, temperature=-1)
+    with (
+        openai.OpenAI(base_url=base, api_key=keys["ann"], max_retries=0, timeout=60) as client,
+        pytest.raises(openai.APIConnectionError),
+    ):
+        client.models.list()
+
+
 def test_a_tenant_finds_its_own_prompts_in_the_cache_and_nobody_elses(
     typed: rpc.GenerationServiceStub, keys: dict[str, str]
 ) -> None:
@@ -104,8 +133,8 @@ def test_neither_prompts_nor_keys_are_in_the_log(
     metadata = (("authorization", f"Bearer {keys['bob']}"),)
     for request in (
         pb.GenerateRequest(prompt=CANARY, sampling=pb.SamplingParameters(temperature=-1)),
-        pb.GenerateRequest(prompt=CANARY, model=CANARY),
-        pb.GenerateRequest(prompt=CANARY, adapter=CANARY),
+        pb.GenerateRequest(prompt=CANARY, model="nobody"),
+        pb.GenerateRequest(prompt=CANARY, adapter="nobody"),
     ):
         with pytest.raises(grpc.RpcError):
             list(typed.Generate(request, metadata=metadata, timeout=60))
