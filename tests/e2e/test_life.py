@@ -161,7 +161,7 @@ def test_tritons_client_unloads_and_loads_the_model(enduring: ServerProcess) -> 
 def stopped_after(line: str, *args: str, **environment: str) -> tuple[int, float]:
     """Exit code of a server that gets SIGTERM when it has logged the line, and how long it took for that."""
     process = subprocess.Popen(
-        [str(NEMOSERVE), "serve", *args, "--grpc-port", "0"],
+        [str(NEMOSERVE), "serve", *args, "--grpc-port", "0", "--http-port", "0"],
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | environment,
