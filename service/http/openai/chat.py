@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -20,6 +21,9 @@ from service.http.openai.logprobs import ChatLogprobs, Spelling
 from service.http.openai.parameters import GenerationBody, count_of, deadline_of, read_parameters, sampling_of, stops_of
 from service.http.openai.run import Events, Usage, fingerprint, finish_reason, request_id_of, run
 from service.http.reply import DONE, EventStream, JsonLater, event
+
+# What belongs to a tool or a call stands one level deeper in a body than in a conversation.
+_IN_FUNCTION = re.compile(r"((?:tools|tool_calls)\[\d+\])\.(name|description|parameters|arguments)$")
 
 
 class ChatBody(GenerationBody, kw_only=True):
@@ -284,12 +288,11 @@ def _whole_calls(pieces: list[ToolCallDelta]) -> list[CallDelta]:
 
 
 async def _named(events: Events) -> Events:
-    """The engine says `prompt` of what the client knows as `messages`."""
+    """Errors name fields as the client wrote them: a prompt is `messages`, tools and calls are within `function`."""
     try:
         async with aclosing(events):
             async for each in events:
                 yield each
     except ServiceError as error:
-        if error.field == "prompt":
-            error.field = "messages"
-        raise
+        written = "messages" if error.field == "prompt" else _IN_FUNCTION.sub(r"\1.function.\2", error.field or "")
+        raise error.about(written) from error
