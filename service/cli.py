@@ -6,6 +6,7 @@ Imports are made where they are needed: `--help` must not wait for gRPC.
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import sys
 from collections.abc import Callable
@@ -99,6 +100,8 @@ def _serve(values: dict[str, Any], sample_prompt: str | None) -> None:
     from service.doctor import refuse_before_fetching
     from service.loading import find_in
     from service.logs import configure
+    from service.management import Package
+    from service.models.download import shown
     from service.models.store import ModelStore
     from service.security.access import access_of
     from service.security.exposure import is_loopback
@@ -135,6 +138,7 @@ def _serve(values: dict[str, Any], sample_prompt: str | None) -> None:
         metrics_aliases=values["metrics_aliases"],
         otlp_endpoint=values["otlp_endpoint"],
         trace_content=values["trace_content"],
+        repository_override=shown(os.environ.get("HF_ENDPOINT", "")),
     )
 
     server: Server | None = None
@@ -148,7 +152,8 @@ def _serve(values: dict[str, Any], sample_prompt: str | None) -> None:
         nonlocal server
         people_read = sample_prompt or not values["log_json"]
         fetch = None if store.find(model) else lambda progress: store.pull(model, progress)
-        server = Server(config, fetch=fetch, find=find_in(store, config.engine))
+        describe = functools.partial(Package.of, store)
+        server = Server(config, fetch=fetch, find=find_in(store, config.engine), describe=describe)
         return await server.run(on_ready if people_read else None)
 
     code = asyncio.run(run())

@@ -22,8 +22,10 @@ from engine import EngineConfig, EngineError
 from engine.remote import RemoteEngine
 from service.grpc.kserve import VIEW_NAMES
 from service.host import Phase
+from service.http.management import management_routes
 from service.loading import Fetch, Find, Loader, LoadText, StartEngine
 from service.lora import LoraFolder
+from service.management import Package
 from service.models.errors import StoreError
 from service.ports import Ports
 from service.security.access import EVERYBODY, Access
@@ -65,6 +67,7 @@ class ServerConfig:
         metrics_aliases: metrics also under the names of others.
         otlp_endpoint: URL of the collector that gets traces, None = nothing is traced.
         trace_content: prompts and answers are part of traces.
+        repository_override: see `service.management.metadata`.
     """
 
     engine: EngineConfig
@@ -86,6 +89,7 @@ class ServerConfig:
     metrics_aliases: bool = True
     otlp_endpoint: str | None = None
     trace_content: bool = False
+    repository_override: str = ""
 
 
 ReadyCallback = Callable[[str], Awaitable[None]]
@@ -100,6 +104,7 @@ class Server:
         load_text: reads the text side; runs in a thread.
         fetch: brings the model's files, if they are not here yet; runs in a thread.
         find: what clients may load in the model's place.
+        describe: what a model is, by how the engine was told to run it; without it there are no management routes.
 
     Attributes:
         ports: their addresses are the bound ones once the server runs.
@@ -112,6 +117,7 @@ class Server:
         load_text: LoadText = load_text,
         fetch: Fetch | None = None,
         find: Find | None = None,
+        describe: Callable[[EngineConfig], Package] | None = None,
     ) -> None:
         self._config = config
         self._stop = asyncio.Event()
@@ -135,15 +141,28 @@ class Server:
         )
         if config.model_control:
             self.model.control = self._supervisor
+        self._describe = describe
         self.ports = Ports(
             self.model,
             config.grpc_address,
             config.http_address,
+            routes=[] if describe is None else management_routes(self.model, self._package, config.repository_override),
             access=config.access,
             tls=config.tls,
             max_request_bytes=config.max_request_bytes,
             telemetry=self.telemetry,
         )
+
+    def _facts(self) -> dict[str, Any]:
+        """What was chosen, and what it gives."""
+        info = self.model.info
+        facts = {"kv_tokens": info.kv_pages * info.page_size, "max_model_len": info.max_model_len}
+        return facts if self._describe is None else {"profile": self._package().profile(info), **facts}
+
+    def _package(self) -> Package:
+        """Of the model that is served now."""
+        assert self._describe is not None
+        return self._describe(self._supervisor.config)
 
     @property
     def abandoned(self) -> int:
@@ -200,7 +219,8 @@ class Server:
     async def _when_ready(self, address: str, on_ready: ReadyCallback | None) -> None:
         """What begins with the first model and goes on until the end."""
         await self._ready.wait()
-        log.info("ready", extra={"address": address, "model": self.model.model_name})
+        facts = await asyncio.to_thread(self._facts)
+        log.info("ready", extra={"address": address, "model": self.model.model_name, **facts})
         if on_ready is not None:
             await _greet(on_ready, address)
         if self._loras is not None and self._config.lora_refresh:

@@ -98,6 +98,11 @@ class Supervisor:
         self._times: list[float] = []  # of restarts
         self._wishes: asyncio.Queue[Wish] = asyncio.Queue()
 
+    @property
+    def config(self) -> EngineConfig:
+        """How the model that is served now is run."""
+        return self._config
+
     async def run(self, on_ready: Callable[[], None] = lambda: None) -> str:
         """Returns why the engine is lost for good; ends before only by being cancelled, and closes the engine then.
 

@@ -45,6 +45,12 @@ OPERATIONS: tuple[Operation, ...] = (
     ("post", "/tokenize", "Token ids of a text or conversation", TokenizeBody, TokenizeAnswer, None),
     ("post", "/detokenize", "Text of token ids", DetokenizeBody, DetokenizeAnswer, None),
     ("get", "/tokenizer_info", "What clients that tokenise themselves must know", None, TokenizerInfo, None),
+    ("get", "/v1/health/live", "Whether the engine's heart beats, or loading makes progress", None, None, None),
+    ("get", "/v1/health/ready", "Whether a token can be made; 503 says how far it is", None, None, None),
+    ("get", "/v1/metadata", "Model, profile, licence and version", None, None, None),
+    ("get", "/v1/manifest", "Every profile of the model; YAML unless JSON is accepted", None, None, None),
+    ("get", "/v1/version", "Of the release and of this API", None, None, None),
+    ("get", "/v1/license", "Texts of the licences", None, None, None),
     ("get", "/v2/health/live", "Whether a restart would not help", None, None, None),
     ("get", "/v2/health/ready", "Whether a token could be made now", None, None, None),
     ("get", "/v2/models/{model}/ready", "The same of one model", None, None, None),
@@ -53,7 +59,7 @@ OPERATIONS: tuple[Operation, ...] = (
 
 @functools.cache
 def document() -> dict[str, Any]:
-    """The OpenAPI 3.1 document of the routes that generate; management routes describe themselves by their answers."""
+    """The OpenAPI 3.1 document; what has no kind of its own describes itself by its answers."""
     kinds = {kind for operation in OPERATIONS for kind in operation[3:] if kind is not None}
     _, schemas = msgspec.json.schema_components(
         sorted({*kinds, ErrorBody}, key=lambda kind: kind.__name__), ref_template=REFERENCE

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 
+from service.http.management import management_routes
 from tests.service.fakes import FakeHost
 from tests.service.http.ports import serving
+from tests.service.test_management import PACKAGE
 
 
 async def test_the_document_names_what_bodies_have_and_every_reference_is_there() -> None:
-    async with serving(FakeHost()) as port:
+    host = FakeHost()
+    async with serving(host, routes=management_routes(host, lambda: PACKAGE)) as port:
         response = await port.http.get("/openapi.json")
         found = response.json()
         for path, methods in found["paths"].items():  # every route that it names is served
