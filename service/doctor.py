@@ -138,7 +138,7 @@ def examine(values: Mapping[str, Any], elsewhere: Place | None) -> Examination:
         checks = [
             *check_machine(found.machine, ranks),
             check_port(values["host"], values["grpc_port"]),
-            *([] if values["http_port"] is None else [check_port(values["host"], values["http_port"], "HTTP port")]),
+            *_http_port(values),
             *check_security(values),
             check_store(store.root, entry.num_bytes if entry is not None and path is None else 0),
             *([check_disk(path)] if path is not None else []),
@@ -162,6 +162,15 @@ def list_profiles(models: Sequence[str], elsewhere: Sequence[Place | None], valu
         for each in elsewhere:
             listed += profiles(subject, _place(each, here, values), options)
     return listed
+
+
+def _http_port(values: Mapping[str, Any]) -> list[Check]:
+    port = values["http_port"]
+    if port is None:
+        return []
+    if port == values["grpc_port"] != 0:
+        return [Check("HTTP port", False, f"{port} is the gRPC port too; one of them must move", fatal=True)]
+    return [check_port(values["host"], port, "HTTP port")]
 
 
 def check_security(values: Mapping[str, Any]) -> list[Check]:

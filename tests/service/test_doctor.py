@@ -58,7 +58,7 @@ def test_this_machine_and_a_model_on_its_disk(tmp_path: Path) -> None:
     program = "import sys; from service.cli import main; main(sys.argv[1:], standalone_mode=False)"
     program += "; sys.exit('torch' in sys.modules)"
     command = [sys.executable, "-c", program, "doctor", str(folder), "--json", "--device", "cpu"]
-    command += ["--grpc-port", "0", "--http-port", "0"]
+    command += ["--grpc-port", "0", "--http-port", "0", "--http-port", "0"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     found = json.loads(done.stdout)
@@ -288,7 +288,7 @@ def test_profiles_here_are_grouped_and_the_chosen_one_says_why(monkeypatch: pyte
         "int4": "tight",
     }
     longest = str(found["int4"]["longest_sequence"])
-    few = ("--precision", "int4", "--grpc-port", "0", "--max-model-len")
+    few = ("--precision", "int4", "--grpc-port", "0", "--http-port", "0", "--max-model-len")
     assert run("doctor", "mistral-nemo-12b", *few, longest, **here).exit_code == 0
     assert run("doctor", "mistral-nemo-12b", *few, str(int(longest) + 1024), **here).exit_code == 1
     asked = answer("profiles", "mistral-nemo-12b", "--max-model-len", str(int(longest) + 1024), **here)
@@ -301,10 +301,14 @@ def test_what_keeps_a_server_from_starting_ends_with_1(monkeypatch: pytest.Monke
     monkeypatch.setattr("service.doctor.look", lambda *_: Found(machine=MACHINE, weights=None))
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
-        taken = run("doctor", "--grpc-port", port, NEMOSERVE_CACHE=str(tmp_path))
+        taken = run("doctor", "--grpc-port", port, "--http-port", "0", NEMOSERVE_CACHE=str(tmp_path))
     assert (taken.exit_code, taken.stderr.count("\n")) == (1, 1)
     assert f"gRPC port: 127.0.0.1:{port} cannot be opened" in taken.stderr
-    assert run("doctor", "--grpc-port", "0", NEMOSERVE_CACHE=str(tmp_path)).exit_code == 0
+    both = run("doctor", "--grpc-port", port, "--http-port", port, NEMOSERVE_CACHE=str(tmp_path))
+    assert "HTTP port" in both.stdout
+    assert f"{port} is the gRPC port too" in both.stdout
+    assert "HTTP port" not in run("doctor", "--grpc-port", port, "--http-port", "off").stdout
+    assert run("doctor", "--grpc-port", "0", "--http-port", "0", NEMOSERVE_CACHE=str(tmp_path)).exit_code == 0
 
 
 def test_versions_are_told_where_they_are() -> None:
@@ -340,7 +344,7 @@ def test_keys_and_certificates_are_looked_at(monkeypatch: pytest.MonkeyPatch, tm
     def doctor(days: int) -> Result:
         signed = authority.server(f"of-{days}", days=days)
         pair = ("--tls-cert", str(signed.certificate), "--tls-key", str(signed.key))
-        return run("doctor", "--grpc-port", "0", *pair, NEMOSERVE_CACHE=str(tmp_path))
+        return run("doctor", "--grpc-port", "0", "--http-port", "0", *pair, NEMOSERVE_CACHE=str(tmp_path))
 
     assert "ok  TLS" in doctor(90).stdout
     soon, ended = doctor(3), doctor(-1)
