@@ -27,6 +27,7 @@ from engine.request import (
     Timings,
     TokenEvent,
     TokenLogprob,
+    Vocabulary,
 )
 
 __all__ = [
@@ -53,4 +54,5 @@ __all__ = [
     "TokenEvent",
     "TokenLogprob",
     "UnsupportedModelError",
+    "Vocabulary",
 ]

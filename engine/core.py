@@ -21,17 +21,19 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from engine.adapters import Adapters
 from engine.config import EngineConfig
 from engine.costs import StepCosts
-from engine.errors import AdapterLimitError, EngineConfigError
+from engine.errors import AdapterLimitError, EngineConfigError, InvalidRequestError
+from engine.grammar.compiler import Grammars
+from engine.grammar.matcher import FIELD, Matcher
 from engine.kv.pages import PagePool
-from engine.request import AdapterInfo, EngineInfo, EngineStats, Request, TokenEvent, validate_request
+from engine.request import AdapterInfo, EngineInfo, EngineStats, Request, TokenEvent, Vocabulary, validate_request
 from engine.scheduler import Scheduler
 from engine.speculate import speculation_of
-from engine.step import StepPlan, StepResult
+from engine.step import LAST_SAMPLED, Masks, StepPlan, StepResult
 
 RATE_SECONDS = 5.0  # of work, over which tokens per second are averaged
 
@@ -76,20 +78,32 @@ class StepRunner(Protocol):
     @property
     def eos_token_ids(self) -> tuple[int, ...]: ...
 
-    def launch(self, plan: StepPlan) -> Pending:
+    def launch(self, plan: StepPlan, masks: Masks | None = None) -> Pending:
         """Begin a step. Its effects follow those of all that were launched before; whether it returns before it is done
-        is the device's affair."""
+        is the device's affair.
+
+        Args:
+            masks: of the rows that have grammars; None = no row that samples has one.
+        """
 
     def close(self) -> None:
         """End what it has started beside itself."""
 
 
-class _Flight(NamedTuple):
+class _Flight:
     """A step between its launch and its commit."""
 
-    plan: StepPlan
-    pending: Pending
-    began: float
+    def __init__(self, plan: StepPlan, pending: Pending, began: float) -> None:
+        self.plan = plan
+        self.began = began
+        self._pending = pending
+        self._result: StepResult | None = None
+
+    def result(self) -> StepResult:
+        """What it computed; waits for the device the first time."""
+        if self._result is None:
+            self._result = self._pending.result()
+        return self._result
 
 
 class EngineCore:
@@ -115,6 +129,7 @@ class EngineCore:
             speculation=speculation_of(config, info.device),
         )
         self._lookahead = config.lookahead_on(info.device)
+        self._grammars: Grammars | None = None
         self._flights: deque[_Flight] = deque()
         self._committed = -math.inf  # when the last step was
         self._seeds = random.Random(config.seed if config.seed is not None else secrets.randbits(64))
@@ -130,6 +145,16 @@ class EngineCore:
     def has_work(self) -> bool:
         return self._scheduler.has_work or bool(self._flights)
 
+    @property
+    def is_compiling(self) -> bool:
+        """A request waits for its grammar: `admit_compiled` is to be called now and then."""
+        return self._grammars is not None and self._grammars.is_compiling
+
+    def set_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """What the tokens mean that grammars are about. A model has one vocabulary: the first that is told counts."""
+        if self._grammars is None:
+            self._grammars = Grammars(vocabulary, self.info.vocab_size, self._runner.eos_token_ids)
+
     def add(self, request: Request) -> None:
         """Queue a request.
 
@@ -139,12 +164,32 @@ class EngineCore:
         """
         validate_request(request, self.info)
         adapter = None if request.adapter is None else self._adapters.find(request.adapter)
+        constrained = request.sampling.grammar is not None
+        if constrained and self._grammars is None:
+            raise InvalidRequestError(FIELD, "cannot be served: this engine was told no vocabulary")
         seed = self._seeds.getrandbits(64) if request.sampling.seed is None else request.sampling.seed
         self._scheduler.submit(request, seed, self._clock(), adapter)
+        if constrained and self._grammars is not None:
+            self._grammars.compile(request.request_id, request.sampling)
+
+    def admit_compiled(self) -> list[TokenEvent]:
+        """Let those run whose grammars are compiled, and say which requests end because theirs cannot be."""
+        if self._grammars is None:
+            return []
+        events = []
+        for request_id, matcher in self._grammars.take().items():
+            if isinstance(matcher, InvalidRequestError):
+                events.append(self._scheduler.refuse(request_id, matcher, self._clock()))
+            else:
+                self._scheduler.set_matcher(request_id, matcher, self._clock())
+        self._drop_adapters()
+        return events
 
     def cancel(self, request_id: str) -> TokenEvent | None:
         """End a request now; None if it has ended already."""
         event = self._scheduler.cancel(request_id, self._clock())
+        if self._grammars is not None:
+            self._grammars.cancel(request_id)
         self._drop_adapters()
         if not self.has_work:
             self._busy_since = None
@@ -201,13 +246,34 @@ class EngineCore:
         began = self._clock()
         plan = self._scheduler.plan(began)
         if not plan.is_empty:
-            self._flights.append(_Flight(plan, self._runner.launch(plan), began))
+            self._flights.append(_Flight(plan, self._runner.launch(plan, self._masks(plan)), began))
             if len(self._flights) <= self._lookahead:
                 return []
         return self._commit(self._flights.popleft()) if self._flights else []
 
+    def _masks(self, plan: StepPlan) -> Masks | None:
+        """Of a step that is about to be launched. A token that is coming is waited for, but not committed: the device
+        computes the logits meanwhile, and has those masks for it when it has done so."""
+        constrained = self._scheduler.constrained(plan)
+        if not constrained:
+            return None
+        before = self._flights[-1] if any(work.token_ids == [LAST_SAMPLED] for _, work in constrained) else None
+
+        def masks() -> dict[int, bytes]:
+            asked: dict[int, tuple[Matcher, list[int]]] = {}
+            coming = {} if before is None else {each.row: each.token_id for each in before.result().sampled}
+            for sequence, work in constrained:
+                assert sequence.matcher is not None
+                if work.token_ids == [LAST_SAMPLED]:
+                    sequence.matcher.follow(sequence.num_output, coming[work.row])
+                asked[work.row] = sequence.matcher, work.token_ids[len(work.token_ids) - work.drafts :]
+            assert self._grammars is not None
+            return self._grammars.masks(asked)
+
+        return masks
+
     def _commit(self, flight: _Flight) -> list[TokenEvent]:
-        result = flight.pending.result()
+        result = flight.result()
         now = self._clock()
         prompt, generated = self._scheduler.prompt_tokens, self._scheduler.generated_tokens
         events = self._scheduler.commit(flight.plan, result, now)
@@ -237,19 +303,22 @@ class EngineCore:
 
     def close(self) -> None:
         """No step will come any more."""
+        if self._grammars is not None:
+            self._grammars.close()
         self._runner.close()
 
     def stats(self) -> EngineStats:
         """Load as of now."""
         scheduler = self._scheduler
-        waiting = scheduler.waiting
+        lines = scheduler.waiting, scheduler.compiling
+        since = min((line.waiting_since for line in lines if line.waiting_since is not None), default=None)
         return EngineStats(
             steps=self._steps,
             step_seconds=self._step_seconds,
             model_seconds=self._model_seconds,
-            queued=len(waiting),
-            queued_tokens=waiting.num_tokens,
-            oldest_queued_seconds=0.0 if waiting.waiting_since is None else self._clock() - waiting.waiting_since,
+            queued=sum(map(len, lines)),
+            queued_tokens=sum(line.num_tokens for line in lines),
+            oldest_queued_seconds=0.0 if since is None else self._clock() - since,
             running=scheduler.num_running,
             max_batch_size=self.info.max_batch_size,
             kv_pages_used=self._pool.num_used,

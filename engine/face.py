@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable
 from typing import NamedTuple, Protocol
 
-from engine.request import AdapterInfo, EngineInfo, EngineStats, Request, TokenEvent
+from engine.request import AdapterInfo, EngineInfo, EngineStats, Request, TokenEvent, Vocabulary
 
 
 class Done(NamedTuple):
@@ -51,10 +51,13 @@ class Engine(Protocol):
         Closing or cancelling the iterator early cancels the request: its pages are free at the next step.
 
         Raises:
-            InvalidRequestError: before anything is computed.
+            InvalidRequestError: before anything is computed, and before the first event.
             AdapterNotFoundError: likewise, if there is no adapter of the name that it asks for.
             EngineDeadError: the engine died before the request ended.
         """
+
+    def set_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Say what the tokens mean, once: without it no request with a grammar is served. Never waits."""
 
     @property
     def adapters(self) -> tuple[AdapterInfo, ...]:

@@ -2,7 +2,8 @@
 
 While there is work it steps and only glances at the inbox; when idle it waits for the inbox, beats once a second, and
 looks whether its books are in order: better no engine than one that mixes up the pages of its requests.
-Adapters are read from their files beside it, one after the other, so that no step waits for a disk.
+Adapters are read from their files beside it, one after the other, so that no step waits for a disk; grammars are
+compiled beside it, so that no step waits for those.
 """
 
 from __future__ import annotations
@@ -13,15 +14,17 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import msgspec
+from msgspec.structs import replace
 
 from engine.core import EngineCore, ReadAdapter
 from engine.errors import AdapterNotFoundError, CheckpointError, EngineError, InvalidRequestError
-from engine.request import AdapterInfo, EngineStats, FinishReason, Request, TokenEvent
+from engine.request import AdapterInfo, EngineStats, FinishReason, Request, TokenEvent, Vocabulary
 
 log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 1.0
 READING_SECONDS = 0.02  # an idle core looks so often for an adapter that has been read
+COMPILING_SECONDS = 0.005  # and so often for a grammar, which somebody waits for
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
@@ -52,6 +55,12 @@ class UnloadAdapter(msgspec.Struct, frozen=True, tag=True):
     name: str
 
 
+class SetVocabulary(msgspec.Struct, frozen=True, tag=True):
+    """Grammars are about these tokens. Before any request with a grammar; the first counts. Not answered."""
+
+    vocabulary: Vocabulary
+
+
 class AdapterAnswer(msgspec.Struct, frozen=True):
     """How a LoadAdapter went: `info`, or the name of an error's type and its message."""
 
@@ -69,7 +78,7 @@ class StepOutput(msgspec.Struct, frozen=True, tag=True):
     answers: list[AdapterAnswer] = []
 
 
-Command = Submit | Cancel | LoadAdapter | UnloadAdapter
+Command = Submit | Cancel | LoadAdapter | UnloadAdapter | SetVocabulary
 Receive = Callable[[float], list[Command] | None]
 """Commands that have arrived, waiting at most so many seconds for the first; None when there will be no more."""
 
@@ -81,15 +90,16 @@ def run_core(core: EngineCore, receive: Receive, emit: Callable[[StepOutput], No
     checked = False
     try:
         while True:
-            commands = receive(0.0 if core.has_work else READING_SECONDS if reading else HEARTBEAT_SECONDS)
+            commands = receive(_patience(core, reading))
             if commands is None:
                 return
             events = [event for command in commands if (event := _obey(core, reading, command)) is not None]
             answers = reading.finished()
+            events += core.admit_compiled()
             if core.has_work:
                 events += core.step()
                 checked = False
-            elif not (commands or checked):
+            elif not (commands or checked or core.is_compiling):
                 core.check()
                 checked = True
             emit(StepOutput(events, core.stats(), answers))
@@ -98,19 +108,33 @@ def run_core(core: EngineCore, receive: Receive, emit: Callable[[StepOutput], No
         core.close()
 
 
+def _patience(core: EngineCore, reading: Reading) -> float:
+    """Seconds that nothing is lost by waiting for a command."""
+    if core.has_work:
+        return 0.0
+    if core.is_compiling:
+        return COMPILING_SECONDS
+    return READING_SECONDS if reading else HEARTBEAT_SECONDS
+
+
 def _obey(core: EngineCore, reading: Reading, command: Command) -> TokenEvent | None:
     match command:
         case Submit(request):
             try:
                 core.add(request)
-            except (InvalidRequestError, AdapterNotFoundError) as error:  # callers check first; answered all the same
-                return TokenEvent(request_id=request.request_id, finish_reason=FinishReason.ERROR, error=str(error))
+            except (InvalidRequestError, AdapterNotFoundError) as error:  # callers check what they can
+                end = TokenEvent(request_id=request.request_id, finish_reason=FinishReason.ERROR, error=str(error))
+                if isinstance(error, InvalidRequestError):
+                    end = replace(end, error=error.reason, refused=error.field)
+                return end
         case Cancel(request_id):
             return core.cancel(request_id)
         case LoadAdapter():
             reading.start(command)
         case UnloadAdapter():
             reading.unload(command)
+        case SetVocabulary(vocabulary):
+            core.set_vocabulary(vocabulary)
     return None
 
 

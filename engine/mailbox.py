@@ -14,9 +14,17 @@ from collections.abc import AsyncGenerator
 
 from msgspec.structs import replace
 
-from engine.errors import AdapterNotFoundError, EngineDeadError, error_of
-from engine.loop import AdapterAnswer, Cancel, Command, LoadAdapter, StepOutput, Submit, UnloadAdapter
-from engine.request import AdapterInfo, EngineInfo, EngineStats, Request, TokenEvent, validate_request
+from engine.errors import AdapterNotFoundError, EngineDeadError, InvalidRequestError, error_of
+from engine.loop import AdapterAnswer, Cancel, Command, LoadAdapter, SetVocabulary, StepOutput, Submit, UnloadAdapter
+from engine.request import (
+    AdapterInfo,
+    EngineInfo,
+    EngineStats,
+    Request,
+    TokenEvent,
+    Vocabulary,
+    validate_request,
+)
 
 
 class Mailbox:
@@ -112,11 +120,17 @@ class MailboxEngine(ABC):
             while not ended:
                 event = await mailbox.get()
                 ended = event.finish_reason is not None
+                if event.refused is not None:
+                    raise InvalidRequestError(event.refused, event.error or "is refused")
                 yield replace(event, request_id=request.request_id)
         finally:
             del self._mailboxes[inner]
             if not ended and self._failure is None:
                 self._send(Cancel(inner))
+
+    def set_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """See `engine.face.Engine.set_vocabulary`."""
+        self._send(SetVocabulary(vocabulary))
 
     @property
     def adapters(self) -> tuple[AdapterInfo, ...]:

@@ -22,6 +22,7 @@ MAX_PROMPT_LOGPROBS = 2**18  # of one request, named tokens included: 1 beside e
 MAX_LOGIT_BIAS = 1024  # entries per request
 MAX_STOP_TOKEN_IDS = 1024
 MAX_CACHE_SALT = 256  # characters; a tenant's name or a digest has fewer
+MAX_GRAMMAR = 2**18  # characters; the schemas of large APIs have a fifth of it
 MAX_INT = 2**31 - 1  # of fields that have no limit of their own; they cross borders and reach tensors as int32
 
 
@@ -36,7 +37,7 @@ class FinishReason(enum.StrEnum):
 
 
 class Grammar(msgspec.Struct, frozen=True, kw_only=True):
-    """What the text of a completion must be.
+    """What the text of a completion must be: see `engine.grammar`.
 
     Attributes:
         kind: json_object (any; no text), json_schema, regex, or lark (llguidance's dialect of Lark grammars).
@@ -45,6 +46,38 @@ class Grammar(msgspec.Struct, frozen=True, kw_only=True):
 
     kind: Literal["json_object", "json_schema", "regex", "lark"]
     text: str = ""
+
+    def validate(self) -> None:
+        """What can be told without reading the text as what it should be.
+
+        Raises:
+            InvalidRequestError: names response_format, which is what users call it.
+        """
+        if self.kind == "json_object":
+            return
+        _check(bool(self.text), "response_format", f"the {self.kind}", "is empty")
+        _check(
+            len(self.text) <= MAX_GRAMMAR,
+            "response_format",
+            f"a {self.kind} of {len(self.text)} characters",
+            f"must have at most {MAX_GRAMMAR}",
+        )
+        try:
+            self.text.encode()
+        except UnicodeEncodeError:
+            raise InvalidRequestError("response_format", f"the {self.kind} is not valid UTF-8") from None
+
+
+class Vocabulary(msgspec.Struct, frozen=True, kw_only=True):
+    """What tokens mean as text. The engine needs it for grammars alone.
+
+    Attributes:
+        tokens: bytes that each id adds to a text; of a special one its name; none where no text has the token.
+        special: ids that are no text: a grammar yields one only where it names it.
+    """
+
+    tokens: list[bytes]
+    special: list[int]
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,7 +100,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         ignore_eos: the model's own end-of-sequence does not end the generation.
         logprobs: None = none; 0 = of the chosen token; n = also of the n likeliest.
         prompt_logprobs: the same of the prompt's own tokens, all but the first.
-        grammar: None = any text.
+        grammar: None = any text. With one, min_tokens and ignore_eos count as far as the grammar lets a text go on:
+            where nothing can follow, the generation ends (STOP).
     """
 
     max_tokens: int = 16
@@ -91,6 +125,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     def has_penalties(self) -> bool:
         """Whether logits depend on the tokens that came before, beyond what the model makes of them."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    def ends(self, eos_token_ids: tuple[int, ...]) -> tuple[int, ...]:
+        """Tokens that end the generation, of a model with these ends of sequence."""
+        return self.stop_token_ids if self.ignore_eos else (*self.stop_token_ids, *eos_token_ids)
 
     def validate(self, vocab_size: int) -> None:
         """Check every field against its range.
@@ -145,7 +183,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         )
         for token in self.stop_token_ids:
             _check(0 <= token < vocab_size, "stop_token_ids", token, f"must be between 0 and {vocab_size - 1}")
-        _check(self.grammar is None, "grammar", "a grammar", "is not served by this version")
+        if self.grammar is not None:
+            self.grammar.validate()
         for field, top in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
             _check(top is None or 0 <= top <= MAX_LOGPROBS, field, top, f"must be between 0 and {MAX_LOGPROBS}")
 
@@ -171,8 +210,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 class TokenLogprob(msgspec.Struct, frozen=True):
     """Natural-log probabilities of one token. `top` is sorted from the likeliest; `rank` counts from 1.
 
-    Of a generated token they are under the distribution before temperature and truncation, after penalties and bias; of
-    a token of the prompt under the model's own.
+    Of a generated token they are under the distribution before temperature and truncation, after penalties and bias,
+    and over the tokens that a grammar allows; of a token of the prompt under the model's own.
     """
 
     token_id: int
@@ -199,6 +238,7 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
             later than the first token: no event has more of them than a step has tokens, however long the prompt.
         finish_reason: set on the last event of a request and on no other.
         error: what went wrong, when finish_reason is ERROR.
+        refused: field of the request that is wrong, when finish_reason is ERROR and nothing was computed.
         prompt_tokens, cached_tokens: size of the prompt, and how much of it needed no computation because others, or an
             earlier turn, had done it.
     """
@@ -210,6 +250,7 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     error: str | None = None
+    refused: str | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0
     timings: Timings | None = None
@@ -221,7 +262,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         step_seconds, model_seconds: from step to step while there was work, and of that in the decoder. The difference
             is what the host costs: planning, batch tensors, sampling, committing, sending events.
-        queued, queued_tokens: requests not yet scheduled, and their prompt tokens.
+        queued, queued_tokens: requests not yet scheduled, or whose grammar is not compiled, and their prompt tokens.
         oldest_queued_seconds: age of the oldest of them.
         running: requests in the batch.
         kv_pages_used: those that requests hold; what is kept for later ones is free.

@@ -39,7 +39,7 @@ from engine.sampling.prompt import TargetScores, score_targets
 from engine.schemes import SCHEMES
 from engine.sizing import CacheSize, check_config, size_cache
 from engine.speculate import standing
-from engine.step import RowInit, RowWork, StepPlan, StepResult
+from engine.step import Masks, RowInit, RowWork, StepPlan, StepResult
 
 CPU_WARM_UP_TOKENS = 32  # more than the row counts that kernels treat as few
 GPU_WARM_UP_ROWS = (1, 16, 32, 64)  # up to each of them a matrix product has a kernel of its own, and beyond them
@@ -162,11 +162,15 @@ class Runner:
         """There is nothing that does not end with it."""
 
     @torch.inference_mode()
-    def launch(self, plan: StepPlan) -> Launched:
+    def launch(self, plan: StepPlan, masks: Masks | None = None) -> Launched:
         """Begin one step: free and take rows, compute all work, sample where the plan says so.
 
         Nothing here waits for a GPU, which works through the steps in the order of their launches; but to fill a slot
-        with an adapter, whose memory is not pinned. A CPU has done the step when this returns.
+        with an adapter, whose memory is not pinned, and, where rows have grammars, for the step before. A CPU has done
+        the step when this returns.
+
+        Args:
+            masks: asked for when the logits are on their way.
         """
         for row in plan.released:
             self._sampler.clear_row(row)
@@ -196,7 +200,7 @@ class Runner:
         logits = head(batch.sampled)
         model_seconds += time.perf_counter() - began
         rows, positions = zip(*batch.choices, strict=True)
-        sampled = self._sampler.sample(logits, [*rows], [*positions])
+        sampled = self._sampler.sample(logits, [*rows], [*positions], None if masks is None else masks())
         tokens = sampled.token_ids if self._from_first is None else self._from_first(sampled.token_ids)
         self._rows.keep_sampled(batch.sampled_rows, tokens)
         return Launched(work, model_seconds, sampled, targets)

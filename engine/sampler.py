@@ -1,7 +1,7 @@
 """Logits to token ids and logprobs, for all rows of a step at once.
 
-    logits ─ logit_bias ─ min_tokens ─ penalties ─┬─ temperature ─ top_k ─ top_p ─ min_p ─ draw ─► token
-                                                  └─ log-softmax ─► logprobs
+    logits ─ logit_bias ─ min_tokens ─ penalties ─ grammar ─┬─ temperature ─ top_k ─ top_p ─ min_p ─ draw ─► token
+                                                            └─ log-softmax ─► logprobs
 
 An all-greedy step costs one pass over the logits; what only some rows ask for is done for those rows. Nothing waits for
 the device before the result is asked for: what a row's next token depends on is kept there. A row whose logits are not
@@ -10,6 +10,7 @@ numbers fails alone. What each stage means is written down once, slowly, in `eng
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,7 @@ from engine.sampling.device import find_device_rows
 from engine.sampling.draw import draw, take_rows, uniform
 from engine.sampling.largest import largest
 from engine.sampling.logprobs import Logprobs
+from engine.sampling.mask import forbid
 from engine.step import RowInit, SampledToken
 from engine.transfer import Arrival, to_device
 
@@ -83,19 +85,24 @@ class Sampler:
         """The request of this row has ended."""
         self._rows[row] = None
 
-    def sample(self, logits: Tensor, rows: list[int], positions: list[int]) -> Sampled:
+    def sample(
+        self, logits: Tensor, rows: list[int], positions: list[int], masks: Mapping[int, bytes] | None = None
+    ) -> Sampled:
         """Choose the next token of each row. One whose logits have no finite largest one fails; the others go on.
 
         Args:
             logits: float32 [K, vocab_size]; overwritten.
             rows: the K rows that they belong to; one without penalties may stand there several times, with drafts.
             positions: where each new token will stand in its sequence, counting the prompt from 0.
+            masks: see `engine.step.Masks`; of rows that have none, anything may be chosen.
         """
         assert logits.shape == (len(rows), self._vocab_size), f"logits {tuple(logits.shape)} for {len(rows)} rows"
         states = [self._state(row) for row in rows]
         for index, (state, position) in enumerate(zip(states, positions, strict=True)):
             if state.adjustment is not None:
                 state.adjustment.apply(logits[index], position)
+        if masks:
+            forbid(logits, rows, masks)
         if self._on_device is not None:
             peaks, tokens = self._on_device.choose(logits, rows, positions)
         else:

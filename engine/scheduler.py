@@ -15,6 +15,9 @@ A priority is a class. A higher one does not wait for rows or pages that a lower
 for the slot of an adapter it does. This is strict: while higher classes fill the batch, a lower one waits, and only its
 deadline bounds that.
 
+A request with a grammar waits in a line of its own until that is compiled, and is admitted as who arrived when it did.
+What it may choose in a step depends on all its tokens; a mask says it, which is asked for when those are known.
+
 A request with a LoRA adapter runs only while the adapter has a slot on the device. Where all slots are in use by rows
 that run, it waits, and is overtaken by requests without an adapter alone: they need no slot, so that its slot comes no
 later for them. Others may not pass, even where their own adapter has a slot: they could hold it for ever.
@@ -48,6 +51,7 @@ from msgspec.structs import replace
 
 from engine.adapters import Adapters, LoadedAdapter
 from engine.errors import InvalidRequestError
+from engine.grammar.matcher import Matcher
 from engine.holdings import Holdings
 from engine.kv.pages import PagePool
 from engine.kv.prefix import Prefix
@@ -93,6 +97,7 @@ class Scheduler:
         self._adapters = adapters if adapters is not None else Adapters(slots=0)
         self._holdings = Holdings(pool, self._adapters, page_size, max_batch_size)
         self.waiting = WaitingLine()
+        self.compiling = WaitingLine()
         self._by_id: dict[str, Sequence] = {}
         self._max_rows = max_batch_size
         self._in_flight: deque[list[Sequence]] = deque()  # of each step, in the order of its work
@@ -109,7 +114,7 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """There is something to compute, or a row to be released."""
-        return bool(self._by_id) or self._holdings.has_released
+        return len(self._by_id) > len(self.compiling) or self._holdings.has_released
 
     @property
     def num_running(self) -> int:
@@ -138,7 +143,19 @@ class Scheduler:
         self._by_id[request.request_id] = sequence
         if adapter is not None:
             self._adapters.hold(adapter)
+        (self.compiling if sequence.has_grammar else self.waiting).push(sequence, now)
+
+    def set_matcher(self, request_id: str, matcher: Matcher, now: float) -> None:
+        """The grammar of a request is there: it can be admitted."""
+        sequence = self._by_id[request_id]
+        self.compiling.remove(sequence)
+        sequence.matcher = matcher
         self.waiting.push(sequence, now)
+
+    def refuse(self, request_id: str, error: InvalidRequestError, now: float) -> TokenEvent:
+        """End a request whose grammar cannot be compiled."""
+        sequence = self._by_id[request_id]
+        return self._end(sequence, FinishReason.ERROR, now, error=error.reason, refused=error.field)
 
     def cancel(self, request_id: str, now: float) -> TokenEvent | None:
         """End a request between two steps; its pages are free for the next one. None if there is no such request."""
@@ -148,7 +165,8 @@ class Scheduler:
     def check(self) -> None:
         """Raise AssertionError unless every page and row is where it belongs. For tests and idle moments."""
         self._holdings.check()
-        assert len(self._by_id) == self.num_running + len(self.waiting), "a request is lost"
+        lines = self.waiting, self.compiling
+        assert len(self._by_id) == self.num_running + sum(map(len, lines)), "a request is lost"
 
     # -- planning ----------------------------------------------------------------------------------------------
 
@@ -178,6 +196,13 @@ class Scheduler:
         if not plan.is_empty:
             self._launch(agenda.work)
         return plan
+
+    def constrained(self, plan: StepPlan) -> list[tuple[Sequence, RowWork]]:
+        """Of the step that was planned last: work that chooses tokens under a grammar."""
+        if not self._in_flight or plan.is_empty:
+            return []
+        planned = zip(self._in_flight[-1], plan.work, strict=True)
+        return [(sequence, work) for sequence, work in planned if work.sample and sequence.matcher is not None]
 
     def _launch(self, planned: dict[Sequence, RowWork]) -> None:
         """From now on the sequences count as if the step were done, but for the tokens that it samples."""
@@ -279,6 +304,8 @@ class Scheduler:
             room = self._holdings.room(sequence, spare=self.num_running) - known  # as for a newcomer
             limit = min(speculation.max_tokens, agenda.budget, logits, room, self._tokens_left(sequence) - 1)
             drafts = sequence.drafter.propose(sequence.tokens, limit, step) if limit > 0 else []
+            if sequence.matcher is not None:
+                drafts = sequence.matcher.fitting(drafts)
             if not drafts:
                 continue
             pages = self._holdings.grow(sequence, known + len(drafts))
@@ -404,13 +431,22 @@ class Scheduler:
                 return end(FinishReason.ERROR, error=each.failed)
             if sequence.first_token is None:
                 sequence.first_token = now
+            matcher = sequence.matcher
+            if matcher is not None:
+                matcher.follow(sequence.num_output, each.token_id)
+                if matcher.limit == sequence.num_output and matcher.error is not None:
+                    return end(FinishReason.ERROR, error=matcher.error)
             if self._stops(sequence, each.token_id):
                 return end(FinishReason.STOP, stop_token_id=each.token_id)
+            if matcher is not None and matcher.limit == sequence.num_output:
+                return end(FinishReason.STOP)
             sequence.tokens.append(each.token_id)
             self.generated_tokens += 1
             token_ids.append(each.token_id)
             if logprobs is not None and each.logprob is not None:
                 logprobs.append(each.logprob)
+            if matcher is not None and matcher.limit == sequence.num_output and matcher.error is None:
+                return end(FinishReason.STOP)
             if self._tokens_left(sequence) <= 0:
                 return end(FinishReason.LENGTH)
         return TokenEvent(
@@ -435,7 +471,8 @@ class Scheduler:
         if sequence.row is not None:
             self._holdings.leave(sequence)
         else:
-            self.waiting.remove(sequence)
+            compiling = sequence.has_grammar and sequence.matcher is None
+            (self.compiling if compiling else self.waiting).remove(sequence)
         sequence.ended = True
         del self._by_id[sequence.request.request_id]
         if sequence.adapter is not None:

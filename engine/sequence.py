@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from engine.adapters import LoadedAdapter
+from engine.grammar.matcher import Matcher
 from engine.kv.prefix import Prefix
 from engine.request import Request, Timings
 from engine.speculate import Drafter
@@ -30,6 +31,7 @@ class Sequence:
         named: how many of its pages have been given their keys.
         cached: how many tokens of the prompt needed no computation.
         drafter: guesses its next tokens; None = not to be done.
+        matcher: where it is in its grammar; None = it has none, or none yet.
         scored: position of the first token of the prompt whose logprob no step was asked for; the very first has none.
         ended: it has its terminal event.
     """
@@ -53,6 +55,7 @@ class Sequence:
     first_token: float | None = None
     scored: int = 1
     drafter: Drafter | None = None
+    matcher: Matcher | None = None
     ended: bool = False
 
     @property
@@ -69,6 +72,10 @@ class Sequence:
         if self.request.sampling.prompt_logprobs is not None and self.scored < self.num_prompt:
             return self.scored - 1
         return len(self.tokens) - 1
+
+    @property
+    def has_grammar(self) -> bool:
+        return self.request.sampling.grammar is not None
 
     @property
     def length(self) -> int:

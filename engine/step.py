@@ -11,11 +11,18 @@ place in the plan is taken by LAST_SAMPLED: the device has kept the token and pu
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from engine.request import SamplingParams, TokenLogprob
 
 LAST_SAMPLED = -1  # in `RowWork.token_ids`: the token that the row has sampled last, whatever it is
+
+Masks = Callable[[], Mapping[int, bytes]]
+"""What the rows of a step that have grammars may choose, by row. It is asked for once, when the logits are on their
+way: it may wait for the step before, and takes time that the device has. For each of a row's choices, 1 + drafts of
+them side by side, there is a mask: bit i % 8 of byte i // 8 says whether it may be token i. All masks have one length,
+with room for each token of the vocabulary."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,12 @@ def to_device(numbers: Sequence[Any], dtype: torch.dtype, device: torch.device) 
     return torch.tensor(numbers, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
 
 
+def bytes_to_device(data: bytes, device: torch.device) -> Tensor:
+    """A uint8 tensor of them on the device."""
+    there = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    return there if device.type == "cpu" else there.pin_memory().to(device, non_blocking=True)
+
+
 class Arrival:
     """Tensors on their way to the host. They must not be written again by the host."""
 

@@ -5,6 +5,7 @@
            ◄─Ready(info) | Failed(kind, message)          once
            ──Submit | Cancel─────────────►
            ──LoadAdapter | UnloadAdapter─►
+           ──SetVocabulary───────────────►                once, before grammars
            ◄─StepOutput(events, stats, answers)           one per step; at least once a second
            ──end of file─────────────────►                the worker ends
 
@@ -18,11 +19,11 @@ import msgspec
 from engine.config import EngineConfig
 from engine.errors import EngineError, error_of
 from engine.face import Done
-from engine.loop import Cancel, LoadAdapter, StepOutput, Submit, UnloadAdapter
+from engine.loop import Cancel, LoadAdapter, SetVocabulary, StepOutput, Submit, UnloadAdapter
 from engine.request import EngineInfo
 
 HEADER_BYTES = 4
-MAX_FRAME_BYTES = 64 * 2**20  # a prompt of 128K token ids takes less than 1 MiB
+MAX_FRAME_BYTES = 64 * 2**20  # a prompt of 128K token ids takes less than 1 MiB, Tekken's vocabulary 1.3 MiB
 
 
 class Start(msgspec.Struct, frozen=True, tag=True):
@@ -45,7 +46,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
-ToWorker = Start | Submit | Cancel | LoadAdapter | UnloadAdapter
+ToWorker = Start | Submit | Cancel | LoadAdapter | UnloadAdapter | SetVocabulary
 FromWorker = Loading | Ready | Failed | StepOutput
 
 _encoder = msgspec.msgpack.Encoder()

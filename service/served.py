@@ -19,6 +19,7 @@ from service.generation import GenerationEvent, GenerationRequest, Generator
 from service.host import Cause, Loras, ModelControl, Phase, Status
 from service.observer import Observer, Unobserved
 from service.text.chat import Conversation
+from service.text.grammar import vocabulary
 from service.text.tokenizer import TextModel
 
 # Without a heart beat, of which every step gives one. A step of a GPU takes well below a second; kernels that are
@@ -90,6 +91,7 @@ class ServedModel:
         self._move(Status(Phase.LOADING, phase, fraction, eta))
 
     def ready(self, engine: Engine, text: TextModel) -> None:
+        engine.set_vocabulary(vocabulary(text.tokenizer))
         self._engine, self._text = engine, text
         self._generator = Generator(engine, text)
         self._release()

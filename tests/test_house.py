@@ -66,9 +66,15 @@ def test_the_engine_knows_neither_service_nor_protocol_nor_network() -> None:
         "httpx",
         "tiktoken",
         "tokenizers",
+        "sentencepiece",
         "jinja2",
     )
     assert offenders(modules("engine"), *forbidden) == []
+
+
+def test_one_room_knows_how_grammars_are_compiled_and_matched() -> None:
+    elsewhere = {name: path for name, path in modules(*ROOMS).items() if not within(name, "engine.grammar")}
+    assert offenders(elsewhere, "llguidance") == []
 
 
 def test_the_service_never_touches_a_tensor() -> None:
@@ -94,6 +100,7 @@ def test_nobody_imports_bench_or_tests() -> None:
             "engine.quant",
             ("engine.model", "engine.parallel", "engine.kv", "engine.runner", "engine.scheduler", "engine.core"),
         ),
+        ("engine.grammar", ("torch", "engine.scheduler", "engine.runner", "engine.core", "engine.sampler")),
         ("engine.kv", ("engine.model", "engine.runner", "engine.scheduler", "engine.core")),
         ("engine.model", ("engine.parallel", "engine.runner", "engine.scheduler", "engine.sampler", "engine.core")),
         ("engine.checkpoint", ("engine.model", "engine.parallel", "engine.runner", "engine.scheduler", "engine.core")),

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from engine.errors import EngineError
 from engine.logs import configure
-from engine.parallel.wire import Meet, Met, Point, Start, Step, encode, receive_to_follower
+from engine.parallel.wire import Allowed, Meet, Met, Point, Start, Step, encode, receive_to_follower
 from engine.wire import Failed
 
 log = logging.getLogger(__name__)
@@ -45,9 +45,16 @@ def follow(sock: socket.socket) -> None:
     meet(Point.STARTED)
     communicator = connect(Path(start.store), start.rank, config.tensor_parallel_size, device)
     runner = load_runner(config, lambda phase, done: None, communicator, lambda: meet(Point.LOADED))
+
+    def masks() -> dict[int, bytes]:
+        allowed = receive_to_follower(sock)
+        if not isinstance(allowed, Allowed):
+            raise ConnectionError("the leader has no masks for its step")
+        return allowed.masks
+
     while (message := receive_to_follower(sock)) is not None:
         assert isinstance(message, Step)
-        runner.launch(message.plan)  # what it samples, the leader says
+        runner.launch(message.plan, masks if message.masked else None)  # what it samples, the leader says
 
 
 def end_with(sock: socket.socket) -> None:

@@ -5,6 +5,7 @@ The death of a follower ends the engine: whoever sees it breaks off the sum that
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from engine.checkpoint import open_checkpoint
@@ -14,11 +15,11 @@ from engine.face import Done, LoadProgress
 from engine.parallel.communicator import GroupCommunicator, connect, device_of_rank
 from engine.parallel.followers import Followers
 from engine.parallel.share import share_of
-from engine.parallel.wire import Point, Step
+from engine.parallel.wire import Allowed, Point, Step
 from engine.runner import Launched, Runner
 from engine.runner import load_runner as load_one
 from engine.sizing import check_config
-from engine.step import StepPlan, StepResult
+from engine.step import Masks, StepPlan, StepResult
 
 
 def load_runner(config: EngineConfig, progress: LoadProgress) -> StepRunner:
@@ -83,11 +84,18 @@ class Leader:
             raise
         return cls(runner, followers, communicator)
 
-    def launch(self, plan: StepPlan) -> JointStep:
+    def launch(self, plan: StepPlan, masks: Masks | None = None) -> JointStep:
         """Begin one step on all ranks; raises EngineDeadError if one of them is gone, as its result does."""
-        self._followers.send(Step(plan))
+        self._followers.send(Step(plan, masks is not None))
+
+        def shared() -> Mapping[int, bytes]:
+            assert masks is not None
+            made = dict(masks())
+            self._followers.send(Allowed(made))
+            return made
+
         with self._followers.blaming():
-            return JointStep(self._runner.launch(plan), self._followers)
+            return JointStep(self._runner.launch(plan, masks and shared), self._followers)
 
     def close(self) -> None:
         try:

@@ -3,7 +3,8 @@
 leader ──Start(config, rank, store)──► follower      first message, once
        ◄─Met(POINT)───────────────────               it is there, and waits for all others
        ──Meet(POINT)──────────────────►              so are they: go on
-       ──Step(plan)───────────────────►              one per step; nothing comes back
+       ──Step(plan, masked)───────────►              one per step; nothing comes back
+       ──Allowed(masks)───────────────►              behind a masked step: it is computing meanwhile
        ◄─Failed(kind, message)────────               the follower ends
        ──end of file──────────────────►              the follower ends
 """
@@ -41,13 +42,20 @@ class Meet(msgspec.Struct, frozen=True, tag=True):
 
 class Step(msgspec.Struct, frozen=True, tag=True):
     plan: StepPlan
+    masked: bool = False
+
+
+class Allowed(msgspec.Struct, frozen=True, tag=True):
+    """What `engine.step.Masks` has for the step before."""
+
+    masks: dict[int, bytes]
 
 
 class Met(msgspec.Struct, frozen=True, tag=True):
     point: Point
 
 
-ToFollower = Start | Meet | Step
+ToFollower = Start | Meet | Step | Allowed
 FromFollower = Met | Failed
 
 _encoder = msgspec.msgpack.Encoder()

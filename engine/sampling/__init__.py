@@ -1,2 +1,2 @@
-"""The parts of sampling: `adjust` (bias, bans, penalties), `draw` (truncation and chance), `logprobs`, and `reference`,
-the slow and obvious description of all of it for one row."""
+"""The parts of sampling: `adjust` (bias, bans, penalties), `mask` (grammars), `draw` (truncation and chance),
+`logprobs`, and `reference`, the slow and obvious description of all of it for one row."""

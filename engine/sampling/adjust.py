@@ -21,7 +21,7 @@ class Adjustment:
 
     def __init__(self, init: RowInit, eos_token_ids: tuple[int, ...], device: torch.device) -> None:
         params = init.sampling
-        stops = params.stop_token_ids if params.ignore_eos else (*params.stop_token_ids, *eos_token_ids)
+        stops = params.ends(eos_token_ids)
         self._banned = to_device(stops, torch.int64, device)
         self._banned_before = len(init.prompt_token_ids) + params.min_tokens if stops else 0
         self._bias_ids = to_device([*params.logit_bias], torch.int64, device)

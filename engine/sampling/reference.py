@@ -7,7 +7,7 @@ argument, so that it names the token exactly.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from engine.request import SamplingParams, TokenLogprob
 
@@ -18,8 +18,9 @@ def adjusted(
     prompt: Sequence[int],
     output: Sequence[int],
     eos_token_ids: Sequence[int],
+    allowed: Container[int] | None = None,
 ) -> list[float]:
-    """Logits after logit_bias, min_tokens and the three penalties."""
+    """Logits after logit_bias, min_tokens, the three penalties and what a grammar allows (None = everything)."""
     scores = [logit + params.logit_bias.get(token, 0.0) for token, logit in enumerate(logits)]
     if len(output) < params.min_tokens:
         for token in (*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)):
@@ -29,7 +30,7 @@ def adjusted(
         scores[token] = score / params.repetition_penalty if score > 0 else score * params.repetition_penalty
     for token in set(output):
         scores[token] -= params.presence_penalty + params.frequency_penalty * output.count(token)
-    return scores
+    return [score if allowed is None or token in allowed else -math.inf for token, score in enumerate(scores)]
 
 
 def chosen(scores: Sequence[float], params: SamplingParams, uniform: float) -> int:

@@ -9,10 +9,11 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import aclosing
 from typing import Literal
 
+from msgspec.structs import replace
 from nemoserve.v1 import generation_pb2 as pb
 from nemoserve.v1 import generation_pb2_grpc as rpc
 
-from engine import AdapterInfo, FinishReason, SamplingParams, TokenLogprob
+from engine import AdapterInfo, FinishReason, Grammar, SamplingParams, TokenLogprob
 from service.caller import CALLER
 from service.errors import Code, ServiceError, invalid
 from service.generation import Delta, Finished, GenerationEvent, GenerationRequest, Started
@@ -221,15 +222,13 @@ def to_generation(request: pb.GenerateRequest, request_id: str, adapter: str | N
     """The protocol-neutral form of a request, for the LoRA adapter that it means.
 
     Raises:
-        ServiceError: UNIMPLEMENTED for a field that is not served yet, INVALID_ARGUMENT for a missing input.
+        ServiceError: INVALID_ARGUMENT for a missing input.
     """
-    if request.HasField("response_format"):
-        raise ServiceError(Code.UNIMPLEMENTED, "response_format: not served by this version")
     sampling = request.sampling
     return GenerationRequest(
         request_id=request_id,
         prompt=_prompt(request),
-        sampling=_sampling(sampling),
+        sampling=replace(_sampling(sampling), grammar=_grammar(request.response_format)),
         until_context=not sampling.HasField("max_tokens"),
         n=sampling.n if sampling.HasField("n") else 1,
         stop=tuple(sampling.stop),
@@ -314,6 +313,20 @@ def _sampling(sampling: pb.SamplingParameters) -> SamplingParams:
         stop_token_ids=tuple(sampling.stop_token_ids),
         ignore_eos=sampling.ignore_eos,
     )
+
+
+def _grammar(form: pb.ResponseFormat) -> Grammar | None:
+    match form.WhichOneof("format"):
+        case "json":
+            return Grammar(kind="json_object") if form.json else None
+        case "json_schema":
+            return Grammar(kind="json_schema", text=form.json_schema)
+        case "regex":
+            return Grammar(kind="regex", text=form.regex)
+        case "grammar":
+            return Grammar(kind="lark", text=form.grammar)
+        case _:
+            return None
 
 
 def _finished(event: Finished) -> pb.Finished:

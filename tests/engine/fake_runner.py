@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from engine.request import EngineInfo, FinishReason, Request, TokenLogprob
-from engine.step import LAST_SAMPLED, RowInit, RowWork, SampledToken, SlotFill, StepPlan, StepResult
+from engine.step import LAST_SAMPLED, Masks, RowInit, RowWork, SampledToken, SlotFill, StepPlan, StepResult
 
 VOCAB = 50
 EOS = 7
@@ -171,7 +171,8 @@ class FakeRunner:
     def close(self) -> None:
         self.closed = True
 
-    def launch(self, plan: StepPlan) -> FakePending:
+    def launch(self, plan: StepPlan, masks: Masks | None = None) -> FakePending:
+        assert masks is None, "this runner knows no grammars"
         self._on_run(plan)
         self.plans.append(plan)
         assert plan.num_tokens <= self.info.max_batch_tokens, "the budget is exceeded"

@@ -177,6 +177,6 @@ def test_a_request_that_the_core_refuses_is_answered_all_the_same() -> None:
     run_core(EngineCore(FakeRunner(info), CONFIG), script.receive, script.outputs.append)
     refused, *others = script.events
     assert (refused.request_id, refused.finish_reason) == ("a", FinishReason.ERROR)
-    assert refused.error == "prompt: 500 tokens must be fewer than the context of 128 tokens"
+    assert (refused.refused, refused.error) == ("prompt", "500 tokens must be fewer than the context of 128 tokens")
     tokens = [token for event in others for token in event.token_ids]
     assert tokens == expected(request("b", seed=3), info).token_ids

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.request import FinishReason, Request, SamplingParams, TokenEvent
-from engine.step import LAST_SAMPLED, StepPlan, StepResult
+from engine.step import LAST_SAMPLED, Masks, StepPlan, StepResult
 from tests.engine.fake_runner import EOS, NAN, FakePending, FakeRunner, engine_info, expected
 
 AHEAD = EngineConfig(model_path="-", seed=1, lookahead=1, max_draft_tokens=0)
@@ -74,9 +74,9 @@ def test_a_step_is_launched_before_the_result_of_the_one_before_it_is_asked_for(
     order: list[str] = []
 
     class Logged(FakeRunner):
-        def launch(self, plan: StepPlan) -> FakePending:
+        def launch(self, plan: StepPlan, masks: Masks | None = None) -> FakePending:
             order.append(f"launch {len(self.plans)}")
-            return super().launch(plan)
+            return super().launch(plan, masks)
 
         def result_of(self, pending: FakePending) -> StepResult:
             order.append(f"result {self.plans.index(pending.plan)}")

@@ -25,6 +25,7 @@ from engine import (
     Timings,
     TokenEvent,
     TokenLogprob,
+    Vocabulary,
 )
 from engine.mailbox import merge
 from engine.request import validate_request
@@ -103,6 +104,7 @@ class FakeEngine:
         self.ended: list[str] = []
         self.lora_errors: dict[str, EngineError] = {}
         self.lora_paths: dict[str, str] = {}
+        self.vocabulary: Vocabulary | None = None
         self._died = asyncio.Event()
         self._changed = asyncio.Condition()
 
@@ -114,6 +116,9 @@ class FakeEngine:
     def die(self, reason: str = "killed by signal 9") -> None:
         self.failure = self.failure or reason
         self._died.set()
+
+    def set_vocabulary(self, vocabulary: Vocabulary) -> None:
+        self.vocabulary = vocabulary
 
     async def close(self) -> None:
         self.closed = True

@@ -18,6 +18,7 @@ from engine import SamplingParams
 from service.caller import CALLER
 from service.errors import invalid
 from service.generation import GenerationRequest
+from service.grpc.kserve.guide import typed_guide
 from service.grpc.kserve.llm import Ask, Completion, LlmModel, count, priority
 from service.grpc.kserve.model import Array, InferRequest, ModelSpec, TensorSpec
 from service.grpc.kserve.tensors import text_array
@@ -47,6 +48,8 @@ SERVED = {
     "min_length": ("INT32", ONE),
     "seed": ("UINT64", ONE),
     "random_seed": ("UINT64", ONE),
+    "guided_decoding_guide_type": ("BYTES", ONE),
+    "guided_decoding_guide": ("BYTES", ONE),
     "return_log_probs": ("BOOL", ONE),
     "return_num_input_tokens": ("BOOL", ONE),
     "return_num_output_tokens": ("BOOL", ONE),
@@ -66,8 +69,6 @@ UNSERVED: dict[str, tuple[str, tuple[int, ...], object]] = {
     "lora_task_id": ("UINT64", ONE, None),
     "lora_weights": ("FP16", (-1, -1), None),
     "lora_config": ("INT32", (-1, 3), None),
-    "guided_decoding_guide_type": ("BYTES", ONE, ""),
-    "guided_decoding_guide": ("BYTES", ONE, ""),
     "num_draft_tokens": ("INT32", ONE, 0),
     "use_draft_logits": ("BOOL", ONE, False),
     "image_input": ("FP16", (-1, -1, -1), None),
@@ -211,6 +212,7 @@ def _sampling(one: Mapping[str, Any], banned: dict[int, float]) -> SamplingParam
         stop_token_ids=() if end_id in (None, -1) else (end_id,),
         ignore_eos=end_id == -1,  # no id is -1: generate up to max_tokens
         logprobs=0 if one.get("return_log_probs") else None,
+        grammar=typed_guide(one.get("guided_decoding_guide_type", ""), one.get("guided_decoding_guide", "")),
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from msgspec.structs import replace
 
+import service.grpc.kserve.guide as guide
 import service.grpc.kserve.values as values
 from engine import SamplingParams, TokenLogprob
 from service.caller import CALLER
@@ -75,6 +76,14 @@ BESIDE: dict[str, Convert] = {
     "lora_name": values.text,
     "cache_salt": values.text,
 }
+GUIDES: dict[str, Convert] = {
+    "guided_decoding": guide.guide,
+    "structured_outputs": guide.guide,
+    "guided_json": guide.json_schema,
+    "guided_regex": guide.regex,
+    "guided_choice": guide.one_of,
+    "guided_grammar": guide.lark,
+}
 # Accepted where they ask for nothing.
 NEUTRAL: dict[str, Any] = {
     "best_of": 1,
@@ -117,6 +126,8 @@ class VllmModel(LlmModel):
             sampling = replace(sampling, logprobs=0)
         if sampling.top_k == -1:  # vLLM's other way to say: all
             sampling = replace(sampling, top_k=0)
+        if grammar := guide.only("guided_decoding", [read[name] for name in GUIDES if name in read]):
+            sampling = replace(sampling, grammar=grammar)
         if bad_words := read.get("bad_words"):
             banned = await self.banned_tokens("bad_words", bad_words, both_spacings=True)
             sampling = replace(sampling, logit_bias=sampling.logit_bias | banned)
@@ -189,7 +200,7 @@ def read_sampling(given: Mapping[str, object]) -> dict[str, Any]:
         ServiceError: INVALID_ARGUMENT for a name that we do not serve, or a value that is not of its type.
     """
     read: dict[str, Any] = {}
-    served = SAMPLING | BESIDE
+    served = SAMPLING | BESIDE | GUIDES
     for name, value in given.items():
         if value is None:
             continue

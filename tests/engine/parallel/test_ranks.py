@@ -32,6 +32,7 @@ from engine.remote import RemoteEngine
 from engine.request import Request, SamplingParams, TokenEvent, TokenLogprob
 from engine.step import RowInit, RowWork, SlotFill, StepPlan, Targets
 from engine.wire import Failed
+from tests.engine.grammars import VOCABULARY, WANTED
 from tests.tiny_models import write_gguf, write_hf
 
 in_loop_of_ranks = pytest.mark.asyncio(loop_scope="module")  # the one that the shared engine belongs to
@@ -49,19 +50,22 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def ranks(config: EngineConfig) -> AsyncIterator[RemoteEngine]:
     engine = await RemoteEngine.start(replace(config, tensor_parallel_size=RANKS))
+    engine.set_vocabulary(VOCABULARY)
     yield engine
     await engine.close()
 
 
 def requests() -> list[Request]:
-    """Greedy, drawn, penalised, with logprobs of the prompt; more than run at a time."""
+    """Greedy, drawn, penalised, with logprobs of the prompt, with grammars; more than run at a time."""
     styles = (
         SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, logprobs=3),
         SamplingParams(temperature=0, max_tokens=9, ignore_eos=True, prompt_logprobs=2),
         SamplingParams(temperature=0.9, seed=4, top_p=0.9, max_tokens=16, ignore_eos=True),
         SamplingParams(temperature=0, repetition_penalty=1.2, max_tokens=20, ignore_eos=True),
+        SamplingParams(temperature=0.8, seed=5, max_tokens=40, logprobs=1, grammar=WANTED["a person"].grammar),
+        SamplingParams(temperature=0, max_tokens=20, grammar=WANTED["words"].grammar),
     )
-    prompts = ([5, 6, 7], list(range(20, 60)), [9], list(range(3, 14)))
+    prompts = ([5, 6, 7], list(range(20, 60)), [9], list(range(3, 14)), [8, 9], [50])
     return [
         Request(request_id=str(i), prompt_token_ids=prompt, sampling=style)
         for i, (prompt, style) in enumerate(zip(prompts, styles, strict=True))
@@ -128,6 +132,7 @@ def until_gone(pids: list[int], seconds: float = 10.0) -> None:
 async def test_tokens_are_those_of_one_device(config: EngineConfig, ranks: RemoteEngine) -> None:
     divided = await asyncio.gather(*(collect(ranks, each) for each in requests()))
     one = await LocalEngine.start(config)
+    one.set_vocabulary(VOCABULARY)
     try:
         whole = await asyncio.gather(*(collect(one, each) for each in requests()))
     finally:
@@ -169,7 +174,7 @@ async def test_ranks_listen_on_loopback_alone(ranks: RemoteEngine) -> None:
 @in_loop_of_ranks
 async def test_the_death_of_a_rank_ends_the_engine_and_is_named(ranks: RemoteEngine) -> None:
     """The last of the shared engine."""
-    pids = children(ranks.pid)
+    pids = followers_of(ranks.pid)
     assert len(pids) == RANKS - 1
     stream = ranks.generate(story())
     await anext(stream)
@@ -188,9 +193,11 @@ async def test_the_death_of_an_idle_rank_is_told_to_the_next_request(config: Eng
         await asyncio.wait_for(collect(engine, story()), 30)
     await engine.close()
     again = await LocalEngine.start(replace(config, tensor_parallel_size=2, lookahead=1))
+    again.set_vocabulary(VOCABULARY)
     ahead = await asyncio.gather(*(collect(again, each) for each in requests()))
     await again.close()
     one = await LocalEngine.start(config)
+    one.set_vocabulary(VOCABULARY)
     whole = await asyncio.gather(*(collect(one, each) for each in requests()))
     await one.close()
     assert [tokens(events) for events in ahead] == [tokens(events) for events in whole]

@@ -11,7 +11,7 @@ import pytest
 from msgspec.structs import replace
 from nemoserve.v1 import generation_pb2 as pb
 
-from engine import Done, EngineStats, SamplingParams
+from engine import Done, EngineStats, Grammar, SamplingParams
 from service.served import ServedModel
 from service.text.chat import Conversation, Message, Tool, ToolCall
 from service.version import VERSION
@@ -257,6 +257,35 @@ async def test_an_error_carries_the_request_id_too(port: Port) -> None:
     assert dict(error.trailing_metadata())["x-request-id"] == "mine"
 
 
+# -- grammars --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("form", "grammar"),
+    [
+        (pb.ResponseFormat(), None),
+        (pb.ResponseFormat(json=False), None),
+        (pb.ResponseFormat(json=True), Grammar(kind="json_object")),
+        (pb.ResponseFormat(json_schema="{}"), Grammar(kind="json_schema", text="{}")),
+        (pb.ResponseFormat(regex="a+"), Grammar(kind="regex", text="a+")),
+        (pb.ResponseFormat(grammar='start: "a"'), Grammar(kind="lark", text='start: "a"')),
+    ],
+)
+async def test_a_response_format_becomes_a_grammar(
+    engine: FakeEngine, port: Port, form: pb.ResponseFormat, grammar: Grammar | None
+) -> None:
+    async for _ in port.typed.Generate(pb.GenerateRequest(prompt="x", response_format=form), timeout=10):
+        pass
+    assert [request.sampling.grammar for request in engine.requests] == [grammar]
+
+
+async def test_the_engine_is_told_the_vocabulary_when_the_model_is_ready(engine: FakeEngine, port: Port) -> None:
+    assert engine.vocabulary is not None
+    assert engine.vocabulary.tokens[97] == b"a"
+    names = [engine.vocabulary.tokens[token] for token in engine.vocabulary.special]
+    assert names == [b"<s>", b"</s>", b"<|end|>"]
+
+
 # -- refusals --------------------------------------------------------------------------------------------------------
 
 
@@ -275,9 +304,9 @@ def chat(**fields: Any) -> pb.Chat:
         (pb.GenerateRequest(prompt="x", adapter="a"), "NOT_FOUND", ["adapter: 'a' is not loaded; loaded are none"]),
         (pb.GenerateRequest(prompt="x", cache_salt="é" * 257), "INVALID_ARGUMENT", ["cache_salt: 257", "256"]),
         (
-            pb.GenerateRequest(prompt="x", response_format=pb.ResponseFormat(json=True)),
-            "UNIMPLEMENTED",
-            ["response_format"],
+            pb.GenerateRequest(prompt="x", response_format=pb.ResponseFormat(regex="")),
+            "INVALID_ARGUMENT",
+            ["response_format: the regex is empty"],
         ),
         (pb.GenerateRequest(token_ids=pb.TokenIds()), "INVALID_ARGUMENT", ["prompt", "0 tokens"]),
         (pb.GenerateRequest(token_ids=pb.TokenIds(ids=[2**32 - 1])), "INVALID_ARGUMENT", ["[0]", "4294967295", "259"]),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tritonclient.grpc import service_pb2 as pb
 
-from engine import SamplingParams
+from engine import Grammar, SamplingParams
 from service.grpc.kserve import llm_models
 from service.grpc.kserve.tensors import DTYPES
 from service.grpc.kserve.trtllm import UNSERVED
@@ -227,6 +227,29 @@ def neutral_of(name: str) -> tuple[Any, Any]:
     datatype, _, neutral = UNSERVED[name]
     other = {"INT32": 2, "BOOL": True, "BYTES": "x", "FP32": 0.5, "UINT64": 1, "FP16": 1.0, "UINT8": 1}[datatype]
     return neutral, other
+
+
+@pytest.mark.parametrize(
+    ("kind", "guide", "grammar"),
+    [
+        ("", "", None),
+        ("json", "", Grammar(kind="json_object")),
+        ("json_schema", '{"type": "null"}', Grammar(kind="json_schema", text='{"type": "null"}')),
+        ("regex", "a+", Grammar(kind="regex", text="a+")),
+        ("lark", 'start: "a"', Grammar(kind="lark", text='start: "a"')),
+    ],
+)
+async def test_a_guide_becomes_a_grammar(
+    llm: Running, host: FakeHost, kind: str, guide: str, grammar: Grammar | None
+) -> None:
+    await infer(llm, trtllm(guided_decoding_guide_type=kind, guided_decoding_guide=guide))
+    assert host.requests[0].sampling.grammar == grammar
+
+
+async def test_a_guide_of_an_unknown_type_is_refused(llm: Running) -> None:
+    code, message = await refused(llm, trtllm(guided_decoding_guide_type="ebnf_grammar", guided_decoding_guide="x"))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert message.startswith("guided_decoding_guide_type: 'ebnf_grammar' is not served; there are json, json_schema")
 
 
 @pytest.mark.parametrize("name", UNSERVED)

@@ -10,7 +10,7 @@ import grpc
 import pytest
 from tritonclient.grpc import service_pb2 as pb
 
-from engine import SamplingParams
+from engine import Grammar, SamplingParams
 from service.errors import Code, ServiceError
 from service.grpc.kserve import llm_models
 from service.text.chat import Conversation, Message
@@ -394,3 +394,52 @@ async def test_a_generation_that_breaks_is_an_error(llm: Running, host: FakeHost
 async def test_ids_in_the_engine_are_unique_whatever_clients_send(llm: Running, host: FakeHost) -> None:
     await stream(llm.stub, vllm("A", id="same"), vllm("B", id="same"), vllm("C"), vllm("D"))
     assert len({request.request_id for request in host.requests}) == 4
+
+
+# -- grammars ----------------------------------------------------------------------------------------------------------
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+AS_SCHEMA = Grammar(kind="json_schema", text=json.dumps(SCHEMA))
+ONE_OF = Grammar(kind="lark", text='start: "yes" | "\\"no\\""')
+
+
+@pytest.mark.parametrize(
+    ("sampling", "grammar"),
+    [
+        ({"guided_json": SCHEMA}, AS_SCHEMA),
+        ({"guided_json": json.dumps(SCHEMA)}, AS_SCHEMA),
+        ({"guided_regex": "a+"}, Grammar(kind="regex", text="a+")),
+        ({"guided_choice": ["yes", '"no"']}, ONE_OF),
+        ({"guided_grammar": 'start: "a"'}, Grammar(kind="lark", text='start: "a"')),
+        ({"guided_decoding": {"json": SCHEMA}}, AS_SCHEMA),
+        ({"guided_decoding": json.dumps({"json": SCHEMA, "regex": None})}, AS_SCHEMA),
+        ({"structured_outputs": {"choice": ["yes", '"no"'], "json_object": False}}, ONE_OF),
+        ({"structured_outputs": {"json_object": True}}, Grammar(kind="json_object")),
+        ({"structured_outputs": {}}, None),
+    ],
+)
+async def test_guided_decoding_becomes_a_grammar(
+    llm: Running, host: FakeHost, sampling: dict[str, Any], grammar: Grammar | None
+) -> None:
+    await infer(llm, vllm("hi", stream=False, **sampling))
+    assert host.requests[0].sampling.grammar == grammar
+
+
+@pytest.mark.parametrize(
+    ("sampling", "says"),
+    [
+        ({"guided_json": SCHEMA, "guided_regex": "a"}, "guided_decoding: 2 grammars are given"),
+        ({"guided_decoding": {"json": "{}", "regex": "a"}}, "guided_decoding: 2 grammars are given"),
+        ({"guided_decoding": {"structural_tag": "x"}}, "guided_decoding.structural_tag: is not served; there are json"),
+        ({"guided_decoding": [1]}, "guided_decoding: [1] must be an object with one of json, regex"),
+        ({"guided_decoding": "{"}, "guided_decoding: is not valid JSON"),
+        ({"guided_choice": []}, "guided_choice: [] must be a list of texts that are not empty"),
+        ({"guided_choice": [""]}, "guided_choice: [''] must be a list of texts that are not empty"),
+        ({"guided_regex": 3}, "guided_regex: 3 must be a string"),
+        ({"guided_regex": ""}, "response_format: the regex is empty"),
+    ],
+)
+async def test_guided_decoding_without_sense_is_refused(llm: Running, sampling: dict[str, Any], says: str) -> None:
+    code, message = await refused(llm, vllm("hi", stream=False, **sampling))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert message.startswith(says)
