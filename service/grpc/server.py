@@ -18,11 +18,10 @@ from service.grpc.kserve import KServeServicer, LoraModels, llm_models
 from service.grpc.observe import Observe
 from service.host import Host, Phase
 from service.security.access import EVERYBODY, Access
-from service.security.limits import MAX_REQUEST_BYTES
+from service.security.limits import MAX_HEADER_BYTES, MAX_REQUEST_BYTES
 from service.security.tls import Tls
 from service.telemetry.telemetry import Telemetry
 
-MAX_METADATA_BYTES = 16 * 2**10  # twice what gRPC takes for sure, and no more than it ever takes
 HANDSHAKE_SECONDS = 15  # a few round trips, of TLS and HTTP/2
 FOREVER_SECONDS = 86400.0
 HEALTH_SECONDS = 1.0  # how late health may notice that the engine's heart has stopped
@@ -33,8 +32,8 @@ OPTIONS = [
     # A second server on the same port must fail to start, not take half of the connections.
     ("grpc.so_reuseport", 0),
     # By default refusal is a matter of chance between 8 and 16 KiB.
-    ("grpc.max_metadata_size", MAX_METADATA_BYTES),
-    ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
+    ("grpc.max_metadata_size", MAX_HEADER_BYTES),
+    ("grpc.absolute_max_metadata_size", MAX_HEADER_BYTES),
     # Who connects and then says nothing is cut off; by default after two minutes.
     ("grpc.server_handshake_timeout_ms", HANDSHAKE_SECONDS * 1000),
 ]

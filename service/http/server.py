@@ -21,7 +21,7 @@ from service.http.app import create_app
 from service.http.auth import CERTIFICATE, name_in_certificate
 from service.http.errors import RouteError, body_of
 from service.security.access import EVERYBODY, Access
-from service.security.limits import MAX_REQUEST_BYTES
+from service.security.limits import MAX_HEADER_BYTES, MAX_REQUEST_BYTES
 from service.security.tls import Tls
 from service.telemetry.telemetry import Telemetry
 
@@ -60,6 +60,7 @@ class HttpServer:
             proxy_headers=False,  # nobody is trusted to say who the client is
             server_header=False,
             timeout_keep_alive=IDLE_SECONDS,
+            h11_max_incomplete_event_size=MAX_HEADER_BYTES,
             ssl_context_factory=None if tls is None else lambda config, default: tls.context,
         )
         self._server = _Uvicorn(self._config)

@@ -8,6 +8,7 @@ import logging
 import re
 import ssl
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,17 @@ async def test_a_stranger_cannot_make_the_server_read_his_body(port: Port) -> No
     writer.write(f"{head}\r\n".encode())
     assert (await asyncio.wait_for(reader.readline(), 20)).split(b" ")[1] == b"401"
     writer.close()
+
+
+async def test_a_head_that_does_not_end_is_given_up(port: Port) -> None:
+    """As one large header and as many small ones; the server goes on."""
+    for filler in ("x: " + "y" * 2**20, "".join(f"x{number}: y\r\n" for number in range(50_000))):
+        reader, writer = await asyncio.open_connection(*port.address.split(":"))
+        writer.write(f"GET /v2/health/live HTTP/1.1\r\nhost: x\r\n{filler}".encode())
+        with suppress(ConnectionResetError):  # by a server that closes on what it has not read
+            assert (await asyncio.wait_for(reader.readline(), 20)).split(b" ")[1] == b"400"
+        writer.close()
+    assert await raw(port, "GET /v2/health/live HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n") == 200
 
 
 async def test_each_request_of_a_connection_is_its_own_tenants(keys: KeysFile) -> None:
