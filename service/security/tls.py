@@ -167,6 +167,9 @@ def read_certificates(files: TlsFiles) -> Certificates:
         with _named(files.client_ca):
             context.load_verify_locations(cadata=client_ca.decode("ascii", "ignore"))
             context.verify_mode = ssl.CERT_REQUIRED
+            # A session that goes on is not verified again, not even by another CA: each connection begins its own.
+            context.minimum_version = ssl.TLSVersion.TLSv1_3
+            context.num_tickets = 0
         if all(_ended(each) for each in context.get_ca_certs()):
             raise SecurityError(f"{files.client_ca}: holds no CA certificate that may be used now")
     return Certificates(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import ssl
 from pathlib import Path
 
 import pytest
@@ -77,6 +79,29 @@ def test_renewed_files_are_taken_and_broken_ones_told_of_once(
     authority.server("next").copy_to(current)
     tls.refresh()
     assert tls._current.chain == current.certificate.read_bytes() != first.chain
+
+
+def connect(server: ssl.SSLContext, client: ssl.SSLContext, session: ssl.SSLSession | None = None) -> ssl.SSLObject:
+    """The client's end of a connection in memory, and all that the server has said by itself."""
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ours = client.wrap_bio(to_client, to_server, session=session)
+    theirs = server.wrap_bio(to_server, to_client, server_side=True)
+    for side in (ours, theirs, ours, theirs):
+        with contextlib.suppress(ssl.SSLWantReadError):
+            side.do_handshake()
+    with contextlib.suppress(ssl.SSLWantReadError):
+        ours.read(1)
+    return ours
+
+
+@pytest.mark.parametrize("mutual", [False, True])
+def test_with_client_certificates_each_connection_is_verified_anew(authority: Authority, mutual: bool) -> None:
+    tls = Tls(files(authority.server(), client_ca=authority.path if mutual else None))
+    client, own = ssl.create_default_context(cafile=authority.path), authority.client("/CN=search")
+    client.check_hostname = False
+    client.load_cert_chain(own.certificate, own.key)
+    first = connect(tls.context, client)
+    assert connect(tls.context, client, first.session).session_reused is not mutual
 
 
 @pytest.mark.parametrize(
