@@ -58,8 +58,6 @@ def log_call(call: Call, code: str, *, quiet: bool = False) -> None:
     if not log.isEnabledFor(level):
         return
     line: dict[str, Any] = {"request_id": call.request_id} if call.request_id else {}
-    if call.span is not None:
-        line["trace_id"] = format(call.span.get_span_context().trace_id, "032x")
     line |= {"protocol": call.protocol, "method": call.method, "peer": call.peer, "code": code}
     log.log(level, "call", extra=line | {"total_ms": _ms(time.monotonic() - call.began)})
 

@@ -11,8 +11,10 @@ import time
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from opentelemetry.trace import Span
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
 
 
 @dataclass(slots=True, kw_only=True)
@@ -39,6 +41,11 @@ class Call:
     def method(self) -> str:
         """The full name of an RPC, or method and route of an HTTP request; `_OTHER` for what is not served."""
         return self.named()
+
+    @property
+    def trace_id(self) -> str:
+        """Empty while nobody traces."""
+        return "" if self.span is None else format(self.span.get_span_context().trace_id, "032x")
 
 
 CALL: ContextVar[Call | None] = ContextVar("call", default=None)

@@ -12,6 +12,7 @@ from nemoserve.v1 import generation_pb2 as pb
 from engine.logs import fields
 from service.caller import CALLER, Caller
 from service.generation import GenerationRequest
+from service.logs import within_call
 from tests.service.fakes import Gate
 from tests.service.grpc.ports import drained, refusal
 from tests.service.telemetry.observed import Bell, Observed, ask, observed
@@ -31,6 +32,7 @@ class Lines(logging.Handler):
     def __init__(self, level: int = logging.INFO) -> None:
         super().__init__(level)
         self.bell = Bell()
+        self.addFilter(within_call)
         self.found: list[dict[str, Any]] = []
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -108,3 +110,19 @@ async def test_whose_request_it_was(running: Observed, lines: Lines) -> None:
     [line] = lines.found
     assert (line["tenant"], line["request_id"]) == ("acme", "a")
     assert "method" not in line  # it came through no protocol
+
+
+async def test_a_fault_of_ours_says_in_the_log_whose_request_it_was(
+    running: Observed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("ours")
+
+    lines, logger = Lines(), logging.getLogger("service.grpc.interceptors")
+    logger.addHandler(lines)
+    monkeypatch.setattr(running.model, "tokenize", broken)
+    call = running.port.typed.Tokenize(pb.TokenizeRequest(text="Hi"), metadata=[("x-request-id", "my-id")])
+    assert (await refusal(call)).details().startswith("internal error")
+    logger.removeHandler(lines)
+    [line] = lines.found
+    assert (line["event"], line["request_id"]) == ("an RPC failed", "my-id")
