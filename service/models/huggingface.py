@@ -104,7 +104,11 @@ class _Pull:
         ):
             # Without the token on other hosts: httpx drops it where a redirect leaves the hub.
             work = [pool.submit(self._fetch, client, file, urls[file.name]) for file in missing]
-            errors = [error for each in work if (error := each.exception()) is not None]
+            try:
+                errors = [error for each in work if (error := each.exception()) is not None]
+            except BaseException:  # Ctrl-C: the pool waits for its threads, which must not wait for their files
+                self._failed.set()
+                raise
         if errors:
             raise next((error for error in errors if not isinstance(error, _EndedError)), errors[0])
         self._progress(self._total, self._total)

@@ -6,8 +6,10 @@ import hashlib
 import http.server
 import json
 import shutil
+import signal
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,6 +43,9 @@ class Hub:
     starts: list[int] = field(default_factory=list)
     refused: int | None = None  # status of every file
     redirects: bool = False  # to the same files under another host's name
+    written: int = 0
+    go: threading.Event = field(default_factory=threading.Event)
+    interrupts: bool = False  # the main thread, in the middle of the weights
     shown: list[tuple[str, str | None]] = field(default_factory=list)  # hosts, and the tokens that they were sent
     url: str = ""
 
@@ -80,7 +85,22 @@ class Hub:
                     hub.fetched.append(name)
                 start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-"))
                 hub.starts.append(start)
-                self.reply(206 if start else 200, hub.files[name][start:])
+                if hub.interrupts and name == "model.safetensors":
+                    self.interrupt(hub.files[name])
+                else:
+                    self.reply(206 if start else 200, hub.files[name][start:])
+
+            def interrupt(self, body: bytes) -> None:
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                with suppress(ConnectionError):
+                    self.wfile.write(body[:100_000])
+                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                    for start in range(100_000, len(body), 100_000):
+                        self.wfile.write(body[start : start + 100_000])
+                        hub.written += 100_000
+                        hub.go.wait(0.005)  # slower than who wants it would be
 
             def reply(self, code: int, body: bytes, headers: dict[str, str] | None = None) -> None:
                 self.send_response(code)
@@ -168,6 +188,15 @@ def test_a_token_is_shown_to_the_hub_and_to_nobody_it_sends_us_to(
     pull(hub, tmp_path)
     assert set(hub.shown) == {("hub", "Bearer hf_secret"), ("elsewhere", None)}
     assert (tmp_path / "model.safetensors").read_bytes() == WEIGHTS
+
+
+def test_ctrl_c_ends_a_pull_at_once(hub: Hub, tmp_path: Path) -> None:
+    hub.files["model.safetensors"] = hub.announced["model.safetensors"] = bytes(100_000_000)
+    hub.interrupts = True
+    with pytest.raises(KeyboardInterrupt):
+        pull(hub, tmp_path)
+    assert hub.written < 50_000_000
+    assert not (tmp_path / "model.safetensors").exists()
 
 
 def test_weights_that_may_not_be_read_say_whose_leave_is_needed(hub: Hub, tmp_path: Path) -> None:
