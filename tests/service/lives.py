@@ -17,6 +17,7 @@ from nemoserve.v1 import generation_pb2_grpc as rpc
 from engine import Done, EngineConfig, EngineError, LoadProgress
 from service.host import Status
 from service.loading import Find
+from service.management import Package
 from service.server import Server, ServerConfig
 from service.text.tokenizer import TextModel
 from tests.service.fake_engine import FakeEngine, toy_text
@@ -105,6 +106,7 @@ async def living(
     engines: Engines | None = None,
     load_text: Callable[[Path], TextModel] = lambda path: toy_text(),
     find: Find | None = None,
+    describe: Callable[[EngineConfig], Package] | None = None,
 ) -> AsyncIterator[Life]:
     """A server that is ready."""
     engines = engines or Engines()
@@ -113,7 +115,7 @@ async def living(
     async def on_ready(address: str) -> None:
         ready.set_result(address)
 
-    server = Server(settings, engines, load_text, find=find)
+    server = Server(settings, engines, load_text, find=find, describe=describe)
     end = asyncio.create_task(server.run(on_ready))
     life = Life(server, engines, await asyncio.wait_for(ready, 10), end)
     try:

@@ -27,6 +27,7 @@ from tests.service.fakes import Answer, FakeHost
 from tests.service.http.ports import Port, error, serving
 from tests.service.lives import config, living
 from tests.service.security.certificates import Authority, Signed
+from tests.service.test_management import PACKAGE
 
 KEY, ADMIN = "nms-0123456789abcdef", "nms-fedcba9876543210"
 BEARER = {"authorization": f"Bearer {KEY}"}
@@ -66,9 +67,9 @@ async def test_every_route_by_everybody(keys: KeysFile, tmp_path: Path, monkeypa
 
     monkeypatch.setattr("service.http.app.Authenticate", Spy)
     settings = config(tmp_path, access=Access(keys=keys), http_address="127.0.0.1:0")
-    async with living(settings) as life, httpx.AsyncClient(timeout=20) as client:
+    async with living(settings, describe=lambda options: PACKAGE) as life, httpx.AsyncClient(timeout=20) as client:
         names = {f"{method} {route.path}" for route in mounted for method in (route.methods or set()) - {"HEAD"}}
-        assert names >= {"GET /v2/health/live", "GET /metrics", "POST /v1/chat/completions"}
+        assert names >= {*HEALTH, "GET /v1/license", "GET /metrics", "POST /v1/chat/completions"}
         assert names - ROUTES.keys() == set(), "these have no level in service.security.access"
         for name in names:
             method, path = name.split(" ")
