@@ -47,12 +47,16 @@ class ServiceError(Exception):
         self.field = field
         self.retry_after_ms = retry_after_ms
 
-    def about(self, field: str) -> ServiceError:
-        """The same error, about a field that the client knows by another name."""
+    def about(self, field: str, message: str | None = None) -> ServiceError:
+        """The same error, about a field that the client knows by another name.
+
+        Args:
+            message: in other words, if need be.
+        """
         if field in ("", self.field):
             return self
-        message = f"{field}: {self.message.removeprefix(f'{self.field}: ')}"
-        return ServiceError(self.code, message, field=field, retry_after_ms=self.retry_after_ms)
+        reason = (message or self.message).removeprefix(f"{self.field}: ")
+        return ServiceError(self.code, f"{field}: {reason}", field=field, retry_after_ms=self.retry_after_ms)
 
 
 class TalkError(Exception):

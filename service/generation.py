@@ -151,7 +151,7 @@ class Generator:
                         started = True
                         yield event
         except EngineError as error:
-            raise from_engine(error) from error
+            raise tools.blamed(from_engine(error)) from error
 
     async def encode(self, prompt: str | list[int] | Conversation, *, add_bos: bool = True) -> list[int]:
         """Token ids of a prompt. Long texts are encoded in a thread: the event loop serves everybody. So are

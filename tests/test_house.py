@@ -109,6 +109,7 @@ def test_nobody_imports_bench_or_tests() -> None:
         ("engine.runner", ("engine.core", "engine.scheduler", "engine.local", "engine.remote")),
         ("engine.core", ("engine.local", "engine.remote")),
         ("service.text", ("service.grpc", "service.generation", "service.server", "service.cli")),
+        ("service.text.tools", ("service.text.load", "service.text.answer", "service.text.template")),
         ("service.security", ("service.grpc", "service.http", "service.generation", "service.server", "service.cli")),
         ("service.grpc.auth", ("service.http", "service.server", "service.cli")),
         ("service.http.auth", ("service.grpc", "service.server", "service.cli")),

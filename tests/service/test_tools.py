@@ -10,7 +10,7 @@ import pytest
 from msgspec.structs import replace
 
 from engine import FinishReason, Grammar, SamplingParams
-from service.errors import Code, ServiceError
+from service.errors import Code, ServiceError, invalid
 from service.generation import Delta, Finished, GenerationEvent, GenerationRequest, Generator
 from service.text.chat import Conversation, Message, Tool, ToolCall
 from service.text.tools.choice import tool_use
@@ -148,6 +148,16 @@ def test_required_calls_are_demanded_by_a_grammar() -> None:
         assert use.grammar.kind == "lark"
         assert [name for name in ("play", "stop") if name in use.grammar.text] == list(names)
         assert (use.offered, use.only_one) == (names, only_one)
+
+
+def test_what_is_wrong_with_that_grammar_is_wrong_with_the_tools() -> None:
+    refused = invalid("response_format", "the lark cannot be served: Invalid type: nonsense")
+    use = tool_use(chat(PLAY, tool_choice="required"), HermesTools({}))
+    assert use.blamed(refused).message == "tools: the grammar of their schemas cannot be served: Invalid type: nonsense"
+    assert use.blamed(refused).field == "tools"
+    other = invalid("seed", "is odd")
+    assert use.blamed(other) is other
+    assert tool_use(chat(PLAY), HermesTools({})).blamed(refused) is refused
 
 
 def test_an_answer_of_another_form_calls_no_tools() -> None:

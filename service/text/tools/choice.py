@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from engine import Grammar
-from service.errors import invalid
+from service.errors import ServiceError, invalid
 from service.text.chat import Conversation
 from service.text.tools.format import ToolFormat, ToolParser
 
@@ -33,6 +33,12 @@ class ToolUse:
     def parser(self) -> ToolParser | None:
         """A parser for one completion; None if whatever the model writes is text."""
         return None if self.format is None else self.format.parser(self.offered, only_one=self.only_one)
+
+    def blamed(self, error: ServiceError) -> ServiceError:
+        """What is wrong with the grammar is wrong with the tools: the client knows of no other."""
+        if self.grammar is None or error.field != "response_format":
+            return error
+        return error.about("tools", error.message.replace("lark", "grammar of their schemas", 1))
 
 
 def without_barred_tools(conversation: Conversation) -> Conversation:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from service.text.chat import Tool
+from service.errors import ServiceError
+from service.text.chat import Conversation, Message, Tool
 from service.text.load import load_text
 from service.text.tokenizer import TextModel
 from service.text.tools.format import find_format
@@ -86,3 +87,10 @@ def test_checkpoints_are_asked(tmp_path: Path, smollm2: TextModel, modern_tekken
     assert isinstance(load_text(write_gguf(tmp_path / "qwen.gguf", chat_template=QWEN)).tools, HermesTools)
     assert smollm2.tools is None
     assert load_text(write_gguf(tmp_path / "base.gguf")).tools is None
+
+
+def test_a_template_without_a_place_for_tools_refuses_them(smollm2: TextModel) -> None:
+    assert smollm2.chat is not None
+    asked = Conversation(messages=(Message(role="user", content="Hi"),), tools=(Tool(name="f"),))
+    with pytest.raises(ServiceError, match=r"tools\[0\].name: the model's chat template has no place for it"):
+        smollm2.chat.encode(asked)
