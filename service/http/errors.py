@@ -62,7 +62,7 @@ def body_of(error: ServiceError | RouteError) -> ErrorBody:
         kind = "invalid_request_error" if error.status < 500 else "server_error"
         return ErrorBody(ErrorInfo(message=_shortened(error.message), type=kind, param=None, code=error.code))
     _, kind = STATUS[error.code]
-    return ErrorBody(ErrorInfo(message=_shortened(error.message), type=kind, param=error.field, code=error.code.value))
+    return ErrorBody(ErrorInfo(message=_shortened(error.message), type=kind, param=error.field, code=_code(error)))
 
 
 def status_of(error: ServiceError | RouteError) -> int:
@@ -80,6 +80,12 @@ def headers_of(error: ServiceError | RouteError) -> dict[str, str]:
     if error.code is Code.UNAUTHENTICATED:
         return {"www-authenticate": "Bearer"}
     return {"x-should-retry": "false"} if error.code in (Code.DEADLINE_EXCEEDED, Code.INTERNAL) else {}
+
+
+def _code(error: ServiceError) -> str:
+    """A prompt that is too long has OpenAI's own word: clients look for it, to shorten what they send."""
+    too_long = error.field in ("prompt", "messages") and " the context of " in error.message
+    return "context_length_exceeded" if too_long else error.code.value
 
 
 def _shortened(message: str) -> str:

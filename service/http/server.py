@@ -74,6 +74,7 @@ class HttpServer:
         """
         listener = _listen(address)
         self._serving = asyncio.create_task(self._server.serve(sockets=[listener]), name="http-server")
+        await self._server.listening.wait()
         port: int = listener.getsockname()[1]
         return port
 
@@ -97,6 +98,14 @@ class HttpServer:
 
 
 class _Uvicorn(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.listening = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.listening.set()
+
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Signals belong to the server's owner."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -16,14 +15,11 @@ from service.errors import ServiceError, invalid
 from service.generation import Delta, Finished, GenerationRequest, Started, ToolCallDelta
 from service.host import Host
 from service.http.names import adapter_of
-from service.http.openai.conversation import ChatMessage, ChatTool, NamedTool, conversation_of
+from service.http.openai.conversation import ChatMessage, ChatTool, NamedTool, as_written, conversation_of
 from service.http.openai.logprobs import ChatLogprobs, Spelling
 from service.http.openai.parameters import GenerationBody, count_of, deadline_of, read_parameters, sampling_of, stops_of
 from service.http.openai.run import Events, Usage, fingerprint, finish_reason, request_id_of, run
 from service.http.reply import DONE, EventStream, JsonLater, event
-
-# What belongs to a tool or a call stands one level deeper in a body than in a conversation.
-_IN_FUNCTION = re.compile(r"((?:tools|tool_calls)\[\d+\])\.(name|description|parameters|arguments)$")
 
 
 class ChatBody(GenerationBody, kw_only=True):
@@ -288,11 +284,10 @@ def _whole_calls(pieces: list[ToolCallDelta]) -> list[CallDelta]:
 
 
 async def _named(events: Events) -> Events:
-    """Errors name fields as the client wrote them: a prompt is `messages`, tools and calls are within `function`."""
+    """Errors name fields as the client wrote them."""
     try:
         async with aclosing(events):
             async for each in events:
                 yield each
     except ServiceError as error:
-        written = "messages" if error.field == "prompt" else _IN_FUNCTION.sub(r"\1.function.\2", error.field or "")
-        raise error.about(written) from error
+        raise as_written(error) from error

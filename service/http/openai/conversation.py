@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 import msgspec
 
-from service.errors import invalid
+from service.errors import ServiceError, invalid
 from service.http.openai.parameters import raw_text
 from service.text.chat import Conversation, Message, Tool, ToolCall
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+
+
+# What belongs to a tool or a call stands one level deeper in a body than in a conversation.
+_IN_FUNCTION = re.compile(r"((?:tools|tool_calls)\[\d+\])\.(name|description|parameters|arguments)$")
 
 
 class Part(msgspec.Struct, kw_only=True):
@@ -89,6 +94,13 @@ def conversation_of(
         parallel_tool_calls=parallel,
         continue_final_message=continue_final,
     )
+
+
+def as_written(error: ServiceError) -> ServiceError:
+    """The error about its field as the client wrote it: a prompt is `messages`, what tools have is in `function`."""
+    if error.field is None:
+        return error
+    return error.about("messages" if error.field == "prompt" else _IN_FUNCTION.sub(r"\1.function.\2", error.field))
 
 
 def _message(path: str, message: ChatMessage) -> Message:

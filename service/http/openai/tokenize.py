@@ -6,10 +6,10 @@ import asyncio
 
 import msgspec
 
-from service.errors import invalid
+from service.errors import ServiceError, invalid
 from service.host import Host
 from service.http.names import adapter_of
-from service.http.openai.conversation import ChatMessage, ChatTool, conversation_of
+from service.http.openai.conversation import ChatMessage, ChatTool, as_written, conversation_of
 from service.text.chat import Conversation
 
 INLINE_TOKENS = 4096  # turned into text within a millisecond; more go to a thread
@@ -71,7 +71,10 @@ async def tokenize(host: Host, body: TokenizeBody) -> TokenizeAnswer:
         prompt = conversation_of(
             body.messages, body.tools or [], None, continue_final=bool(body.continue_final_message)
         )
-    tokens = await host.tokenize(prompt, add_bos=body.add_special_tokens is not False)
+    try:
+        tokens = await host.tokenize(prompt, add_bos=body.add_special_tokens is not False)
+    except ServiceError as error:
+        raise (as_written(error) if body.messages else error) from error
     return TokenizeAnswer(
         count=len(tokens),
         max_model_len=host.info.max_model_len,

@@ -263,6 +263,7 @@ async def test_a_form_of_the_answer_becomes_a_grammar(fields: dict[str, Any], gr
         ({"chat_template": "x"}, "chat_template", "own chat template"),
         ({"tools": [{"type": "custom"}]}, "tools[0].type", "'custom' is not served"),
         ({"tool_choice": "required"}, "tool_choice", "without tools"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name", "'a b' is not a"),
         ({"stop": [""]}, "stop[0]", "1 to"),
         ({"timeout": 0}, "timeout", "greater than 0"),
         ({"add_generation_prompt": False}, "add_generation_prompt", "opposite"),
@@ -287,6 +288,14 @@ async def test_what_is_wrong_is_refused_by_name_value_and_limit(fields: Any, par
         found = error(await port.chat(**fields), 400)
     assert (found["type"], found["param"]) == ("invalid_request_error", param)
     assert words in found["message"]
+
+
+async def test_a_prompt_that_is_too_long_has_the_code_that_clients_look_for() -> None:
+    async with serving(served(FakeEngine())) as port:
+        chat = error(await port.chat("x" * 115), 400)
+        completion = error(await port.complete("x" * 200), 400)
+    assert (chat["code"], chat["message"][:9]) == ("context_length_exceeded", "messages:")
+    assert (completion["code"], completion["param"]) == ("context_length_exceeded", "prompt")
 
 
 async def test_harmless_parameters_change_nothing() -> None:
