@@ -206,6 +206,7 @@ def test_the_names_of_nim_for_adapters_are_understood(tmp_path: Path) -> None:
         ("NIM_SERVED_MODEL_NAME", "mine,other", "served_model_name", ("mine", "other")),
         ("NIM_MODEL_PROFILE", "default", "profile", None),
         ("NIM_GRPC_API_PORT", "50051", "grpc_port", 50051),
+        ("NIM_SERVER_PORT", "9000", "http_port", 9000),
         ("NIM_MAX_MODEL_LEN", "4096", "max_model_len", 4096),
         ("NIM_KVCACHE_PERCENT", "0.9", "kv_memory", 0.9),
         ("NIM_ENABLE_KV_CACHE_REUSE", "0", "prefix_caching", False),

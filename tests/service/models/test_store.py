@@ -298,6 +298,12 @@ def test_what_is_in_the_store_is_served_without_a_network(store: ModelStore, tmp
     assert ModelStore(tmp_path, forbidden_by="NIM_DISABLE_MODEL_DOWNLOAD").pull("toy") == fetched
 
 
+def test_the_store_lies_where_our_variable_or_nims_says() -> None:
+    assert ModelStore.default({"NIM_CACHE_PATH": "/opt/nim/.cache"}).root == Path("/opt/nim/.cache")
+    assert ModelStore.default({"NIM_CACHE_PATH": "/a", "NEMOSERVE_CACHE": "/b"}).root == Path("/b")
+    assert ModelStore.default({}).root == Path.home() / ".cache" / "nemoserve"
+
+
 def test_a_variable_that_says_no_forbids_nothing(tmp_path: Path) -> None:
     assert ModelStore.default({"NIM_DISABLE_MODEL_DOWNLOAD": "0"})._forbidden_by is None
 
