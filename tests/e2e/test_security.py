@@ -7,6 +7,7 @@ import ssl
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import openai
@@ -101,6 +102,13 @@ def test_the_openai_client_needs_its_key_and_the_authority(
             client.with_options(api_key="nms-wrong").models.list()
         with pytest.raises(openai.BadRequestError):
             client.completions.create(model="smollm2-135m-instruct", prompt=CANARY, temperature=-1)
+        schema: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": CANARY}}}
+        with pytest.raises(openai.BadRequestError):
+            client.chat.completions.create(
+                model="smollm2-135m-instruct",
+                messages=[{"role": "user", "content": CANARY}],
+                response_format=schema,
+            )
     with (
         openai.OpenAI(base_url=base, api_key=keys["ann"], max_retries=0, timeout=60) as client,
         pytest.raises(openai.APIConnectionError),
