@@ -37,6 +37,7 @@ ANSWERS = [
     ("hermes text", [f"<tool_call>\n{OBJECT}\n</tool_call>\n"], "", ONE),
     ("hermes text", [f'a <<tool_call>{OBJECT}</tool_call>\n<tool_call>{{"name": "get_time"}}'], "a <", TWO),
     ("hermes text", [f"<tool_call>{OBJECT}</tool_call> <tool_ < b"], " <tool_ < b", ONE),
+    ("hermes text", [f"<tool_call>{OBJECT}</tool_call> <tool_"], " <tool_", ONE),
     ("llama", [LLAMA], "", ONE),
     ("llama", [f' {LLAMA}; {{"type": "function", "name": "get_time", "parameters": {{}}}}'], "", TWO),
     ("llama", [TAG, OBJECT], "", ONE),
