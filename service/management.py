@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from engine import EngineConfig, EngineInfo
+from service.errors import ServiceError
 from service.host import Host, Phase
 from service.models import catalog
 from service.models.fit import Place
@@ -114,16 +115,24 @@ def metadata(host: Host, package: Package, repository_override: str = "") -> dic
     Args:
         repository_override: where models are fetched from instead of from where they were published.
     """
-    ready = host.status.phase in (Phase.READY, Phase.DRAINING)
+    info = info_of(host)
     return {
         "version": VERSION,
         "modelInfo": [{"shortName": package.name, "modelUrl": package.url}],
-        "selectedModelProfileId": package.profile(host.info) if ready else None,
+        "selectedModelProfileId": None if info is None else package.profile(info),
         "assetInfo": [package.uri(name) for name in package.files],
         "licenseInfo": _licence_info(),
         "modelLicenseInfo": {"name": package.licence, "url": package.url},
         "repository_override": repository_override,
     }
+
+
+def info_of(host: Host) -> EngineInfo | None:
+    """Of the engine; None before there is one, and after."""
+    try:
+        return host.info
+    except ServiceError:
+        return None
 
 
 def manifest(package: Package, info: EngineInfo | None = None) -> dict[str, Any]:
@@ -230,7 +239,8 @@ def _health(host: Host, *, ok: bool, name: str) -> Health:
         words = "the engine does not answer"
     elif status.phase is Phase.LOADING:
         left = f", about {status.eta_seconds:.0f} s left" if status.eta_seconds is not None else ""
-        words = f"loading, {status.progress:.0%}{left}"
+        what = f" ({status.detail})" if status.detail else ""
+        words = f"loading{what}, {status.progress:.0%}{left}"
     return Health(
         False,
         {

@@ -13,7 +13,6 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from service import management
-from service.errors import ServiceError
 from service.host import Host
 from service.management import Health, Package
 
@@ -31,11 +30,7 @@ def management_routes(host: Host, package: Callable[[], Package], repository_ove
         return _json(management.metadata(host, found, repository_override))
 
     async def manifest(request: Request) -> Response:
-        try:
-            info = host.info
-        except ServiceError:  # not loaded yet
-            info = None
-        found = management.manifest(await asyncio.to_thread(package), info)
+        found = management.manifest(await asyncio.to_thread(package), management.info_of(host))
         if "json" in request.headers.get("accept", ""):
             return _json(found)
         return Response(yaml.safe_dump(found, sort_keys=False, width=120), media_type="application/yaml")

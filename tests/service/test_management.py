@@ -48,8 +48,9 @@ def test_metadata_has_what_nims_operator_reads() -> None:
     assert found["repository_override"] == "https://mirror.example"
 
 
-def test_before_the_model_is_loaded_nobody_knows_its_profile() -> None:
-    host = FakeHost(status=Status(Phase.LOADING))
+@pytest.mark.parametrize("phase", [phase for phase in Phase if phase is not Phase.READY])
+def test_without_a_loaded_model_nobody_knows_its_profile(phase: Phase) -> None:
+    host = FakeHost(status=Status(phase))
     assert client(host).get("/v1/metadata").json()["selectedModelProfileId"] is None
     assert client(host).get("/v1/manifest").status_code == 200
 
@@ -154,13 +155,20 @@ def test_who_is_ready_says_so_as_nim_does() -> None:
 def test_who_is_not_says_how_far_it_is() -> None:
     host = FakeHost(status=Status(Phase.LOADING, "weights", 0.25, 30.0))
     body = client(host).get("/v1/health/ready").json()
-    assert body["message"] == "nemoserve is not ready: loading, 25%, about 30 s left"
+    assert body["message"] == "nemoserve is not ready: loading (weights), 25%, about 30 s left"
     assert (body["status"], body["phase"], body["progress"], body["eta_seconds"]) == (
         "not ready",
         "loading",
         0.25,
         30.0,
     )
+
+
+def test_why_an_engine_failed_is_for_the_log_alone() -> None:
+    host = FakeHost(status=Status(Phase.FAILED, "/models/secret: truncated"), alive=False)
+    answer = client(host).get("/v1/health/ready")
+    assert "secret" not in answer.text
+    assert answer.json()["message"] == "nemoserve is not ready: failed"
 
 
 def test_a_path_of_this_machine_is_told_to_nobody(tmp_path: Path) -> None:
