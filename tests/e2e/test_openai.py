@@ -82,6 +82,25 @@ def test_likelihoods_as_lm_eval_asks_for_them_are_those_of_the_model(client: ope
     assert answer.choices[1].text.startswith("The capital of")
 
 
+def test_an_answer_has_the_form_that_was_asked_for(client: openai.OpenAI) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"city": {"enum": ["Paris", "Rome"]}, "big": {"type": "boolean"}},
+        "required": ["city", "big"],
+    }
+    form: Any = {"type": "json_schema", "json_schema": {"name": "city", "schema": schema, "strict": True}}
+    asked: dict[str, Any] = {"model": MODEL, "messages": QUESTION, "max_tokens": 64, "temperature": 0}
+    [choice] = client.chat.completions.create(**asked, response_format=form).choices
+    found = json.loads(choice.message.content or "")
+    assert (sorted(found), found["city"] in ("Paris", "Rome"), choice.finish_reason) == (["big", "city"], True, "stop")
+    body = {"prompt": "The capital of France is", "guided_choice": [" Paris", " Rome"], "temperature": 0}
+    chosen = client.completions.create(model=MODEL, prompt="", max_tokens=9, extra_body=body)
+    assert chosen.choices[0].text == " Paris"
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(**asked, extra_body={"guided_regex": "(" * 50})
+    assert caught.value.param == "guided_regex"
+
+
 def test_errors_are_the_clients_own_kinds(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="is not served here"):
         client.chat.completions.create(model="gpt-5", messages=QUESTION)

@@ -11,14 +11,22 @@ from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 
 from service.caller import CALLER
-from service.errors import ServiceError, invalid
+from service.errors import invalid
 from service.generation import Delta, Finished, GenerationRequest, Started, ToolCallDelta
 from service.host import Host
 from service.http.names import adapter_of
-from service.http.openai.conversation import ChatMessage, ChatTool, NamedTool, as_written, conversation_of
+from service.http.openai.conversation import ChatMessage, ChatTool, NamedTool, conversation_of
 from service.http.openai.logprobs import ChatLogprobs, Spelling
-from service.http.openai.parameters import GenerationBody, count_of, deadline_of, read_parameters, sampling_of, stops_of
-from service.http.openai.run import Events, Usage, fingerprint, finish_reason, request_id_of, run
+from service.http.openai.parameters import (
+    GenerationBody,
+    count_of,
+    deadline_of,
+    names_of,
+    read_parameters,
+    sampling_of,
+    stops_of,
+)
+from service.http.openai.run import Usage, fingerprint, finish_reason, request_id_of, run
 from service.http.reply import DONE, EventStream, JsonLater, event
 
 
@@ -160,7 +168,7 @@ class _Answer:
 
     def __init__(self, host: Host, body: ChatBody, generation: GenerationRequest) -> None:
         self._n = generation.n
-        self._events = _named(run(host, [generation]))
+        self._events = run(host, [generation], {"prompt": "messages"} | names_of(body))
         self._spelling = Spelling(host, as_ids=bool(body.return_tokens_as_token_ids))
         self._logprobs = bool(body.logprobs)
         options = body.stream_options
@@ -281,13 +289,3 @@ def _whole_calls(pieces: list[ToolCallDelta]) -> list[CallDelta]:
         else:
             calls[piece.call].function.arguments += piece.arguments
     return [calls[number] for number in sorted(calls)]
-
-
-async def _named(events: Events) -> Events:
-    """Errors name fields as the client wrote them."""
-    try:
-        async with aclosing(events):
-            async for each in events:
-                yield each
-    except ServiceError as error:
-        raise as_written(error) from error

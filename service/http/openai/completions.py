@@ -19,7 +19,15 @@ from service.generation import MAX_COMPLETIONS, Delta, Finished, GenerationReque
 from service.host import Host
 from service.http.names import adapter_of
 from service.http.openai.logprobs import LegacyLogprobs, LegacyWriter, Spelling
-from service.http.openai.parameters import GenerationBody, count_of, deadline_of, read_parameters, sampling_of, stops_of
+from service.http.openai.parameters import (
+    GenerationBody,
+    count_of,
+    deadline_of,
+    names_of,
+    read_parameters,
+    sampling_of,
+    stops_of,
+)
 from service.http.openai.run import Usage, fingerprint, finish_reason, request_id_of, run
 from service.http.reply import DONE, EventStream, JsonLater, event
 
@@ -169,6 +177,7 @@ class _Answer:
         self._created = int(time.time())
         self._model = body.model or host.model_name
         self._fingerprint = fingerprint(host)
+        self._names = names_of(body)
         self._writers: dict[int, LegacyWriter] = {}
 
     async def stream(self, generations: Sequence[GenerationRequest]) -> AsyncGenerator[bytes]:
@@ -199,7 +208,7 @@ class _Answer:
 
     async def _choices(self, generations: Sequence[GenerationRequest]) -> AsyncGenerator[CompletionChoice]:
         """The pieces of all choices as they come; the last one of each has its finish_reason."""
-        async with aclosing(run(self._host, generations)) as events:
+        async with aclosing(run(self._host, generations, self._names)) as events:
             async for number, each in events:
                 if not (self._hides_completion and isinstance(each, Delta)):
                     self._usage.count(each)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Literal
 
 import msgspec
@@ -96,11 +97,14 @@ def conversation_of(
     )
 
 
-def as_written(error: ServiceError) -> ServiceError:
-    """The error about its field as the client wrote it: a prompt is `messages`, what tools have is in `function`."""
-    if error.field is None:
-        return error
-    return error.about("messages" if error.field == "prompt" else _IN_FUNCTION.sub(r"\1.function.\2", error.field))
+def as_written(error: ServiceError, names: Mapping[str, str]) -> ServiceError:
+    """The error about its field as the client wrote it.
+
+    Args:
+        names: what it wrote for fields that have other names in the service. What tools have is in `function` for it.
+    """
+    field = error.field or ""
+    return error.about(names.get(field) or _IN_FUNCTION.sub(r"\1.function.\2", field))
 
 
 def _message(path: str, message: ChatMessage) -> Message:

@@ -7,7 +7,6 @@ as OpenAI does, because a parameter that is misspelt and ignored is a wrong answ
 
 from __future__ import annotations
 
-import json
 import time
 from typing import Any, TypeVar
 
@@ -18,6 +17,7 @@ from engine import Grammar, SamplingParams
 from service.errors import invalid
 from service.generation import MAX_COMPLETIONS
 from service.http.body import decode, meant, read_bytes
+from service.text.grammar import choice
 
 IGNORED = frozenset(
     {
@@ -162,7 +162,8 @@ def sampling_of(body: GenerationBody, **more: Any) -> SamplingParams:
         given["seed"] = body.seed % 2**64 if body.seed >= -(2**63) else body.seed  # OpenAI's are signed
     if body.stop_token_ids is not None:
         given["stop_token_ids"] = tuple(body.stop_token_ids)
-    given["grammar"] = grammar_of(body)
+    if (asked := grammar_of(body)) is not None:
+        given["grammar"] = asked[1]
     return SamplingParams(**{name: value for name, value in given.items() if value is not None})
 
 
@@ -195,8 +196,8 @@ def deadline_of(body: GenerationBody, request: Request) -> float | None:
     return time.monotonic() + seconds
 
 
-def grammar_of(body: GenerationBody) -> Grammar | None:
-    """What the answer must be, whichever way it is said.
+def grammar_of(body: GenerationBody) -> tuple[str, Grammar] | None:
+    """What the answer must be, whichever way it is said, and the field that says it.
 
     Raises:
         ServiceError: INVALID_ARGUMENT, it is said twice or incompletely.
@@ -212,7 +213,13 @@ def grammar_of(body: GenerationBody) -> Grammar | None:
         found += _of_structured("structured_outputs.", body.structured_outputs)
     if len(found) > 1:
         raise invalid(found[1][0], f"does not go with {found[0][0]}: the answer can have one form")
-    return found[0][1] if found else None
+    return found[0] if found else None
+
+
+def names_of(body: GenerationBody) -> dict[str, str]:
+    """What the client wrote for fields that have other names in the service."""
+    asked = grammar_of(body)
+    return {} if asked is None else {"response_format": asked[0]}
 
 
 def _of_format(given: ResponseFormat) -> Grammar | None:
@@ -241,10 +248,9 @@ def _of_structured(prefix: str, given: StructuredOutputs) -> list[tuple[str, Gra
     if given.regex is not None:
         found.append((prefix + "regex", Grammar(kind="regex", text=given.regex)))
     if given.choice is not None:
-        if not given.choice:
-            raise invalid(prefix + "choice", "must have at least one text")
-        rule = "start: " + " | ".join(json.dumps(each) for each in given.choice)
-        found.append((prefix + "choice", Grammar(kind="lark", text=rule)))
+        if not given.choice or not all(given.choice):
+            raise invalid(prefix + "choice", "must be texts that are not empty, at least one")
+        found.append((prefix + "choice", choice(given.choice)))
     if given.grammar is not None:
         found.append((prefix + "grammar", Grammar(kind="lark", text=given.grammar)))
     if given.json_object:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import secrets
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 
 import msgspec
@@ -15,6 +15,7 @@ from engine import FinishReason
 from service.errors import Code, ServiceError
 from service.generation import Delta, Finished, GenerationEvent, GenerationRequest, Started
 from service.host import Host
+from service.http.openai.conversation import as_written
 from service.version import VERSION
 
 Events = AsyncGenerator[tuple[int, GenerationEvent]]
@@ -53,12 +54,24 @@ def fingerprint(host: Host) -> str:
     return "fp_" + hashlib.sha256(msgspec.json.encode(what)).hexdigest()[:10]
 
 
-async def run(host: Host, requests: Sequence[GenerationRequest]) -> Events:
+async def run(host: Host, requests: Sequence[GenerationRequest], names: Mapping[str, str]) -> Events:
     """Events of all requests as they come, each with the number of its request.
+
+    Args:
+        names: see `as_written`.
 
     Raises:
         ServiceError: a request is refused, or does not end as it should; the others are cancelled.
     """
+    try:
+        async with aclosing(_run(host, requests)) as events:
+            async for each in events:
+                yield each
+    except ServiceError as error:
+        raise as_written(error, names) from error
+
+
+async def _run(host: Host, requests: Sequence[GenerationRequest]) -> Events:
     streams = [host.generate(request) for request in requests]
     if len(streams) == 1:
         async with aclosing(streams[0]) as events:

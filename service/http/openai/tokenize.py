@@ -74,7 +74,7 @@ async def tokenize(host: Host, body: TokenizeBody) -> TokenizeAnswer:
     try:
         tokens = await host.tokenize(prompt, add_bos=body.add_special_tokens is not False)
     except ServiceError as error:
-        raise (as_written(error) if body.messages else error) from error
+        raise as_written(error, {} if body.messages is None else {"prompt": "messages"}) from error
     return TokenizeAnswer(
         count=len(tokens),
         max_model_len=host.info.max_model_len,
