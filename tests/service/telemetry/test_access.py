@@ -73,7 +73,7 @@ async def test_a_request_that_ended_well(running: Observed, lines: Lines) -> Non
         "output_tokens": 3,
     }
     assert set(times) == {"queue_ms", "ttft_ms", "itl_p50_ms", "itl_p99_ms", "total_ms"}
-    assert times["queue_ms"] == 250  # what the engine says
+    assert times["queue_ms"] >= 250  # what the engine says, after what the request waited for it
     assert 0 < times["ttft_ms"] <= times["total_ms"]
 
 

@@ -79,7 +79,7 @@ async def test_every_way_to_end_is_counted_once(running: Observed) -> None:
     await engine.until(lambda: len(engine.cancelled) == 2)
     engine.gate, engine.fails_after = None, 1
     assert (await drained(port.typed.Generate(ask())))[-1].finished.reason == pb.FINISH_REASON_ERROR
-    engine.die()
+    running.model.failed("lost")
     assert (await refusal(port.typed.Generate(ask()))).code() is grpc.StatusCode.UNAVAILABLE
     scrape = running.scrape()
     counted = {dict(labels)["outcome"]: value for labels, value in scrape.values("nemoserve_requests_total").items()}

@@ -152,7 +152,7 @@ async def test_refusals_and_faults_have_their_status(traced: Traced) -> None:
     assert {span.status.status_code for span in spans.values()} == {StatusCode.UNSET}
     assert {(span.attributes or {})["error.type"] for span in spans.values()} == {"invalid_argument"}
     traced.exporter.clear()
-    traced.running.engine.die()
+    traced.running.model.failed("lost")
     await refusal(traced.running.port.typed.Generate(ask()))
     spans = await traced.ended(2)
     assert {span.status.status_code for span in spans.values()} == {StatusCode.ERROR}

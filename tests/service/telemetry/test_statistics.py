@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 from tritonclient.grpc import service_pb2 as kserve
 from tritonclient.grpc import service_pb2_grpc
 
@@ -39,6 +38,7 @@ async def test_triton_is_told_what_prometheus_is_told() -> None:
     stats = told.inference_stats
     assert told.inference_count == stats.success.count == 16
     assert stats.fail.count == 2 + 1 + 2
-    assert stats.queue.ns == 16 * QUEUED * 1e9
-    # The failed request got as far as a token too.
-    assert scrape.value("nemoserve_queue_time_seconds_sum", model="toy") == pytest.approx(17 * QUEUED)
+    # Before that each waited in the service; and the failed request got as far as a token too.
+    assert stats.queue.ns >= 16 * QUEUED * 1e9
+    both = scrape.value("nemoserve_queue_time_seconds_sum", model="toy")
+    assert 17 * QUEUED <= both < QUEUED + stats.queue.ns / 1e9 + 1
