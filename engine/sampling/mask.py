@@ -1,7 +1,7 @@
 """What grammars forbid: masks of bits, packed as the host has them, over the logits of the rows that they are for.
 
-A mask is 16 KiB for 131,072 tokens, so that 32 of them are copied in the time of a few launches; on the device a bit
-becomes a bool by one look into a table of 256 bytes' bits.
+A mask is 16 KiB for 131,072 tokens. A GPU gets the bits and takes them apart itself: there are eight times as many
+bytes to copy otherwise. On a CPU numpy takes them apart, in a tenth of the time.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,17 +28,26 @@ def forbid(logits: Tensor, rows: Sequence[int], masks: Mapping[int, bytes]) -> N
     if not where:
         return
     packed = b"".join(masks[row] for row in dict.fromkeys(rows) if row in masks)
-    allowed = unpack(bytes_to_device(packed, logits.device).view(len(where), -1), logits.shape[-1])
+    unpack = unpack_on_host if logits.device.type == "cpu" else unpack_on_device
+    forbidden = unpack(packed, len(where), logits.shape[-1], logits.device)
     if len(where) == len(rows):
-        logits.masked_fill_(~allowed, -math.inf)
+        logits.masked_fill_(forbidden, -math.inf)
+    elif logits.device.type == "cpu":
+        for index, each in zip(where, forbidden, strict=True):
+            logits[index].masked_fill_(each, -math.inf)
     else:
         index = to_device(where, torch.int64, logits.device)
-        logits[index] = logits[index].masked_fill_(~allowed, -math.inf)
+        logits[index] = logits[index].masked_fill_(forbidden, -math.inf)
 
 
-def unpack(packed: Tensor, size: int) -> Tensor:
-    """Bits of uint8 [S, bytes], the lowest first, as bool [S, size]."""
-    values = torch.arange(256, dtype=torch.uint8, device=packed.device)
-    places = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    table = (values[:, None] >> places & 1).bool()
-    return table[packed.int()].flatten(1)[:, :size]
+def unpack_on_host(packed: bytes, count: int, size: int, device: torch.device) -> Tensor:
+    """What `count` masks side by side do not allow, bool [count, size]."""
+    bits = ~np.frombuffer(packed, np.uint8).reshape(count, -1)
+    return torch.from_numpy(np.unpackbits(bits, axis=1, count=size, bitorder="little")).view(torch.bool)
+
+
+def unpack_on_device(packed: bytes, count: int, size: int, device: torch.device) -> Tensor:
+    """The same, with the work done by the device."""
+    bits = bytes_to_device(packed, device).view(count, -1, 1)
+    places = torch.arange(8, dtype=torch.uint8, device=device)
+    return (bits >> places & 1 == 0).flatten(1)[:, :size]

@@ -29,7 +29,7 @@ from engine.runner import Runner, load_runner
 from engine.sampler import Sampler
 from engine.sampling import reference
 from engine.sampling.draw import uniform
-from engine.sampling.mask import forbid, unpack
+from engine.sampling.mask import forbid, unpack_on_device, unpack_on_host
 from engine.step import RowInit
 from tests.engine.fake_drafts import Foreseen, texts_of
 from tests.engine.grammars import (
@@ -53,6 +53,7 @@ STYLES: tuple[dict[str, object], ...] = (
     {"temperature": 1.0, "seed": 14, "min_tokens": 8, "logit_bias": {5: 4.0}},
     {"ignore_eos": True},
 )
+UNPACK = (unpack_on_host, unpack_on_device)
 KV_BYTES = 2 * 2 * 2 * 16 * 4  # of a token of the tiny model: keys and values, layers, kv heads, head_dim, float32
 
 
@@ -379,10 +380,9 @@ def test_masks_of_bits_forbid_what_they_do_not_have(vocab: int, rows: list[int],
         for token in range(vocab):
             allowed = row not in masked or packed[index, token // 8] >> (token % 8) & 1
             assert found[index, token] == (logits[index, token] if allowed else -math.inf)
-    assert torch.equal(
-        unpack(packed, vocab),
-        torch.tensor([[bool(mask[t // 8] >> (t % 8) & 1) for t in range(vocab)] for mask in packed.tolist()]),
-    )
+    ways = (unpack(packed.numpy().tobytes(), len(rows), vocab, logits.device) for unpack in UNPACK)
+    wanted = torch.tensor([[not mask[t // 8] >> (t % 8) & 1 for t in range(vocab)] for mask in packed.tolist()])
+    assert all(torch.equal(each, wanted) for each in ways)
 
 
 @pytest.mark.parametrize("style", STYLES)
