@@ -33,8 +33,8 @@ def forbid(logits: Tensor, rows: Sequence[int], masks: Mapping[int, bytes]) -> N
     if len(where) == len(rows):
         logits.masked_fill_(forbidden, -math.inf)
     elif logits.device.type == "cpu":
-        for index, each in zip(where, forbidden, strict=True):
-            logits[index].masked_fill_(each, -math.inf)
+        for row, each in zip(where, forbidden, strict=True):
+            logits[row].masked_fill_(each, -math.inf)
     else:
         index = to_device(where, torch.int64, logits.device)
         logits[index] = logits[index].masked_fill_(forbidden, -math.inf)

@@ -7,10 +7,12 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
+import openai
 import pytest
 from nemoserve.v1 import generation_pb2 as pb
 from nemoserve.v1 import generation_pb2_grpc as rpc
 
+from tests.e2e.conftest import ServerProcess
 from tests.e2e.test_typed import answer, ask
 
 CITY = {
@@ -41,6 +43,26 @@ def test_an_answer_is_the_json_that_its_schema_asks_for(typed: rpc.GenerationSer
     assert "Paris" in city["city"]
     assert type(city["population"]) is int
     assert type(city["capital"]) is bool
+
+
+def test_over_http_it_is_the_same_json(typed: rpc.GenerationServiceStub, server: ServerProcess) -> None:
+    text, _ = answer(typed, formatted("Describe Paris as JSON.", pb.ResponseFormat(json_schema=json.dumps(CITY))))
+    with openai.OpenAI(base_url=f"http://{server.http_address}/v1", api_key="none", max_retries=0) as client:
+        said = client.chat.completions.create(
+            model="smollm2-135m-instruct",
+            messages=[{"role": "user", "content": "Describe Paris as JSON."}],
+            max_tokens=120,
+            temperature=0,
+            response_format={"type": "json_schema", "json_schema": {"name": "city", "schema": CITY, "strict": True}},
+        )
+        assert said.choices[0].message.content == text
+        with pytest.raises(openai.BadRequestError, match="response_format: the regex cannot be served") as caught:
+            client.chat.completions.create(
+                model="smollm2-135m-instruct",
+                messages=[{"role": "user", "content": "x"}],
+                response_format={"type": "regex", "regex": "(a"},  # type: ignore[typeddict-item]
+            )
+    assert caught.value.param == "response_format"
 
 
 def test_any_object_a_pattern_and_a_grammar(typed: rpc.GenerationServiceStub) -> None:

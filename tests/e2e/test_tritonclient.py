@@ -112,6 +112,20 @@ def test_both_tensor_conventions_give_the_same_text(client: triton.InferenceServ
     assert text_of(client.infer("ensemble", trtllm)) == text_of(client.infer("vllm_model", vllm_inputs(stream=False)))
 
 
+def test_guided_decoding_of_both_conventions_gives_the_same_json(client: triton.InferenceServerClient) -> None:
+    schema = json.dumps({"type": "object", "properties": {"n": {"type": "integer", "maximum": 99}}, "required": ["n"]})
+    trtllm = [
+        tensor("text_input", "BYTES", PROMPT, (1, 1)),
+        tensor("max_tokens", "INT32", 40, (1, 1)),
+        tensor("guided_decoding_guide_type", "BYTES", "json_schema", (1, 1)),
+        tensor("guided_decoding_guide", "BYTES", schema, (1, 1)),
+    ]
+    one = text_of(client.infer("ensemble", trtllm))
+    other = text_of(client.infer("vllm_model", vllm_inputs(stream=False, max_tokens=40, guided_json=schema)))
+    assert one == other
+    assert one.startswith("{")
+
+
 def test_requests_on_one_stream_are_told_apart_by_id(client: triton.InferenceServerClient) -> None:
     prompts = {str(i): f"The number {i} is" for i in range(6)}
     alone = {
