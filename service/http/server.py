@@ -1,6 +1,7 @@
 """The HTTP port: uvicorn with its h11 parser, which bounds headers, in the event loop of the process.
 
-Each connection that is waited for has a time limit: for a request to arrive and, in `service.http.body`, for its body.
+Whatever is waited for has a time limit: the head of a request, its body (in `service.http.body`), and that an answer is
+read.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from service.telemetry.telemetry import Telemetry
 
 IDLE_SECONDS = 75  # longer than load balancers keep theirs (60 s), so that none sends into a connection that we close
 HEAD_SECONDS = 15.0  # for the head of a request to arrive, from its first byte on or from the start of the connection
+STALL_SECONDS = 60.0  # for a reader to take what is sent: at less than 1 KB/s nobody reads any more
 BACKLOG = 2048  # connections that the kernel holds while the loop is busy
 
 
@@ -116,6 +118,7 @@ class _Connection(H11Protocol):
     """A connection that ends when what is to come does not come."""
 
     _head_timer: asyncio.TimerHandle | None = None
+    _stall_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -133,9 +136,22 @@ class _Connection(H11Protocol):
             self._head_timer = None
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._head_timer is not None:
-            self._head_timer.cancel()
+        for timer in (self._head_timer, self._stall_timer):
+            if timer is not None:
+                timer.cancel()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """The buffer is full."""
+        super().pause_writing()
+        self._stall_timer = self.loop.call_later(STALL_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """It has been read, or the connection is gone."""
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
+            self._stall_timer = None
+        super().resume_writing()
 
     def _waits(self) -> bool:
         """No request is being served."""

@@ -21,7 +21,7 @@ from service.telemetry.telemetry import Telemetry
 from tests.service.fake_engine import FakeEngine
 from tests.service.fakes import Answer, FakeHost, Gate
 from tests.service.grpc.ports import served
-from tests.service.http.ports import error, events, serving
+from tests.service.http.ports import Port, error, events, serving
 
 CHAT = b'{"messages":[{"role":"user","content":"Hi"}],"stream":true}'
 
@@ -195,25 +195,38 @@ async def test_nothing_is_sent_before_the_first_token() -> None:
         writer.close()
 
 
+async def stalled(port: Port, host: FakeHost) -> tuple[asyncio.StreamWriter, str]:
+    """A client that reads nothing of a long stream, and the id of its request, which fills the buffers."""
+    host.answers["big"] = Answer(pieces=("x" * 100_000,) * 400, gate=(gate := Gate()))
+    gate.allow(390)
+    _, writer = await asyncio.open_connection(*port.address.split(":"), limit=1024)
+    sock: socket.socket = writer.get_extra_info("socket")
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    writer.transport.pause_reading()  # type: ignore[attr-defined]
+    writer.write(raw_request(b'{"prompt":"big","max_tokens":400,"stream":true}', "/v1/completions"))
+    await host.until(lambda: host.running == 1)
+    return writer, host.requests[0].request_id
+
+
 async def test_a_slow_reader_slows_its_own_stream_alone() -> None:
     """The generator stops where the buffers are full; the engine merges what is not read."""
     host = FakeHost()
-    host.answers["big"] = Answer(pieces=("x" * 100_000,) * 400, gate=(gate := Gate()))
-    gate.allow(390)
     async with serving(host) as port:
-        _, writer = await asyncio.open_connection(*port.address.split(":"), limit=1024)
-        sock: socket.socket = writer.get_extra_info("socket")
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        writer.transport.pause_reading()  # type: ignore[attr-defined]
-        body = b'{"prompt":"big","max_tokens":400,"stream":true}'
-        writer.write(raw_request(body, "/v1/completions"))
-        await host.until(lambda: host.running == 1)
+        writer, slow = await stalled(port, host)
         other = events(await port.complete("Hi", max_tokens=2, stream=True))
         assert len(other) == 3
-        [slow] = [each for each in host.produced if host.produced[each] != 2]
         assert host.produced[slow] < 390
         writer.close()
         await host.until(lambda: host.cancelled == [slow])
+
+
+async def test_a_reader_that_takes_nothing_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(port_of, "STALL_SECONDS", 0.05)
+    host = FakeHost()
+    async with serving(host) as port:
+        writer, slow = await stalled(port, host)
+        await host.until(lambda: host.cancelled == [slow])
+        writer.close()
 
 
 async def test_stopping_lets_streams_end_and_refuses_connections() -> None:
