@@ -45,10 +45,14 @@ class Engine(Protocol):
     def failure(self) -> str | None:
         """Why the engine is dead, or None while it lives."""
 
-    def generate(self, request: Request) -> AsyncGenerator[TokenEvent]:
+    def generate(self, request: Request, ended: Callable[[], None] = lambda: None) -> AsyncGenerator[TokenEvent]:
         """Submit a request and yield its events, the last one with a finish_reason.
 
         Closing or cancelling the iterator early cancels the request: its pages are free at the next step.
+
+        Args:
+            ended: called once when the engine is done with the request, whether or not its events have been read; not
+                called for one that is cancelled, or that the engine's death ends.
 
         Raises:
             InvalidRequestError: before anything is computed, and before the first event.

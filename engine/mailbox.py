@@ -10,7 +10,7 @@ import asyncio
 import itertools
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 
 from msgspec.structs import replace
 
@@ -28,9 +28,14 @@ from engine.request import (
 
 
 class Mailbox:
-    """Where the events of one request wait for their reader."""
+    """Where the events of one request wait for their reader.
 
-    def __init__(self) -> None:
+    Args:
+        ended: called when the last one arrives, read or not.
+    """
+
+    def __init__(self, ended: Callable[[], None]) -> None:
+        self._ended = ended
         self._arrived = asyncio.Event()
         self._event: TokenEvent | None = None
         self._failure: str | None = None
@@ -38,6 +43,8 @@ class Mailbox:
     def put(self, event: TokenEvent) -> None:
         self._event = event if self._event is None else merge(self._event, event)
         self._arrived.set()
+        if event.finish_reason is not None:
+            self._ended()
 
     def fail(self, reason: str) -> None:
         self._failure = reason
@@ -104,7 +111,7 @@ class MailboxEngine(ABC):
     def failure(self) -> str | None:
         return self._failure
 
-    async def generate(self, request: Request) -> AsyncGenerator[TokenEvent]:
+    async def generate(self, request: Request, ended: Callable[[], None] = lambda: None) -> AsyncGenerator[TokenEvent]:
         """See `engine.face.Engine.generate`."""
         if self._failure is not None:
             raise EngineDeadError(self._failure)
@@ -113,19 +120,19 @@ class MailboxEngine(ABC):
             self._check_adapter(request.adapter)
         # Inside, requests have numbers: events of a cancelled request can never reach its namesake.
         inner = str(next(self._numbers))
-        mailbox = self._mailboxes[inner] = Mailbox()
-        ended = False
+        mailbox = self._mailboxes[inner] = Mailbox(ended)
+        last = False
         try:
             self._send(Submit(replace(request, request_id=inner)))
-            while not ended:
+            while not last:
                 event = await mailbox.get()
-                ended = event.finish_reason is not None
+                last = event.finish_reason is not None
                 if event.refused is not None:
                     raise InvalidRequestError(event.refused, event.error or "is refused")
                 yield replace(event, request_id=request.request_id)
         finally:
             del self._mailboxes[inner]
-            if not ended and self._failure is None:
+            if not last and self._failure is None:
                 self._send(Cancel(inner))
 
     def set_vocabulary(self, vocabulary: Vocabulary) -> None:

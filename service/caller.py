@@ -30,9 +30,9 @@ class TenantLimits:
 
     Attributes:
         weight: its share of the engine beside others.
-        max_running: requests that run at once.
+        max_running: completions that run at once; a request of more of them runs alone.
         max_queued: requests that wait at once.
-        tokens_per_minute: of prompts and answers together.
+        tokens_per_minute: of prompts and answers together, on average; one minute's may be used up at once.
     """
 
     weight: float = 1.0

@@ -23,7 +23,7 @@ from service.models.catalog import DEFAULT_MODEL
 from service.parsing import AUTO
 from service.resolve import Resolved, resolve, unknown_variables
 from service.security.exposure import encrypts
-from service.settings import SETTINGS, engine_config, join_address
+from service.settings import SETTINGS, engine_config, join_address, queue_limits
 from service.version import VERSION
 
 NIM_NAMES = {
@@ -130,6 +130,7 @@ def _serve(values: dict[str, Any], sample_prompt: str | None) -> None:
         tls=tls,
         max_request_bytes=values["max_request_bytes"],
         lame_duck=(0.0 if is_loopback(values["host"]) else LAME_DUCK_SECONDS) if lame_duck is None else lame_duck,
+        queue=queue_limits(values),
         drain_timeout=values["drain_timeout"],
         engine_restarts=values["engine_restarts"],
         engine_timeout=values["engine_timeout"],

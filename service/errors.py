@@ -59,6 +59,13 @@ class ServiceError(Exception):
         return ServiceError(self.code, f"{field}: {reason}", field=field, retry_after_ms=self.retry_after_ms)
 
 
+class EngineLost(ServiceError):
+    """UNAVAILABLE, because the engine died while it had the request."""
+
+    def __init__(self) -> None:
+        super().__init__(Code.UNAVAILABLE, "the engine is down; retry later")
+
+
 class TalkError(Exception):
     """A conversation partner cannot answer; the message is one line for the person at the terminal."""
 
@@ -75,7 +82,7 @@ def from_engine(error: EngineError) -> ServiceError:
     if isinstance(error, AdapterNotFoundError):
         return ServiceError(Code.NOT_FOUND, str(error), field="adapter")
     if isinstance(error, EngineDeadError):
-        return ServiceError(Code.UNAVAILABLE, "the engine is down; retry later")
+        return EngineLost()
     if isinstance(error, EngineConfigError):
         return ServiceError(Code.UNAVAILABLE, "the engine is not configured to serve this model")
     return ServiceError(Code.INTERNAL, "internal error")

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
-from engine import Engine, EngineError, FinishReason, Request, SamplingParams, TokenLogprob
-from engine.request import MAX_CACHE_SALT
+from engine import AdapterNotFoundError, Engine, EngineError, FinishReason, Request, SamplingParams, TokenLogprob
+from engine.request import MAX_CACHE_SALT, validate_request
 from service.errors import from_engine, invalid
 from service.text.answer import AnswerReader
 from service.text.chat import Conversation
@@ -114,6 +114,15 @@ class Finished:
 GenerationEvent = Started | Delta | Finished
 
 
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request in which nothing is wrong, the token ids of its prompt, and what its tools ask of the answer."""
+
+    request: GenerationRequest
+    prompt: list[int]
+    tools: ToolUse
+
+
 class Generator:
     """Runs GenerationRequests on one engine with one model's text side. Belongs to the engine's event loop."""
 
@@ -130,14 +139,50 @@ class Generator:
             ServiceError: before the first event for what is wrong with the request; UNAVAILABLE at any time if the
                 engine dies.
         """
+        async with aclosing(self.run(await self.prepare(request))) as events:
+            async for event in events:
+                yield event
+
+    async def prepare(self, request: GenerationRequest) -> Prepared:
+        """Token ids of the prompt of a request in which nothing is wrong: it can be run and will end.
+
+        Raises:
+            ServiceError: INVALID_ARGUMENT, NOT_FOUND.
+        """
         _check(1 <= request.n <= MAX_COMPLETIONS, "n", request.n, f"must be between 1 and {MAX_COMPLETIONS}")
-        stops = [StopMatcher(request.stop, include_stop=request.include_stop) for _ in range(request.n)]
-        prompt = await self.encode(request.prompt)
-        tools = ToolUse()
+        StopMatcher(request.stop)
+        prompt, tools = await self.encode(request.prompt), ToolUse()
         if isinstance(request.prompt, Conversation):
             tools = tool_use(request.prompt, self._text.tools, request.sampling.grammar)
             request = dataclasses.replace(request, sampling=_with_tools(request.sampling, tools))
-        completions = [self._complete(index, request, prompt, stop, tools) for index, stop in enumerate(stops)]
+        try:
+            validate_request(self._engine_request(0, request, prompt), self._engine.info)
+            loaded = [adapter.name for adapter in self._engine.adapters]
+            if request.adapter not in (None, *loaded):
+                raise AdapterNotFoundError(str(request.adapter), loaded)
+        except EngineError as error:
+            raise tools.blamed(from_engine(error)) from error
+        return Prepared(request, prompt, tools)
+
+    async def run(
+        self,
+        prepared: Prepared,
+        *,
+        waited: float = 0.0,
+        ended: Callable[[int], None] = lambda index: None,
+    ) -> AsyncGenerator[GenerationEvent]:
+        """As `generate`, for what `prepare` has returned.
+
+        Args:
+            waited: seconds since the request arrived; they count as queued.
+            ended: called for each completion as soon as the engine is done with it, whether or not its events have been
+                read; perhaps more than once.
+        """
+        request, began = prepared.request, time.monotonic() - waited
+        completions = [
+            self._complete(index, prepared, began, waited, functools.partial(ended, index))
+            for index in range(request.n)
+        ]
         # Logprobs of the prompt are computed once: the first completion says them, and leaves its pages to the others.
         leads = request.sampling.prompt_logprobs is not None
         events = completions[0] if request.n == 1 else _interleave(completions, leads=leads)
@@ -151,7 +196,7 @@ class Generator:
                         started = True
                         yield event
         except EngineError as error:
-            raise tools.blamed(from_engine(error)) from error
+            raise prepared.tools.blamed(from_engine(error)) from error
 
     async def encode(self, prompt: str | list[int] | Conversation, *, add_bos: bool = True) -> list[int]:
         """Token ids of a prompt. Long texts are encoded in a thread: the event loop serves everybody. So are
@@ -200,11 +245,12 @@ class Generator:
         )
 
     async def _complete(
-        self, index: int, request: GenerationRequest, prompt: list[int], stop: StopMatcher, tools: ToolUse
+        self, index: int, prepared: Prepared, began: float, waited: float, ended: Callable[[], None]
     ) -> AsyncGenerator[GenerationEvent]:
         """One completion. The engine request is cancelled as soon as a stop string, or the only call, is complete."""
-        began = time.monotonic()
-        events = self._engine.generate(self._engine_request(index, request, prompt))
+        request, prompt, tools = prepared.request, prepared.prompt, prepared.tools
+        stop = StopMatcher(request.stop, include_stop=request.include_stop)
+        events = self._engine.generate(self._engine_request(index, request, prompt), ended)
         reader: AnswerReader | None = None  # made when the engine has accepted the prompt's ids
         prompt_logprobs: list[TokenLogprob] = []
         tokens, queued, first_token = 0, 0.0, 0.0
@@ -216,7 +262,7 @@ class Generator:
                 if reader is None:
                     reader = AnswerReader(self._text.tokenizer, prompt[-1:], stop, tools.parser())
                     first_token = time.monotonic() - began
-                    queued = event.timings.queued if event.timings else 0.0
+                    queued = waited + (event.timings.queued if event.timings else 0.0)
                     yield Started(
                         request_id=request.request_id,
                         prompt_tokens=len(prompt),
@@ -224,13 +270,16 @@ class Generator:
                         queue_seconds=queued,
                         prompt_logprobs=prompt_logprobs,
                     )
-                ended = event.finish_reason is not None
-                text, ids, calls = reader.push(event.token_ids, last=ended)
+                last = event.finish_reason is not None
+                text, ids, calls = reader.push(event.token_ids, last=last)
                 tokens += len(ids)
+                if reader.ended and not last:
+                    await events.aclose()  # now, and not when who reads comes back for more
+                    ended()
                 if text or ids or calls:
                     logprobs = (event.logprobs or [])[: len(ids)]
                     yield Delta(index=index, text=text, token_ids=ids, logprobs=logprobs, tool_calls=calls)
-                if ended or reader.ended:
+                if last or reader.ended:
                     reason = FinishReason.STOP if reader.ended else event.finish_reason
                     assert reason is not None
                     yield Finished(

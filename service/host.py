@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from engine import AdapterInfo, EngineInfo, EngineStats
+from service.admission import AdmissionStats
 from service.generation import GenerationEvent, GenerationRequest
 from service.text.chat import Conversation
 
@@ -119,7 +120,12 @@ class Host(Protocol):
         """Unix time of the server's start."""
 
     @property
-    def stats(self) -> EngineStats: ...
+    def stats(self) -> EngineStats:
+        """The engine's, and what waits for the engine counted with what waits in it."""
+
+    @property
+    def queue(self) -> AdmissionStats:
+        """What waits for the engine, and what has been refused."""
 
     @property
     def info(self) -> EngineInfo:
@@ -144,7 +150,15 @@ class Host(Protocol):
         """Yield the status now, whenever it changes, and at least every `interval` seconds; ends with the server."""
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent]:
-        """See `service.generation.Generator.generate`."""
+        """As `service.generation.Generator.generate`, once the request's turn has come.
+
+        After the deadline of a request that has had an event, each of its completions that had not ended ends with
+        FinishReason.DEADLINE.
+
+        Raises:
+            ServiceError: before the first event also RESOURCE_EXHAUSTED, at once; DEADLINE_EXCEEDED, which also ends a
+                request whose events are not taken; UNAVAILABLE.
+        """
 
     async def tokenize(self, prompt: str | Conversation, *, add_bos: bool = False) -> list[int]:
         """Token ids of a text or of a conversation's whole prompt."""

@@ -65,6 +65,13 @@ def seconds(value: str) -> float:
     return number
 
 
+def patience(value: str) -> float:
+    """Seconds for which somebody is waited for."""
+    if (number := seconds(value)) < 1:
+        raise ValueError("must be at least 1 second")
+    return number
+
+
 def size(value: str) -> int:
     """Bytes."""
     match = re.fullmatch(r"(\d{1,15})([KMG]i?)?B?", value)

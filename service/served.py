@@ -8,14 +8,18 @@ who send them have heard of it, and that requests which were accepted before go 
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
+from msgspec.structs import replace
+
 from engine import Done, Engine, EngineInfo, EngineStats
-from service.errors import Code, ServiceError, invalid
-from service.generation import GenerationEvent, GenerationRequest, Generator
+from service.admission import Admission, AdmissionStats, Delivery, Flight
+from service.errors import Code, EngineLost, ServiceError, invalid
+from service.generation import GenerationEvent, GenerationRequest, Generator, Prepared
 from service.host import Cause, Loras, ModelControl, Phase, Status
 from service.observer import Observer, Unobserved
 from service.text.chat import Conversation
@@ -39,9 +43,8 @@ class ServedModel:
 
     Attributes:
         observer: is told of every request.
+        admission: the queue that every request passes; by default with the limits that a server has by default.
         control: loads and unloads the model itself; None if clients may not.
-        in_flight: accepted requests that have not ended; `idle` is set while there are none.
-        running: those of them that the engine has; `none_running` is set while there are none.
         restarts: how often the engine was started again, by cause.
     """
 
@@ -51,6 +54,7 @@ class ServedModel:
         aliases: tuple[str, ...] = (),
         loras: Loras | None = None,
         engine_timeout: float | None = None,
+        admission: Admission | None = None,
     ) -> None:
         self.model_name = name
         self.model_aliases = aliases
@@ -59,14 +63,10 @@ class ServedModel:
         self.control: ModelControl | None = None
         self.restarts: Counter[Cause] = Counter()
         self.started_at = time.time()
-        self.in_flight = 0
-        self.idle = asyncio.Event()
-        self.idle.set()
-        self.running = 0
-        self.none_running = asyncio.Event()
-        self.none_running.set()
+        self.admission = admission or Admission()
         self._engine_timeout = engine_timeout
         self._taking = True  # new requests, if there is a model to answer them
+        self._serving = False  # requests that come now are answered by the model that there is
         self._held: asyncio.Event | None = None  # set when those that wait for a model may look again
         self._began = self._last_progress = time.monotonic()
         self._status = Status(Phase.LOADING, "start")
@@ -79,7 +79,8 @@ class ServedModel:
 
     def begin(self, phase: str) -> None:
         """A load begins, the first or a later one: there is no engine now. A text side that is loaded stays."""
-        self._engine = self._generator = None
+        self._gone()
+        self._engine = None
         self._began = time.monotonic()
         self.loading(phase, Done(0.0))
 
@@ -93,7 +94,8 @@ class ServedModel:
     def ready(self, engine: Engine, text: TextModel) -> None:
         engine.set_vocabulary(vocabulary(text.tokenizer))
         self._engine, self._text = engine, text
-        self._generator = Generator(engine, text)
+        self._generator, self._serving = Generator(engine, text), True
+        self.admission.open(engine)
         self._release()
         self._move(Status(Phase.READY, progress=1.0))
 
@@ -103,15 +105,22 @@ class ServedModel:
             self._move(Status(Phase.FAILED, "the engine does not answer"))
 
     def hold(self, *, takes: bool) -> None:
-        """The model is about to be exchanged or, unless `takes`, unloaded: the engine gets nothing more to do.
+        """The model is about to be exchanged or, unless `takes`, unloaded.
 
         Args:
-            takes: new requests wait for the next model, else they are refused.
+            takes: new requests, and those that wait, get the next model; else new ones are refused, and the engine gets
+                those that wait before it ends.
         """
-        self._generator = None
+        self._serving = False
         if takes:
             self._held = asyncio.Event()
+            self.admission.close()
         self._move(Status(Phase.LOADING, "wait for running requests") if takes else Status(Phase.UNLOADED, "unloading"))
+
+    def _gone(self) -> None:
+        """There is no engine for anybody."""
+        self._generator, self._serving = None, False
+        self.admission.close()
 
     def _release(self) -> None:
         if self._held is not None:
@@ -119,7 +128,8 @@ class ServedModel:
             self._held = None
 
     def unloaded(self) -> None:
-        self._engine = self._generator = self._text = None
+        self._gone()
+        self._engine = self._text = None
         self._release()
         self._move(Status(Phase.UNLOADED, "unloaded"))
 
@@ -132,15 +142,17 @@ class ServedModel:
         self._taking = False
 
     def cut_off(self) -> None:
-        """Requests that wait for a model are refused too; those that run end with the engine."""
+        """Requests that wait are refused too; those that run end with the engine."""
         self.refuse()
-        self._generator = None
+        self._gone()
+        self.admission.fail(self._unavailable())
         self._release()
 
     def failed(self, reason: str) -> None:
-        self._generator = None
+        self._gone()
         self._release()
         self._move(Status(Phase.FAILED, reason))
+        self.admission.fail(self._unavailable())
 
     def _move(self, status: Status) -> None:
         if self._status.phase is Phase.DRAINING and status.phase is not Phase.FAILED:
@@ -157,7 +169,7 @@ class ServedModel:
 
     @property
     def accepting(self) -> bool:
-        return self._taking and (self._generator is not None or self._held is not None)
+        return self._taking and (self._serving or self._held is not None)
 
     @property
     def alive(self) -> bool:
@@ -177,7 +189,28 @@ class ServedModel:
 
     @property
     def stats(self) -> EngineStats:
-        return EngineStats() if self._engine is None else self._engine.stats
+        """See `service.host.Host.stats`."""
+        engine, queue = EngineStats() if self._engine is None else self._engine.stats, self.admission.stats
+        return replace(
+            engine,
+            queued=engine.queued + queue.queued,
+            queued_tokens=engine.queued_tokens + queue.queued_tokens,
+            oldest_queued_seconds=max(engine.oldest_queued_seconds, queue.oldest_queued_seconds),
+        )
+
+    @property
+    def queue(self) -> AdmissionStats:
+        """See `service.host.Host.queue`."""
+        return self.admission.stats
+
+    @property
+    def in_flight(self) -> int:
+        """Accepted requests that have not ended; `idle` is set while there are none."""
+        return self.admission.in_flight
+
+    @property
+    def idle(self) -> asyncio.Event:
+        return self.admission.idle
 
     @property
     def info(self) -> EngineInfo:
@@ -200,7 +233,7 @@ class ServedModel:
                 continue
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent]:
-        """See `service.generation.Generator.generate`. The observer learns of all that happens."""
+        """See `service.host.Host.generate`. The observer learns of all that happens."""
         observation = self.observer.begin(request)
         try:
             async with aclosing(self._generate(request)) as events:
@@ -216,36 +249,61 @@ class ServedModel:
     async def _generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent]:
         if not self.accepting:
             raise self._unavailable()
-        self.in_flight += 1
-        self.idle.clear()
+        flight, delivery = self.admission.enter(request), None
         try:
-            while self._held is not None:
-                await self._held.wait()
-            async with aclosing(self._run(request)) as events:
-                async for event in events:
-                    yield event
+            text, prepared = await self._prepare(request)
+            most = self.info.max_model_len if request.until_context else request.sampling.max_tokens
+            await self.admission.join(flight, len(prepared.prompt), most)
+            while True:
+                try:
+                    if text is not self._text:  # another model was loaded while it waited
+                        text, prepared = await self._prepare(request)
+                    delivery = self._deliver(flight, prepared)
+                    while (event := await delivery.next()) is not None:
+                        if not flight.started:
+                            self.admission.began(flight)
+                        yield event
+                    return
+                except EngineLost:
+                    if flight.started or flight.returned:
+                        raise
+                if delivery is not None:
+                    await delivery.close()
+                await self.admission.join_again(flight)
         except ServiceError as error:
             if error.code is Code.UNAVAILABLE and not self._taking:
                 raise ServiceError(Code.UNAVAILABLE, CUT_OFF) from error
             raise
         finally:
-            self.in_flight -= 1
-            if self.in_flight == 0:
-                self.idle.set()
+            if delivery is not None:
+                await delivery.close()
+            self.admission.leave(flight, delivery)
 
-    async def _run(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent]:
-        if self._generator is None:
-            raise self._unavailable()
-        self.running += 1
-        self.none_running.clear()
+    async def _prepare(self, request: GenerationRequest) -> tuple[TextModel | None, Prepared]:
+        """What the engine gets when the request's turn comes, and whose token ids that is.
+
+        Raises:
+            ServiceError: something is wrong with it, or the deadline comes first.
+        """
         try:
-            async with aclosing(self._generator.generate(request)) as events:
-                async for event in events:
-                    yield event
-        finally:
-            self.running -= 1
-            if self.running == 0:
-                self.none_running.set()
+            async with asyncio.timeout_at(request.deadline):
+                while self._held is not None:
+                    await self._held.wait()
+                if self._generator is None:
+                    raise self._unavailable()
+                return self._text, await self._generator.prepare(request)
+        except TimeoutError:
+            raise ServiceError(Code.DEADLINE_EXCEEDED, "the deadline passed before the prompt was read") from None
+
+    def _deliver(self, flight: Flight, prepared: Prepared) -> Delivery:
+        """Hand a request to the engine whose turn it is; EngineLost if there is none any more."""
+        if self._generator is None:
+            raise EngineLost
+        completed = functools.partial(self.admission.completed, flight)
+        events = self._generator.run(prepared, waited=flight.waited, ended=completed)
+        delivery = Delivery(events, flight.slots, flight.deadline, self.admission.limits.slow_reader_seconds)
+        delivery.cut = lambda: self.admission.leave(flight, delivery)
+        return delivery
 
     async def tokenize(self, prompt: str | Conversation, *, add_bos: bool = False) -> list[int]:
         if self._generator is None:

@@ -14,12 +14,13 @@ import logging
 import signal
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine import EngineConfig, EngineError
 from engine.remote import RemoteEngine
+from service.admission import Admission, QueueLimits
 from service.grpc.kserve import VIEW_NAMES
 from service.host import Phase
 from service.http.management import management_routes
@@ -58,6 +59,7 @@ class ServerConfig:
         access: who may call what.
         tls: certificates of the ports, None = plain text.
         max_request_bytes: of one request, on any port.
+        queue: how much may wait.
         lame_duck: seconds after SIGTERM in which new requests are still taken.
         drain_timeout: seconds after SIGTERM, the lame-duck time among them, that accepted requests have to end.
         engine_restarts: how often in ten minutes the engine is started again.
@@ -80,6 +82,7 @@ class ServerConfig:
     access: Access = EVERYBODY
     tls: Tls | None = None
     max_request_bytes: int = MAX_REQUEST_BYTES
+    queue: QueueLimits = field(default_factory=QueueLimits)
     lame_duck: float = 0.0
     drain_timeout: float = 25.0
     engine_restarts: int = 3
@@ -125,7 +128,8 @@ class Server:
         self._ready = asyncio.Event()
         taken = (config.model_name, *config.model_aliases, *VIEW_NAMES)
         self._loras = None if config.lora_dir is None else LoraFolder(config.lora_dir, taken)
-        self.model = ServedModel(config.model_name, config.model_aliases, self._loras, config.engine_timeout)
+        admission = Admission(config.queue, config.access.limits)
+        self.model = ServedModel(config.model_name, config.model_aliases, self._loras, config.engine_timeout, admission)
         self._export = None if config.otlp_endpoint is None else _export_to(config.otlp_endpoint, config.trace_content)
         tracing = None if self._export is None else self._export.tracing
         self.telemetry = Telemetry(self.model, aliases=config.metrics_aliases, tracing=tracing)

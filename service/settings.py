@@ -13,6 +13,7 @@ from typing import Any
 from engine import EngineConfig
 from engine.schemes import KV_PRECISIONS, SCHEMES
 from service import parsing
+from service.admission.limits import QueueLimits
 from service.security.limits import MAX_REQUEST_BYTES
 
 PREFIX, ALIAS_PREFIX = "NEMOSERVE_", "NIM_"
@@ -301,6 +302,27 @@ SETTINGS = (
         alias="NIM_MAX_LORA_RANK",
     ),
     Setting(
+        name="max_queue_size",
+        parse=parsing.count(0),
+        default=None,
+        why="requests that may wait; by default 8 for each of --max-batch-size: who would wait longer is better told "
+        "to come back, or served by another replica",
+    ),
+    Setting(
+        name="max_queue_tokens",
+        parse=parsing.count(1),
+        default=None,
+        why="tokens of their prompts; by default 2,048 for each of --max-queue-size, and at least one whole context",
+    ),
+    Setting(
+        name="slow_reader_timeout",
+        parse=parsing.patience,
+        default=30.0,
+        metavar="SECONDS",
+        why="a request is ended whose client reads nothing for so long; a phone that changes its network is back by "
+        "then",
+    ),
+    Setting(
         name="lame_duck",
         parse=parsing.seconds,
         default=None,
@@ -375,6 +397,15 @@ SETTINGS = (
         why="put prompts and answers into traces; whoever sees those can then read them",
     ),
 )
+
+
+def queue_limits(values: Mapping[str, Any]) -> QueueLimits:
+    """What the resolved values say to admission."""
+    return QueueLimits(
+        max_requests=values["max_queue_size"],
+        max_tokens=values["max_queue_tokens"],
+        slow_reader_seconds=values["slow_reader_timeout"],
+    )
 
 
 def engine_config(model: Path, values: Mapping[str, Any]) -> EngineConfig:

@@ -286,7 +286,7 @@ class Supervisor:
         engine = self._engine
         assert engine is not None
         self._model.hold(takes=takes)
-        while self._model.running:
+        while self._model.admission.running:
             if self._model.silent:
                 wish.refuse(Code.UNAVAILABLE, "the engine does not answer; try again")
             if wish.given_up:
@@ -294,7 +294,7 @@ class Supervisor:
                 self._model.ready(engine, self._text)
                 return False
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._model.none_running.wait(), CHECK_SECONDS)
+                await asyncio.wait_for(self._model.admission.settled(), CHECK_SECONDS)
         return True
 
     async def _wish(self, wish: Wish) -> None:

@@ -127,6 +127,10 @@ def test_nobody_imports_bench_or_tests() -> None:
         ("service.generation", ("service.grpc", "service.server", "service.cli")),
         ("service.observer", ("service.telemetry", "service.served", "service.grpc", "service.server", "service.cli")),
         ("service.telemetry", ("service.served", "service.grpc", "service.http", "service.server", "service.cli")),
+        (
+            "service.admission",
+            ("service.grpc", "service.http", "service.served", "service.host", "service.server", "service.cli"),
+        ),
         ("service.grpc.kserve", ("service.grpc.generation", "service.server", "service.cli", "engine.core")),
         ("service.http", ("service.grpc", "service.ports", "service.server", "service.cli", "engine.core")),
         ("service.grpc", ("service.http", "service.ports")),

@@ -17,7 +17,7 @@ from engine import AdapterInfo, FinishReason, Grammar, SamplingParams, TokenLogp
 from service.caller import CALLER
 from service.errors import Code, ServiceError, invalid
 from service.generation import Delta, Finished, GenerationEvent, GenerationRequest, Started
-from service.grpc.status import Context, abort, metadata_value
+from service.grpc.status import Context, abort, deadline_of, metadata_value
 from service.host import Host, Phase
 from service.text.chat import Conversation, Message, Tool, ToolCall
 from service.version import VERSION
@@ -58,7 +58,8 @@ class GenerationServicer(rpc.GenerationServiceServicer):
         try:
             request_id = _request_id(request, context)
             context.set_trailing_metadata((("x-request-id", request_id),))
-            generation = to_generation(request, request_id, self._adapter(request.model, request.adapter))
+            adapter = self._adapter(request.model, request.adapter)
+            generation = to_generation(request, request_id, adapter, deadline_of(context))
             async with aclosing(self._host.generate(generation)) as events:
                 async for event in events:
                     for response in self._responses(event, generation.adapter or self._host.model_name):
@@ -218,8 +219,10 @@ class GenerationServicer(rpc.GenerationServiceServicer):
         )
 
 
-def to_generation(request: pb.GenerateRequest, request_id: str, adapter: str | None = None) -> GenerationRequest:
-    """The protocol-neutral form of a request, for the LoRA adapter that it means.
+def to_generation(
+    request: pb.GenerateRequest, request_id: str, adapter: str | None = None, deadline: float | None = None
+) -> GenerationRequest:
+    """The protocol-neutral form of a request of the current caller, for the LoRA adapter that it means.
 
     Raises:
         ServiceError: INVALID_ARGUMENT for a missing input.
@@ -237,6 +240,7 @@ def to_generation(request: pb.GenerateRequest, request_id: str, adapter: str | N
         adapter=adapter,
         cache_salt=request.cache_salt,
         tenant=CALLER.get().tenant,
+        deadline=deadline,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any, NoReturn
 
 import grpc
@@ -26,8 +27,18 @@ STATUS_CODES = {
 
 
 def trailing_metadata(error: ServiceError) -> tuple[tuple[str, str], ...]:
-    """`retry-after-ms` where a retry makes sense, else nothing."""
-    return () if error.retry_after_ms is None else (("retry-after-ms", str(error.retry_after_ms)),)
+    """When a retry makes sense, if one does: once for people's code, and once for gRPC's own retries (gRFC A6), which
+    wait for exactly so long where a client's retryPolicy names the status."""
+    if error.retry_after_ms is None:
+        return ()
+    hint = str(error.retry_after_ms)
+    return ("retry-after-ms", hint), ("grpc-retry-pushback-ms", hint)
+
+
+def deadline_of(context: Context) -> float | None:
+    """The client's deadline on the clock of time.monotonic(); None without one."""
+    remaining = context.time_remaining()
+    return None if remaining is None else time.monotonic() + remaining
 
 
 def metadata_value(context: Context, key: str) -> str | None:

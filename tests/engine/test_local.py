@@ -129,6 +129,30 @@ async def test_what_a_slow_reader_missed_comes_in_one_piece() -> None:
     assert [logprob.token_id for logprob in logprobs] == tokens
 
 
+async def test_the_end_of_a_request_is_told_though_nobody_reads_its_events() -> None:
+    gate = Gate(passing=1)
+    async with engine_with(FakeRunner(engine_info(), gate)) as engine:
+        ended = asyncio.Event()
+        stream = engine.generate(request("unread", 30), ended.set)
+        await anext(stream)
+        assert not ended.is_set()
+        gate.opened.set()
+        await asyncio.wait_for(ended.wait(), 30)
+        assert (await anext(stream)).finish_reason is FinishReason.LENGTH
+
+
+async def test_the_end_of_a_cancelled_request_is_not_told() -> None:
+    gate = Gate(passing=1)
+    async with engine_with(FakeRunner(engine_info(), gate)) as engine:
+        ended = asyncio.Event()
+        stream = engine.generate(request("a", 30), ended.set)
+        await anext(stream)
+        await stream.aclose()
+        gate.opened.set()
+        await collect(engine, request("b", 40))
+        assert not ended.is_set()
+
+
 def test_merged_events_say_what_both_said() -> None:
     timings = Timings(queued=0.0, first_token=1.0, finished=1.0)
     first = TokenEvent(

@@ -129,7 +129,7 @@ class FakeEngine:
         self.die(reason)
         await self.close()
 
-    async def generate(self, request: Request) -> AsyncGenerator[TokenEvent]:
+    async def generate(self, request: Request, ended: Callable[[], None] = lambda: None) -> AsyncGenerator[TokenEvent]:
         if self.failure is not None:
             raise EngineDeadError(self.failure)
         validate_request(request, self.info)
@@ -137,17 +137,19 @@ class FakeEngine:
             raise AdapterNotFoundError(request.adapter, self.lora_paths)
         self.requests.append(request)
         await self._notify()
-        ended = False
+        last = False
         try:
             waiting: TokenEvent | None = None
             async for event in self._events(request):
                 waiting = event if waiting is None else merge(waiting, event)
-                ended = event.finish_reason is not None
-                if ended or len(waiting.token_ids) in (0, self.per_event):
+                last = event.finish_reason is not None
+                if last:
+                    ended()
+                if last or len(waiting.token_ids) in (0, self.per_event):
                     yield waiting
                     waiting = None
         finally:
-            (self.ended if ended else self.cancelled).append(request.request_id)
+            (self.ended if last else self.cancelled).append(request.request_id)
             await asyncio.shield(self._notify())
 
     @property

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 from engine import EngineError, EngineInfo, EngineStats, FinishReason, Request, TokenLogprob
 from engine.request import validate_request
+from service.admission import AdmissionStats
 from service.errors import Code, ServiceError, from_engine, invalid
 from service.generation import Delta, Finished, GenerationEvent, GenerationRequest, Started, Usage
 from service.host import Cause, Loras, ModelControl, Phase, Status
@@ -85,6 +86,7 @@ class FakeHost:
     alive: bool = True
     started_at: float = 1_700_000_000.0
     stats: EngineStats = field(default_factory=EngineStats)
+    queue: AdmissionStats = field(default_factory=AdmissionStats)
     has_chat: bool = True
     loras: Loras | None = None
     control: ModelControl | None = None

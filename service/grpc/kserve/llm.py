@@ -71,6 +71,8 @@ class Completion:
             raise ServiceError(Code.INTERNAL, event.error or "the generation failed")
         if event.reason is FinishReason.CANCELLED:
             raise ServiceError(Code.UNAVAILABLE, "Request was cancelled")
+        if event.reason is FinishReason.DEADLINE:
+            raise ServiceError(Code.DEADLINE_EXCEEDED, "the deadline passed before the answer was complete")
         self.reason = event.reason
 
     def clear(self) -> None:

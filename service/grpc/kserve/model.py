@@ -67,6 +67,7 @@ class InferRequest:
         parameters: request parameters without the reserved ones.
         priority: 1 = highest; 0 = the model's default.
         timeout: longest wait before the work begins, in seconds; None = no limit.
+        deadline: on the clock of time.monotonic(); after it nobody waits for the answer. None = no limit.
         single: there must be exactly one response.
     """
 
@@ -75,6 +76,7 @@ class InferRequest:
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
     priority: int = 0
     timeout: float | None = None
+    deadline: float | None = None
     single: bool = False
 
 

@@ -17,8 +17,10 @@ VALUE_FIELDS = ("bool_param", "int64_param", "string_param", "double_param")
 SHARED_MEMORY = "shared_memory_region"
 
 
-def parse(request: service_pb2.ModelInferRequest, spec: ModelSpec, *, single: bool = False) -> InferRequest:
-    """Validate and decode. `single` goes into the result.
+def parse(
+    request: service_pb2.ModelInferRequest, spec: ModelSpec, *, single: bool = False, deadline: float | None = None
+) -> InferRequest:
+    """Validate and decode. `single` and `deadline` go into the result.
 
     Raises:
         ServiceError: INVALID_ARGUMENT.
@@ -36,6 +38,7 @@ def parse(request: service_pb2.ModelInferRequest, spec: ModelSpec, *, single: bo
         parameters=parameters,
         priority=priority,
         timeout=timeout,
+        deadline=deadline,
         single=single,
     )
 

@@ -13,7 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, TypeVar
 
 import numpy as np
@@ -33,7 +33,7 @@ from service.grpc.kserve.model import READY, UNAVAILABLE, Control, InferResult, 
 from service.grpc.kserve.requests import parse, wanted_model, wants_empty_final
 from service.grpc.kserve.stream import Stream
 from service.grpc.kserve.tensors import add_output, refused
-from service.grpc.status import Context, abort, metadata_value
+from service.grpc.status import Context, abort, deadline_of, metadata_value
 from service.version import VERSION
 
 log = logging.getLogger(__name__)
@@ -253,7 +253,7 @@ class KServeServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
         _echo_request_id(context)
         try:
             model = self._find(request.model_name, request.model_version)
-            async with aclosing(self._results(model, request, single=True)) as results:
+            async with aclosing(self._results(model, request, deadline_of(context), single=True)) as results:
                 async for result in results:
                     return _response(model.spec, request, result)
             return _response(model.spec, request, InferResult(outputs={}))
@@ -267,15 +267,18 @@ class KServeServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
             if models and not any(model.accepts for model in models):
                 raise ServiceError(Code.UNAVAILABLE, models[0].state[1])
             strict = metadata_value(context, "triton_grpc_error") == "true"
-            await Stream(context, self._responses, strict=strict).run(request_iterator)
+            respond = partial(self._responses, deadline=deadline_of(context))
+            await Stream(context, respond, strict=strict).run(request_iterator)
         except ServiceError as error:
             await abort(context, error)
 
-    async def _responses(self, request: pb.ModelInferRequest) -> AsyncGenerator[pb.ModelInferResponse]:
+    async def _responses(
+        self, request: pb.ModelInferRequest, deadline: float | None
+    ) -> AsyncGenerator[pb.ModelInferResponse]:
         """All responses to one request of a stream, each with its final flag."""
         final = False
         model = self._find(request.model_name, request.model_version)  # once: it may be unloaded on the way
-        async with aclosing(self._results(model, request, single=False)) as results:
+        async with aclosing(self._results(model, request, deadline, single=False)) as results:
             async for result in results:
                 response = _response(model.spec, request, result)
                 final = result.final
@@ -287,7 +290,7 @@ class KServeServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
             yield response
 
     async def _results(
-        self, model: Model, request: pb.ModelInferRequest, *, single: bool
+        self, model: Model, request: pb.ModelInferRequest, deadline: float | None, *, single: bool
     ) -> AsyncGenerator[InferResult]:
         """What the model says to one request; counts how it ended.
 
@@ -300,7 +303,7 @@ class KServeServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
         spec = model.spec
         if single and spec.decoupled and spec.stream_input is None:
             raise ServiceError(Code.UNIMPLEMENTED, NO_STREAMING)
-        parsed = parse(request, spec, single=single)
+        parsed = parse(request, spec, single=single, deadline=deadline)
         if single and spec.stream_input is not None and np.any(parsed.inputs.get(spec.stream_input, False)):
             raise ServiceError(Code.UNIMPLEMENTED, NO_STREAMING)
         statistics, began, queued, done = self._statistics[spec.name], time.monotonic(), 0.0, False

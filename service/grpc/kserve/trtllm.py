@@ -156,6 +156,7 @@ class TrtLlmModel(LlmModel):
             include_stop=True,
             priority=priority(request.priority),
             tenant=CALLER.get().tenant,
+            deadline=request.deadline,
         )
         whole = not stream and not one.get("exclude_input_in_output", True)
         return Ask(

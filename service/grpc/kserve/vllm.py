@@ -139,6 +139,7 @@ class VllmModel(LlmModel):
             stop=read.get("stop", ()),
             include_stop=read.get("include_stop_str_in_output", False),
             priority=priority(request.priority),
+            deadline=request.deadline,
             adapter=self._lora(read.get("lora_name")),
             cache_salt=read.get("cache_salt", ""),
             tenant=CALLER.get().tenant,

@@ -42,7 +42,11 @@ async def test_every_code_keeps_its_name(code: Code) -> None:
 async def test_a_retry_hint_travels_beside_other_trailing_metadata() -> None:
     full = ServiceError(Code.RESOURCE_EXHAUSTED, "full", retry_after_ms=40)
     seen = await answer(full, trailing=(("x-request-id", "7"),))
-    assert dict(seen.trailing_metadata()) == {"x-request-id": "7", "retry-after-ms": "40"}
+    assert dict(seen.trailing_metadata()) == {
+        "x-request-id": "7",
+        "retry-after-ms": "40",
+        "grpc-retry-pushback-ms": "40",
+    }
     assert not dict((await answer(ServiceError(Code.RESOURCE_EXHAUSTED, "full"))).trailing_metadata())
 
 

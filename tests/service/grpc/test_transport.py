@@ -280,14 +280,21 @@ async def test_an_unknown_service_is_not_found(port: Port) -> None:
     assert (await anext(aiter(stub.Watch(request, timeout=10)))).status == UNKNOWN
 
 
-async def test_health_answers_while_hundreds_of_requests_wait(engine: FakeEngine, port: Port) -> None:
+async def test_health_answers_while_the_server_is_full(engine: FakeEngine) -> None:
     engine.gate = Gate()
-    calls = [port.typed.Generate(ENDLESS) for _ in range(300)]
-    await engine.until(lambda: len(engine.requests) == 300)
-    assert await health(port, READY) == SERVING
-    for call in calls:
-        call.cancel()
-    await engine.until(lambda: len(engine.cancelled) == 300)
+    model = served(engine)
+    async with serving(model) as port:
+        calls = [port.typed.Generate(ENDLESS) for _ in range(300)]
+        codes = [asyncio.create_task(call.code()) for call in calls]
+        for refused in asyncio.as_completed(codes):
+            assert await refused is grpc.StatusCode.RESOURCE_EXHAUSTED
+            break
+        assert (model.in_flight, await health(port, READY)) == (9 + 64, SERVING)
+        for call in calls:
+            call.cancel()
+        await asyncio.wait_for(model.idle.wait(), 10)
+        await asyncio.gather(*codes)
+    assert len(engine.cancelled) == len(engine.requests)
 
 
 async def test_reflection_lists_every_service(port: Port) -> None:

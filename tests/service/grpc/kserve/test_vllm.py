@@ -380,7 +380,11 @@ async def test_a_full_queue_is_told_with_a_retry_hint(llm: Running, host: FakeHo
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await llm.stub.ModelInfer(vllm("hi", stream=False), metadata=(("x-request-id", "r1"),))
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert dict(caught.value.trailing_metadata()) == {"x-request-id": "r1", "retry-after-ms": "250"}
+    assert dict(caught.value.trailing_metadata()) == {
+        "x-request-id": "r1",
+        "retry-after-ms": "250",
+        "grpc-retry-pushback-ms": "250",
+    }
 
 
 async def test_a_generation_that_breaks_is_an_error(llm: Running, host: FakeHost) -> None:

@@ -1,0 +1,559 @@
+"""What every request goes through between its adapter and the engine: the served model over a fake engine of 8 rows,
+which is handed 9 completions at most."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from engine import FinishReason, SamplingParams
+from service.admission import Admission, QueueLimits, Refusal
+from service.caller import TenantLimits
+from service.errors import Code, ServiceError
+from service.generation import Delta, Finished, GenerationEvent, GenerationRequest, Started
+from service.served import ServedModel
+from tests.service.fake_engine import INFO, FakeEngine, toy_text
+from tests.service.fakes import Gate
+
+HANDED = 9  # completions that an engine of 8 rows gets
+Task = asyncio.Task[list[GenerationEvent]]
+
+
+class Scene:
+    """A served model, its engine, and the requests of a test by name."""
+
+    def __init__(self, model: ServedModel, engine: FakeEngine) -> None:
+        self.model = model
+        self.engine = engine
+        self.tasks: dict[str, Task] = {}
+
+    @property
+    def gate(self) -> Gate:
+        assert self.engine.gate is not None
+        return self.engine.gate
+
+    @property
+    def reached(self) -> list[str]:
+        """Names of the requests that the engine has got, in their order."""
+        return [request.request_id for request in self.engine.requests]
+
+    def request(self, name: str, prompt: str | list[int] = "Hi", **fields: Any) -> GenerationRequest:
+        sampling = SamplingParams(**{"max_tokens": 3} | fields.pop("sampling", {}))
+        return GenerationRequest(request_id=name, prompt=prompt, sampling=sampling, **fields)
+
+    async def answer(self, request: GenerationRequest) -> list[GenerationEvent]:
+        return [event async for event in self.model.generate(request)]
+
+    def ask(self, name: str, prompt: str | list[int] = "Hi", **fields: Any) -> Task:
+        task = self.tasks[name] = asyncio.create_task(self.answer(self.request(name, prompt, **fields)), name=name)
+        return task
+
+    async def ask_in_turn(self, names: str, **fields: Any) -> None:
+        """One request for each letter, each in the queue or at the engine before the next comes."""
+        for name in names:
+            known = len(self.reached) + self.model.queue.queued
+            self.ask(name, **fields)
+            await until(lambda known=known: len(self.reached) + self.model.queue.queued > known)  # type: ignore[misc]
+
+    async def fill(self, count: int = HANDED, **fields: Any) -> None:
+        """All that the engine gets is there, and waits for the gate."""
+        for number in range(count):
+            self.ask(f"full {number}", **fields)
+        await until(lambda: len(self.reached) == count)
+
+    async def end(self) -> dict[str, list[GenerationEvent] | BaseException]:
+        """Let everything end that can; what became of each."""
+        self.gate.allow(10_000)
+        results = await asyncio.wait_for(asyncio.gather(*self.tasks.values(), return_exceptions=True), 20)
+        return dict(zip(self.tasks, results, strict=True))
+
+
+async def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    """Let the other tasks go on until `condition` holds."""
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < limit, "it never came to that"
+        await asyncio.sleep(0)
+
+
+@asynccontextmanager
+async def scene(
+    limits: QueueLimits | None = None, tenants: Mapping[str, TenantLimits] | None = None, **info: Any
+) -> AsyncIterator[Scene]:
+    """In the end nothing of any request may be left anywhere."""
+    engine = FakeEngine(b"abc", replace(INFO, **info))
+    engine.gate = Gate()
+    given = tenants or {}
+    model = ServedModel("toy", admission=Admission(limits, lambda name: given.get(name, TenantLimits())))
+    model.ready(engine, toy_text())
+    here = Scene(model, engine)
+    try:
+        yield here
+    finally:
+        for task in here.tasks.values():
+            task.cancel()
+        await asyncio.gather(*here.tasks.values(), return_exceptions=True)
+        assert_nothing_is_left(model.admission)
+
+
+def assert_nothing_is_left(admission: Admission) -> None:
+    stats = admission.stats
+    assert (stats.queued, stats.queued_tokens, stats.oldest_queued_seconds, stats.handed) == (0, 0, 0.0, 0)
+    assert (admission.in_flight, admission.idle.is_set()) == (0, True)
+    assert (admission._handed, admission._entering, admission._queue._classes) == ({}, {}, {})
+    assert admission._tenants._running == {}
+    if admission._room is not None:
+        assert (admission._room.completions, admission._room._starting) == (0, {})
+
+
+async def refused(task: Task) -> ServiceError:
+    with pytest.raises(ServiceError) as caught:
+        await asyncio.wait_for(task, 10)
+    return caught.value
+
+
+def ends(events: list[GenerationEvent] | BaseException) -> dict[int, FinishReason]:
+    assert isinstance(events, list), events
+    return {event.index: event.reason for event in events if isinstance(event, Finished)}
+
+
+# -- the bounds ------------------------------------------------------------------------------------------------------
+
+
+async def test_exactly_those_are_refused_that_do_not_fit() -> None:
+    async with scene(QueueLimits(max_requests=4)) as here:
+        for number in range(HANDED + 4 + 10):
+            here.ask(str(number))
+        await until(lambda: sum(task.done() for task in here.tasks.values()) == 10)
+        assert (len(here.reached), here.model.queue.queued, here.model.in_flight) == (HANDED, 4, HANDED + 4)
+        results = await here.end()
+        errors = [error for error in results.values() if isinstance(error, ServiceError)]
+        assert [error.code for error in errors] == [Code.RESOURCE_EXHAUSTED] * 10
+        assert all(error.retry_after_ms for error in errors)
+        assert here.model.queue.refused[Refusal.QUEUE_FULL] == 10
+        assert sum(ends(each) == {0: FinishReason.LENGTH} for each in results.values() if isinstance(each, list)) == 13
+
+
+async def test_by_default_eight_batches_wait() -> None:
+    async with scene() as here:
+        for number in range(HANDED + 64 + 1):
+            here.ask(str(number))
+        await until(lambda: any(task.done() for task in here.tasks.values()))
+        assert here.model.queue.queued == 64
+        assert (
+            await refused(here.tasks[str(HANDED + 64)])
+        ).message == "the queue is full: 64 requests wait; retry later"
+
+
+async def test_nothing_is_made_of_a_prompt_that_finds_the_queue_full() -> None:
+    async with scene(QueueLimits(max_requests=0)) as here:
+        await here.fill()
+        assert (await refused(here.ask("bad", []))).code is Code.RESOURCE_EXHAUSTED
+        await here.end()
+        assert (await refused(here.ask("as bad", []))).code is Code.INVALID_ARGUMENT
+
+
+async def test_what_is_wrong_with_a_request_is_said_before_it_waits() -> None:
+    async with scene() as here:
+        await here.fill()
+        for name, prompt, fields in (
+            ("long", [1] * 128, {}),
+            ("never fits", [1], {"sampling": {"max_tokens": 0}}),
+            ("n", [1], {"n": 10**9}),
+            ("stop", [1], {"stop": ("",)}),
+        ):
+            assert (await refused(here.ask(name, prompt, **fields))).code is Code.INVALID_ARGUMENT
+        assert (await refused(here.ask("lora", adapter="none"))).code is Code.NOT_FOUND
+        assert here.model.queue.queued == 0
+
+
+async def test_tokens_that_wait_are_bounded_and_what_can_run_is_not_asked() -> None:
+    async with scene(QueueLimits(max_tokens=100)) as here:
+        await here.fill(HANDED - 1)
+        here.ask("runs", [1] * 120)
+        await until(lambda: "runs" in here.reached)
+        here.ask("waits", [1] * 60)
+        await until(lambda: here.model.queue.queued_tokens == 60)
+        error = await refused(here.ask("too many", [1] * 41))
+        assert error.message == (
+            "the queue is full: 60 tokens wait, with this request's 41 too many for the limit of 100; retry later"
+        )
+        here.ask("just enough", [1] * 40)
+        await until(lambda: here.model.queue.queued_tokens == 100)
+        assert here.model.queue.refused[Refusal.QUEUE_TOKENS] == 1
+        await here.end()
+        assert set(here.reached) >= {"waits", "just enough"}
+
+
+async def test_n_completions_wait_as_one_and_run_as_n() -> None:
+    async with scene(QueueLimits(max_requests=1)) as here:
+        await here.fill(HANDED - 1)
+        here.ask("four", n=4)
+        await until(lambda: "four#3" in here.reached)  # one place was free: the batch is not emptied to gather four
+        assert here.model.queue.handed == HANDED + 3
+        here.ask("next")
+        await until(lambda: here.model.queue.queued == 1)
+        assert ends((await here.end())["four"]) == dict.fromkeys(range(4), FinishReason.LENGTH)
+
+
+async def test_the_engine_gets_no_more_than_it_has_pages_for_and_one() -> None:
+    async with scene() as here:
+        here.engine.stats = replace(here.engine.stats, kv_pages_used=58, running=2)
+        for number in range(6):
+            here.ask(str(number))  # two pages each, of four that are left
+        await until(lambda: here.model.queue.queued == 4)
+        assert here.reached == ["0", "1"]
+        here.gate.allow()  # the first one starts: its pages are in use now
+        here.engine.stats = replace(here.engine.stats, kv_pages_used=62, running=2)
+        await until(lambda: len(here.reached) == 2 and here.model.queue.queued == 4)
+        here.engine.stats = replace(here.engine.stats, kv_pages_used=0, running=0)
+        results = await here.end()
+        assert all(ends(each) == {0: FinishReason.LENGTH} for each in results.values())
+
+
+# -- the order -------------------------------------------------------------------------------------------------------
+
+
+async def test_those_that_wait_reach_the_engine_in_their_order_as_places_become_free() -> None:
+    async with scene() as here:
+        await here.fill()
+        await here.ask_in_turn("abcd")
+        assert here.model.queue.queued == 4
+        await here.end()
+        assert here.reached[HANDED:] == list("abcd")
+
+
+async def test_better_classes_go_first_and_to_the_engine_at_once_where_it_gives_way() -> None:
+    async with scene() as here:
+        await here.fill()
+        await here.ask_in_turn("ab")
+        here.ask("low", priority=1)
+        await until(lambda: here.model.queue.queued == 3)
+        here.ask("urgent", priority=-1)
+        await until(lambda: "urgent" in here.reached)
+        assert here.model.queue.queued == 3
+        await here.end()
+        assert here.reached[HANDED:] == ["urgent", "a", "b", "low"]
+
+
+async def test_what_the_engine_gives_way_to_is_bounded_too() -> None:
+    async with scene() as here:
+        await here.fill(priority=0)
+        for number in range(40):
+            here.ask(f"class {number}", priority=-1 - number)
+        await until(lambda: here.model.queue.queued + len(here.reached) == HANDED + 40)
+        assert len(here.reached) == 2 * HANDED
+        await here.end()
+
+
+async def test_tenants_take_turns_however_many_one_of_them_sends() -> None:
+    async with scene() as here:
+        await here.fill(tenant="flood")
+        await here.ask_in_turn("abcdef", tenant="flood")
+        await here.ask_in_turn("xyz", tenant="guest")
+        await here.end()
+        assert "".join(here.reached[HANDED:]) == "xaybzcdef"
+
+
+async def test_the_last_places_of_the_queue_are_for_tenants_that_have_few_there() -> None:
+    async with scene(QueueLimits(max_requests=16)) as here:
+        await here.fill(tenant="flood")
+        for number in range(20):
+            here.ask(f"flood {number}", tenant="flood")
+        await until(lambda: here.model.queue.queued == 14 and sum(t.done() for t in here.tasks.values()) == 6)
+        for number in range(3):
+            here.ask(f"guest {number}", tenant="guest")
+        await until(lambda: here.model.queue.queued == 16 and sum(t.done() for t in here.tasks.values()) == 7)
+
+
+# -- limits of a tenant ----------------------------------------------------------------------------------------------
+
+
+async def test_a_tenant_at_its_running_limit_waits_and_others_pass() -> None:
+    async with scene(tenants={"small": TenantLimits(max_running=2)}) as here:
+        await here.ask_in_turn("abcd", tenant="small")
+        await here.ask_in_turn("xy", tenant="other")
+        assert (here.reached, here.model.queue.queued) == (list("abxy"), 2)
+        results = await here.end()
+        assert all(isinstance(each, list) for each in results.values())
+        assert here.reached == list("abxycd")
+
+
+async def test_more_completions_than_a_tenant_may_run_run_alone() -> None:
+    async with scene(tenants={"small": TenantLimits(max_running=2)}) as here:
+        here.ask("three", n=3, tenant="small")
+        await until(lambda: len(here.reached) == 3)
+        await here.ask_in_turn("a", tenant="small")
+        assert here.model.queue.queued == 1
+        await here.end()
+
+
+async def test_a_tenant_has_a_queue_limit_of_its_own() -> None:
+    async with scene(tenants={"small": TenantLimits(max_running=1, max_queued=2)}) as here:
+        for name in "abcde":
+            here.ask(name, tenant="small")
+        await until(lambda: sum(task.done() for task in here.tasks.values()) == 2)
+        assert (here.reached, here.model.queue.queued) == (["a"], 2)
+        assert here.model.queue.refused[Refusal.TENANT_QUEUE] == 2
+        here.ask("other")
+        await until(lambda: "other" in here.reached)
+
+
+async def test_who_has_used_its_tokens_per_minute_is_told_when_to_come_back() -> None:
+    async with scene(tenants={"small": TenantLimits(tokens_per_minute=60)}) as here:
+        here.gate.allow(10_000)
+        await here.answer(here.request("a", [1] * 60, tenant="small"))  # 63: three in debt, and one to begin
+        error = await refused(here.ask("b", tenant="small"))
+        assert error.code is Code.RESOURCE_EXHAUSTED
+        assert error.retry_after_ms is not None
+        assert 3000 <= error.retry_after_ms <= 6100
+        assert here.model.queue.refused[Refusal.TENANT_TOKENS] == 1
+        await here.answer(here.request("c", tenant="other"))
+
+
+# -- deadlines -------------------------------------------------------------------------------------------------------
+
+
+async def test_a_deadline_that_has_passed_is_refused_at_once() -> None:
+    async with scene() as here:
+        error = await refused(here.ask("late", [], deadline=time.monotonic() - 1))
+        assert (error.code, error.message) == (Code.DEADLINE_EXCEEDED, "the deadline has passed")
+        assert here.model.queue.refused[Refusal.DEADLINE] == 1
+
+
+async def test_a_deadline_that_passes_in_the_queue_never_reaches_the_engine() -> None:
+    async with scene() as here:
+        await here.fill()
+        here.ask("waits")
+        error = await refused(here.ask("late", deadline=time.monotonic() + 0.05))
+        assert error.code is Code.DEADLINE_EXCEEDED
+        assert (here.model.queue.queued, here.model.queue.refused[Refusal.DEADLINE_IN_QUEUE]) == (1, 1)
+        await here.end()
+        assert "late" not in here.reached
+
+
+async def test_a_deadline_before_the_first_token_ends_the_request_with_an_error() -> None:
+    async with scene() as here:
+        error = await refused(here.ask("late", deadline=time.monotonic() + 0.05))
+        assert error.code is Code.DEADLINE_EXCEEDED
+        assert (here.engine.cancelled, here.model.queue.expired) == (["late"], 1)
+
+
+async def test_a_deadline_after_it_ends_each_completion_with_what_it_has() -> None:
+    async with scene() as here:
+        stream = here.model.generate(here.request("late", n=3, deadline=time.monotonic() + 0.2))
+        here.gate.allow(4)
+        events = [event async for event in stream]
+        assert isinstance(events[0], Started)
+        tokens = Counter[int]()
+        for event in events:
+            if isinstance(event, Delta):
+                tokens[event.index] += len(event.token_ids)
+        finished = [event for event in events if isinstance(event, Finished)]
+        assert [event.reason for event in finished] == [FinishReason.DEADLINE] * 3
+        assert {event.index: event.usage.completion_tokens for event in finished} == {i: tokens[i] for i in range(3)}
+        assert {event.usage.prompt_tokens for event in finished} == {3}
+        assert sorted(here.engine.cancelled) == ["late#0", "late#1", "late#2"]
+        assert here.model.queue.expired == 1
+
+
+async def test_a_deadline_ends_what_runs_though_its_reader_is_busy() -> None:
+    async with scene() as here:
+        stream = here.model.generate(here.request("late", deadline=time.monotonic() + 0.1))
+        here.gate.allow()
+        assert isinstance(await anext(stream), Started)
+        await here.engine.until(lambda: here.engine.cancelled == ["late"])  # while nobody asks for the next event
+        await until(lambda: here.model.queue.handed == 0)
+        assert [event.reason async for event in stream if isinstance(event, Finished)] == [FinishReason.DEADLINE]
+
+
+async def test_a_deadline_that_the_queue_cannot_meet_for_certain_is_refused_at_once() -> None:
+    async with scene() as here:
+        await here.fill()
+        await here.ask_in_turn("abcdefghijklmnop")
+        for _ in range(16):
+            here.model.admission._pace._since = time.monotonic() - 10  # so slowly has it moved
+            here.model.admission._pace.moved(time.monotonic())
+        error = await refused(here.ask("late", deadline=time.monotonic() + 20))
+        assert (error.code, here.model.queue.refused[Refusal.DEADLINE]) == (Code.DEADLINE_EXCEEDED, 1)
+        here.ask("of another tenant", deadline=time.monotonic() + 20, tenant="new")  # its turn may come next
+        here.ask("patient", deadline=time.monotonic() + 200)
+        await until(lambda: here.model.queue.queued == 18)
+
+
+# -- who goes away ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [1])
+async def test_a_thousand_cancellations_at_random_moments_leave_nothing(seed: int) -> None:
+    random_, cancelled = random.Random(seed), list[Task]()
+    async with scene(QueueLimits(max_requests=40), {"b": TenantLimits(max_running=3, max_queued=20)}) as here:
+        for number in range(1500):
+            here.ask(
+                str(number),
+                n=random_.choice([1, 1, 1, 3]),
+                priority=random_.choice([0, 0, 0, -1, 1]),
+                tenant=random_.choice(["", "a", "b"]),
+                deadline=None if random_.random() < 0.9 else time.monotonic() + random_.random() * 0.01,
+            )
+            if random_.random() < 0.3:
+                here.gate.allow(random_.randrange(4))
+            for _ in range(random_.randrange(4)):
+                await asyncio.sleep(0)
+            if len(here.tasks) > 60 or random_.random() < 0.5:
+                task = here.tasks.pop(random_.choice(list(here.tasks)))
+                task.cancel()
+                cancelled.append(task)
+            assert here.model.queue.queued <= 40
+        for task in here.tasks.values():
+            task.cancel()
+        await asyncio.gather(*cancelled, *here.tasks.values(), return_exceptions=True)
+        assert here.model.queue.refused[Refusal.DEADLINE_IN_QUEUE] > 0
+        assert len(here.reached) > 100
+
+
+async def test_one_that_is_cancelled_while_its_turn_comes_gives_its_place_back() -> None:
+    async with scene() as here:
+        await here.fill()
+        await here.ask_in_turn("ab")
+        here.tasks["a"].cancel()  # it has not heard of it yet
+        here.tasks["full 0"].cancel()
+        await until(lambda: "b" in here.reached)
+        assert "a" not in here.reached
+        await here.end()
+
+
+# -- slow readers ----------------------------------------------------------------------------------------------------
+
+
+async def test_a_reader_that_stops_is_cut_off_and_the_others_keep_their_pace() -> None:
+    async with scene(QueueLimits(slow_reader_seconds=0.1)) as here:
+        stream = here.model.generate(here.request("slow"))
+        here.gate.allow(10_000)
+        assert isinstance(await anext(stream), Started)
+        for number in range(20):
+            assert ends(await here.answer(here.request(str(number)))) == {0: FinishReason.LENGTH}
+        await here.engine.until(lambda: here.engine.cancelled == ["slow"])
+        await until(lambda: here.model.in_flight == 0)
+        assert (here.model.queue.handed, here.model.queue.slow_readers) == (0, 1)
+        with pytest.raises(ServiceError, match=r"not read for 0\.1 s") as caught:
+            await anext(stream)
+        assert caught.value.code is Code.DEADLINE_EXCEEDED
+
+
+async def test_a_reader_that_waits_for_the_engine_is_not_slow() -> None:
+    async with scene(QueueLimits(slow_reader_seconds=0.05)) as here:
+        task = here.ask("patient")
+        await asyncio.wait({task}, timeout=0.2)
+        here.gate.allow(3)
+        assert ends(await task) == {0: FinishReason.LENGTH}
+
+
+# -- an engine that dies ---------------------------------------------------------------------------------------------
+
+
+async def next_engine(here: Scene) -> FakeEngine:
+    engine = FakeEngine(b"xyz")
+    engine.gate = Gate()
+    here.model.ready(engine, toy_text())
+    return engine
+
+
+async def test_what_had_no_token_and_what_waits_runs_on_the_next_engine() -> None:
+    async with scene() as here:
+        await here.ask_in_turn("s")
+        here.gate.allow()
+        await here.engine.until(lambda: here.engine.produced == 1)
+        await here.ask_in_turn("abcdefgh")
+        await here.ask_in_turn("ijk")
+        assert here.model.queue.queued == 3
+        here.engine.die()
+        assert (await refused(here.tasks["s"])).code is Code.UNAVAILABLE
+        await until(lambda: here.model.queue.queued == 11)
+        late = here.ask("late", deadline=time.monotonic() + 0.05)
+        assert (await refused(late)).code is Code.DEADLINE_EXCEEDED  # time goes on while there is no engine
+        engine = await next_engine(here)
+        await engine.until(lambda: len(engine.requests) == HANDED)
+        assert {request.request_id for request in engine.requests[:8]} == set("abcdefgh")
+        assert engine.requests[8].request_id == "i"
+        engine.die("again")
+        for name in "abcdefgh":
+            assert (await refused(here.tasks[name])).code is Code.UNAVAILABLE  # the second time
+        await until(lambda: here.model.queue.queued == 3)
+        last = await next_engine(here)
+        assert last.gate is not None
+        last.gate.allow(100)
+        for name in "ijk":
+            assert ends(await here.tasks[name]) == {0: FinishReason.LENGTH}
+
+
+async def test_who_waits_learns_that_there_will_be_no_engine() -> None:
+    async with scene() as here:
+        await here.fill()
+        await here.ask_in_turn("ab")
+        here.model.failed("gone")
+        here.engine.die()
+        for task in here.tasks.values():
+            assert (await refused(task)).code is Code.UNAVAILABLE
+
+
+async def test_a_closed_gate_keeps_the_queue_and_says_when_the_engine_has_nothing_left() -> None:
+    async with scene() as here:
+        await here.ask_in_turn("ab")
+        here.model.admission.close()
+        await here.ask_in_turn("c")
+        settled = asyncio.create_task(here.model.admission.settled())
+        here.gate.allow(6)
+        await asyncio.wait_for(settled, 10)
+        await asyncio.wait_for(asyncio.gather(here.tasks["a"], here.tasks["b"]), 10)
+        assert (here.reached, here.model.queue.queued, here.model.in_flight) == (["a", "b"], 1, 1)
+        here.model.admission.open(here.engine)
+        here.gate.allow(3)
+        assert ends(await here.tasks["c"]) == {0: FinishReason.LENGTH}
+
+
+# -- what is told ----------------------------------------------------------------------------------------------------
+
+
+async def test_load_is_the_sum_of_both_queues_and_waiting_is_part_of_a_requests_times() -> None:
+    async with scene() as here:
+        here.engine.stats = replace(here.engine.stats, queued=2, queued_tokens=7, oldest_queued_seconds=0.0)
+        await here.fill()
+        began = time.monotonic()
+        await here.ask_in_turn("a")
+        assert (here.model.stats.queued, here.model.stats.queued_tokens) == (3, 10)
+        await until(lambda: here.model.stats.oldest_queued_seconds > 0.01)
+        events = (await here.end())["a"]
+        assert isinstance(events, list)
+        started, finished = events[0], events[-1]
+        assert isinstance(started, Started)
+        assert isinstance(finished, Finished)
+        assert 0.26 <= started.queue_seconds <= 0.25 + time.monotonic() - began
+        assert finished.queued_seconds == started.queue_seconds
+        assert 0.01 <= finished.first_token_seconds <= finished.finished_seconds
+
+
+async def test_retry_hints_grow_with_the_queue_and_shrink_with_its_pace() -> None:
+    async with scene(QueueLimits(max_requests=10)) as here:
+        await here.fill()
+        await here.ask_in_turn("abcdefghij")
+        hints = []
+        for pace in (None, 0.5, 100.0, 1e-6):
+            for _ in range(1000 if pace else 0):
+                here.model.admission._pace._since = 0.0
+                here.model.admission._pace.moved(pace or 0.0)
+            error = await refused(here.ask("over"))
+            assert error.retry_after_ms is not None
+            hints.append(error.retry_after_ms)
+        unknown, steady, slow, fast = hints
+        assert 1000 <= unknown <= 1500
+        assert 4900 <= steady <= 7600
+        assert (slow, fast) == (60_000, 100)
