@@ -69,6 +69,8 @@ class Matcher:
         for number in range(1 + len(drafts)):
             mask = ahead.compute_bitmask()
             if ahead.is_error():
+                if number == 0:
+                    self.core.compute_bitmask()  # the error is its own
                 return
             masks[number * width : (number + 1) * width] = mask
             if number == len(drafts) or not ahead.try_consume_tokens([drafts[number]]):

@@ -60,6 +60,8 @@ class Trial:
 
     def judge(self, grammar: Grammar, seconds: float = SECONDS) -> Verdict:
         """Whether a grammar can be served. One that ends the process cannot."""
+        if self._process is not None and self._process.poll() is not None:
+            self.close()  # it was ended from outside, which is not this grammar's doing
         try:
             process = self._process or self._start()
             _write(process.stdin, msgspec.msgpack.encode(grammar))
@@ -76,7 +78,7 @@ class Trial:
         process, self._process = self._process, None
         if process is not None:
             process.kill()
-            with process:
+            with contextlib.suppress(OSError), process:  # what it did not read stays unwritten
                 pass
 
     def _start(self) -> subprocess.Popen[bytes]:
