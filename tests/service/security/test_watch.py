@@ -12,6 +12,7 @@ from nemoserve.v1 import generation_pb2 as pb
 from service.security.access import Access
 from service.security.keys import KeysFile
 from service.security.tls import Tls, TlsFiles
+from tests.service.grpc.ports import drained
 from tests.service.lives import Life, config, living
 from tests.service.security.certificates import Authority
 
@@ -39,6 +40,29 @@ async def test_a_new_keys_file_counts_without_a_restart(tmp_path: Path, monkeypa
             while not await opens(life, OTHER):
                 pass
         assert not await opens(life, KEY)
+
+
+async def test_limits_of_the_file_hold_and_change_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.security.keys.RELOAD_SECONDS", 0.01)
+    path = tmp_path / "keys.yaml"
+    path.write_text(f"- {{name: ann, key: {KEY}, tokens_per_minute: 1}}\n- {{name: bob, key: {OTHER}}}\n")
+
+    async def is_served(life: Life, key: str) -> bool:
+        request = pb.GenerateRequest(prompt="Hi", sampling=pb.SamplingParameters(max_tokens=3))
+        try:
+            await drained(life.typed.Generate(request, metadata=(("x-api-key", key),), timeout=10))
+            return True
+        except grpc.aio.AioRpcError as error:
+            if error.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED:
+                raise
+            return False
+
+    async with living(config(tmp_path, access=Access(keys=KeysFile(path)))) as life:
+        assert [await is_served(life, key) for key in (KEY, KEY, OTHER, OTHER)] == [True, False, True, True]
+        path.write_text(f"- {{name: ann, key: {KEY}}}\n- {{name: bob, key: {OTHER}, tokens_per_minute: 1}}\n")
+        async with asyncio.timeout(30):
+            while not await is_served(life, KEY):
+                pass
 
 
 async def test_a_renewed_certificate_is_taken_without_a_restart(
