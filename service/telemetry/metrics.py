@@ -56,7 +56,7 @@ class Metrics:
 
     Attributes:
         calls: RPCs and HTTP requests that ended, by (protocol, method, code).
-        rejected: requests that were refused, by reason.
+        rejected: requests that were refused by others than admission, by reason.
     """
 
     def __init__(self, host: Host, *, aliases: bool = True) -> None:
@@ -139,7 +139,10 @@ class Metrics:
             for outcome in OUTCOMES:
                 outcomes.add_metric([name, outcome], each.outcomes[outcome])
         yield outcomes
-        yield counters("nemoserve_requests_rejected_total", "Requests refused, by why.", "reason", self.rejected)
+        queue = self._host.queue
+        rejected = {reason.value: count for reason, count in queue.refused.items()} | self.rejected
+        yield counters("nemoserve_requests_rejected_total", "Requests refused, by why.", "reason", rejected)
+        yield counter("nemoserve_slow_readers_total", "Requests ended, for nobody took them.", queue.slow_readers)
         for name, help, count in COUNTERS:
             yield counters(f"nemoserve_{name}_total", help, "model", {each: count(of) for each, of in models.items()})
         for name, help, values in HISTOGRAMS:

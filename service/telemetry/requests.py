@@ -79,7 +79,8 @@ class WatchedRequest:
             outcome = "error"
         else:
             outcome = "rejected"
-            self._metrics.rejected[code.value] += 1
+            if code is not Code.RESOURCE_EXHAUSTED:  # admission says more exactly why
+                self._metrics.rejected[code.value] += 1
         self._end(outcome, code.value)
 
     def close(self) -> None:

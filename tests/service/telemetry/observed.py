@@ -10,11 +10,12 @@ from typing import Any
 
 from nemoserve.v1 import generation_pb2 as pb
 
+from service.admission import Admission
 from service.served import ServedModel
 from service.telemetry.spans import Tracing
 from service.telemetry.telemetry import Telemetry
-from tests.service.fake_engine import FakeEngine
-from tests.service.grpc.ports import Port, served, serving
+from tests.service.fake_engine import FakeEngine, toy_text
+from tests.service.grpc.ports import Port, serving
 from tests.service.telemetry.reports import Scrape
 
 
@@ -46,9 +47,12 @@ class Observed:
 
 
 @asynccontextmanager
-async def observed(tracing: Tracing | None = None, **server_options: Any) -> AsyncIterator[Observed]:
+async def observed(
+    tracing: Tracing | None = None, admission: Admission | None = None, **server_options: Any
+) -> AsyncIterator[Observed]:
     engine = FakeEngine(b"abc")
-    model = served(engine)
+    model = ServedModel("toy", ("short",), admission=admission)
+    model.ready(engine, toy_text())
     telemetry = Telemetry(model, tracing=tracing)
     model.observer = telemetry.requests
     async with serving(model, telemetry=telemetry, **server_options) as port:

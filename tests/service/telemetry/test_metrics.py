@@ -16,11 +16,12 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from engine import EngineStats
 from engine.costs import BATCH_TOKENS, STEP_SECONDS, StepCost
 from engine.histogram import Histogram
+from service.admission import Admission, QueueLimits
 from service.security.access import Access
 from service.served import ServedModel
 from service.telemetry.metrics import OTHER
 from service.telemetry.telemetry import Telemetry
-from tests.service.fake_engine import FakeEngine
+from tests.service.fake_engine import INFO, FakeEngine
 from tests.service.fakes import Gate
 from tests.service.grpc.ports import drained, refusal, served
 from tests.service.telemetry.observed import Observed, ask, observed
@@ -89,6 +90,31 @@ async def test_every_way_to_end_is_counted_once(running: Observed) -> None:
     codes = Counter({dict(labels)["code"]: n for labels, n in scrape.values("nemoserve_calls_total").items()})
     assert codes == {"invalid_argument": 1, "cancelled": 2, "ok": 1, "unavailable": 1}
     assert (numbers.waiting, numbers.running) == (0, 0)
+
+
+async def test_what_admission_refuses_is_counted_by_its_reason() -> None:
+    handed, queued, refused = INFO.max_batch_size + 1, 2, 5
+    async with observed(admission=Admission(QueueLimits(max_requests=queued))) as running:
+        engine, port = running.engine, running.port
+        engine.gate = Gate()
+        first = [asyncio.ensure_future(drained(port.typed.Generate(ask()))) for _ in range(handed)]
+        await engine.until(lambda: len(engine.requests) == handed)
+        more = [asyncio.ensure_future(drained(port.typed.Generate(ask()))) for _ in range(queued + refused)]
+        ended = 0
+        for each in asyncio.as_completed(more):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await each
+            assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            if (ended := ended + 1) == refused:
+                break
+        scrape = running.scrape()
+        assert scrape.value("nemoserve_requests_rejected_total", reason="queue_full") == refused
+        assert scrape.value("nemoserve_requests_total", model="toy", outcome="rejected") == refused
+        assert scrape.value("nemoserve_requests_queued") == queued
+        assert scrape.value("nemoserve_tokens_queued") == queued * 3
+        engine.gate.allow(100)
+        await asyncio.gather(*first, *more, return_exceptions=True)
+        assert running.scrape().value("nemoserve_requests_total", model="toy", outcome="length") == handed + queued
 
 
 async def test_names_that_clients_make_up_are_no_labels(running: Observed) -> None:
