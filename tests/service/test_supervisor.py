@@ -15,8 +15,11 @@ from engine import CheckpointError, EngineConfig, EngineConfigError, EngineDeadE
 from service.caller import CALLER, Caller
 from service.errors import Code, ServiceError
 from service.host import Phase, Status
+from service.served import CUT_OFF
 from service.server import Server
-from tests.service.fake_engine import toy_text
+from tests.service.fake_engine import BOS, toy_text
+from tests.service.fakes import Gate
+from tests.service.grpc.ports import refusal
 from tests.service.lives import Engines, config, health, living
 
 SOON = 0.02
@@ -342,3 +345,57 @@ async def test_a_signal_while_the_model_is_exchanged_drains_too(tmp_path: Path) 
         assert await code_of(waiting) == grpc.StatusCode.UNAVAILABLE
         assert await asyncio.wait_for(life.end, 10) == 0
         loading.cancel()
+
+
+async def test_requests_that_wait_or_have_no_token_yet_are_kept_for_the_next_engine(tmp_path: Path) -> None:
+    async with living(config(tmp_path)) as life:
+        started, dead = await life.accepted(), life.engine
+        asked = [asyncio.create_task(life.answer()) for _ in range(2 * dead.info.max_batch_size)]
+        await life.until(lambda status: life.server.model.in_flight == 1 + len(asked))
+        assert life.server.model.queue.queued > 0
+        dead.die()
+        assert await code_of(started) == grpc.StatusCode.UNAVAILABLE
+        assert set(await asyncio.wait_for(asyncio.gather(*asked), 10)) == {"abc"}
+        assert len(life.engine.requests) == len(asked)
+
+
+async def test_requests_that_wait_are_told_when_the_engine_is_lost_for_good(tmp_path: Path) -> None:
+    async with living(config(tmp_path, engine_restarts=0)) as life:
+        await life.accepted()
+        asked = [asyncio.create_task(code_of(life.ask())) for _ in range(2 * life.engine.info.max_batch_size)]
+        await life.until(lambda status: life.server.model.in_flight == 1 + len(asked))
+        life.engine.die()
+        assert set(await asyncio.wait_for(asyncio.gather(*asked), 10)) == {grpc.StatusCode.UNAVAILABLE}
+        assert await asyncio.wait_for(life.end, 10) == 70
+
+
+async def test_requests_that_wait_while_another_model_is_loaded_get_its_tokens(tmp_path: Path) -> None:
+    texts = {"model.gguf": toy_text(), "other": toy_text(adds_bos=False)}
+    async with living(
+        config(tmp_path, model_control=True), load_text=lambda path: texts[path.name], find=find(tmp_path)
+    ) as life:
+        assert life.server.model.control is not None
+        old = life.engine
+        old.gate = Gate()
+        asked = [asyncio.create_task(life.answer()) for _ in range(2 * old.info.max_batch_size)]
+        await life.until(lambda status: life.server.model.in_flight == len(asked))
+        handed = len(old.requests)
+        loading = asyncio.create_task(life.server.model.control.load("other"))
+        await life.until(lambda status: status.phase is Phase.LOADING)
+        old.gate.allow(3 * len(asked))
+        await asyncio.wait_for(loading, 10)
+        assert set(await asyncio.wait_for(asyncio.gather(*asked), 10)) == {"abc"}
+        assert (len(old.requests), len(life.engine.requests)) == (handed, len(asked) - handed)
+        assert {tuple(request.prompt_token_ids) for request in old.requests} == {(BOS, *b"Hi")}
+        assert {tuple(request.prompt_token_ids) for request in life.engine.requests} == {(*b"Hi",)}
+
+
+async def test_at_the_drain_limit_those_that_wait_are_told_in_our_words(tmp_path: Path) -> None:
+    async with living(config(tmp_path, drain_timeout=0.2)) as life:
+        life.engine.gate = Gate()
+        asked = [asyncio.create_task(refusal(life.ask())) for _ in range(2 * life.engine.info.max_batch_size)]
+        await life.until(lambda status: life.server.model.in_flight == len(asked))
+        life.server.stop()
+        errors = await asyncio.wait_for(asyncio.gather(*asked), 10)
+        assert {(error.code(), error.details()) for error in errors} == {(grpc.StatusCode.UNAVAILABLE, CUT_OFF)}
+        assert await asyncio.wait_for(life.end, 10) == 0
