@@ -60,7 +60,7 @@ class Loras(Protocol):
         """
 
     async def unload(self, name: str) -> None:
-        """New requests do not find it any more; those that were accepted end with it.
+        """New requests do not find it any more, nor those that wait; those that the engine has end with it.
 
         Raises:
             ServiceError: NOT_FOUND, UNAVAILABLE.
