@@ -27,6 +27,7 @@ from service.http.kserve import kserve_routes
 from service.http.observe import Observe, metrics_routes
 from service.http.openai.routes import UNSERVED, openai_routes
 from service.http.openapi import openapi_routes
+from service.http.page import page_routes
 from service.http.reply import fault, send_error
 from service.security.access import EVERYBODY, Access
 from service.security.limits import MAX_REQUEST_BYTES
@@ -57,7 +58,8 @@ def create_app(
         telemetry: is told of every request, and asked for metrics.
     """
     metrics = [] if telemetry is None else metrics_routes(telemetry)
-    known = [*routes, *metrics, *openai_routes(host, max_request_bytes), *kserve_routes(host), *openapi_routes()]
+    served = [*openai_routes(host, max_request_bytes), *kserve_routes(host), *openapi_routes(), *page_routes()]
+    known = [*routes, *metrics, *served]
     router = Router(known, redirect_slashes=False)  # one path, one meaning
     app = Guard(Authenticate(router, access, known))
     return app if telemetry is None else Observe(app, telemetry)

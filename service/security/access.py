@@ -65,7 +65,14 @@ METRICS = ("GET /metrics", "GET /v1/metrics")
 ROUTES: Mapping[str, Level] = {
     **{
         f"GET {path}": Level.OPEN
-        for path in ("/v1/health/live", "/v1/health/ready", "/v2/health/live", "/v2/health/ready", "/")
+        for path in (
+            "/v1/health/live",
+            "/v1/health/ready",
+            "/v2/health/live",
+            "/v2/health/ready",
+            "/",
+            "/playground/{name}",
+        )
     },
     **{
         f"GET {path}": Level.TENANT
