@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import shutil
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -22,6 +23,14 @@ FLAGS = (
     *("--disable-background-networking", "--disable-component-update", "--disable-extensions", "--mute-audio"),
     "--no-sandbox",  # of a test in a container, where the user is root
 )
+BECOME = """
+import fcntl, os, sys
+ends = [fcntl.fcntl(int(number), fcntl.F_DUPFD, 10) for number in sys.argv[1:3]]
+for number, end in zip((3, 4), ends):
+    os.dup2(end, number)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+"""Program that becomes another one, with these two descriptors as its 3 and 4."""
 LIMIT = 60.0  # seconds that anything may take
 
 
@@ -39,6 +48,7 @@ class Page:
         self._numbers = itertools.count(1)
         self._answers: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._session: str | None = None
+        self._loaded = asyncio.Event()
         self.errors: list[str] = []
         self.requests: list[str] = []
 
@@ -64,8 +74,9 @@ class Page:
             await self.call(f"{domain}.enable")
 
     async def go(self, url: str) -> None:
+        self._loaded.clear()
         await self.call("Page.navigate", url=url)
-        await self.until("document.readyState === 'complete'")
+        await asyncio.wait_for(self._loaded.wait(), LIMIT)  # what is evaluated on the way may never be answered
 
     async def evaluate(self, expression: str) -> Any:
         """Value of a JavaScript expression; a promise is awaited."""
@@ -81,7 +92,8 @@ class Page:
                 while not await self.evaluate(f"Boolean({expression})"):  # noqa: ASYNC110 - it has no event
                     await asyncio.sleep(0.05)
         except TimeoutError:
-            raise TimeoutError(f"never true: {expression}; errors: {self.errors}") from None
+            shown = await self.evaluate("document.body.innerText")
+            raise TimeoutError(f"never true: {expression}; errors: {self.errors}; shown: {shown}") from None
 
     async def type(self, text: str) -> None:
         """Into whatever has the focus."""
@@ -108,6 +120,8 @@ class Page:
                 continue
             details = message.get("params", {})
             match message["method"]:
+                case "Page.loadEventFired":
+                    self._loaded.set()
                 case "Runtime.exceptionThrown":
                     self.errors.append(details["exceptionDetails"]["exception"].get("description", "?"))
                 case "Log.entryAdded" if details["entry"]["level"] == "error":
@@ -123,9 +137,9 @@ async def browse(profile: Path) -> AsyncIterator[Page]:
     assert program is not None
     their_in, our_out = os.pipe()
     our_in, their_out = os.pipe()
-    command = f'exec "$0" "$@" 3<&{their_in} 4>&{their_out}'
     process = await asyncio.create_subprocess_exec(
-        *("/bin/sh", "-c", command, program, *FLAGS, f"--user-data-dir={profile}", "about:blank"),
+        *(sys.executable, "-c", BECOME, str(their_in), str(their_out)),
+        *(program, *FLAGS, f"--user-data-dir={profile}", "about:blank"),
         pass_fds=(their_in, their_out),
         stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.DEVNULL,

@@ -29,12 +29,18 @@ async def page(server: ServerProcess, tmp_path: Path) -> AsyncIterator[Page]:
         assert {url.split("/")[2] for url in opened.requests if url.startswith("http")} == {server.http_address}
 
 
+async def sampling(page: Page, temperature: float, max_tokens: int) -> None:
+    for name, value in (("temperature", temperature), ("max_tokens", max_tokens)):
+        await page.evaluate(f"document.getElementById('{name}').value = {value}")
+
+
 async def ask(page: Page, question: str) -> None:
     await page.type(question)  # the question has the focus, and Enter sends it
     await page.press(*ENTER)
 
 
 async def test_a_question_by_keyboard_is_answered_and_goes_on(page: Page) -> None:
+    await sampling(page, 0, 60)
     await ask(page, "What is the capital of France?")
     await page.until("document.querySelector('.assistant .facts').textContent.includes('tokens')")
     assert "Paris" in await page.evaluate("document.querySelector('.assistant .text').textContent")
@@ -48,7 +54,7 @@ async def test_a_question_by_keyboard_is_answered_and_goes_on(page: Page) -> Non
 async def test_the_live_state_is_that_of_the_metrics(page: Page, server: ServerProcess) -> None:
     plots = "[...document.querySelectorAll('.plot output')].map((each) => each.value)"
     await page.until(f"{plots}.every((value) => /^\\d/.test(value))")
-    await page.evaluate("document.getElementById('max_tokens').value = 400")
+    await sampling(page, 0, 400)
     await ask(page, "Count from one to one hundred.")
     await page.until(f"Number({plots}[1]) === 1")  # running
     await page.until(f"Number({plots}[3]) > 0")  # tokens/s
@@ -69,11 +75,10 @@ async def test_stop_cancels_the_request_and_keeps_what_was_said(page: Page, serv
 
 
 async def test_a_refused_question_is_told_in_the_servers_words_and_may_be_sent_again(page: Page) -> None:
-    await page.evaluate("document.getElementById('temperature').value = 999")
+    await sampling(page, 999, 3)
     await ask(page, "Hello?")
     await page.until("document.querySelector('.facts.failure')?.textContent.includes('temperature')")
-    await page.evaluate("document.getElementById('temperature').value = 0")
-    await page.evaluate("document.getElementById('max_tokens').value = 3")
+    await sampling(page, 0, 3)
     page.errors.clear()  # the browser logs the refusal itself
     await ask(page, "Hello?")
     await page.until("[...document.querySelectorAll('.facts')].at(-1).textContent.includes('3 tokens')")
@@ -81,6 +86,7 @@ async def test_a_refused_question_is_told_in_the_servers_words_and_may_be_sent_a
 
 
 async def test_what_a_model_writes_is_text_and_never_markup(page: Page) -> None:
+    await sampling(page, 0, 30)
     await ask(page, "<img src=x onerror=\"document.title='owned'\"><b>bold</b>")
     await page.until("document.querySelector('.assistant .facts').textContent.length")
     assert await page.evaluate("document.querySelector('#messages img, #messages b')") is None
@@ -90,6 +96,7 @@ async def test_what_a_model_writes_is_text_and_never_markup(page: Page) -> None:
 @pytest.mark.parametrize(("width", "height"), [(360, 640), (1280, 800)])
 async def test_it_fits_phones_and_desks(page: Page, width: int, height: int) -> None:
     await page.resize(width, height)
+    await sampling(page, 0, 5)
     await ask(page, "x" * 300)
     await page.until("document.querySelector('.assistant .facts').textContent.length")
     assert await page.evaluate("document.documentElement.scrollWidth") <= width
