@@ -40,7 +40,7 @@ STRANGERS: list[dict[str, str]] = [
     {"host": "localhost/v1/health/live?"},
 ]
 HEALTH = {"GET /v1/health/live", "GET /v1/health/ready", "GET /v2/health/live", "GET /v2/health/ready"}
-OPEN = {*HEALTH, "GET /"}
+OPEN = {*HEALTH, "GET /", "GET /playground/{name}"}
 
 
 @pytest.fixture
