@@ -62,7 +62,8 @@ def body_of(error: ServiceError | RouteError) -> ErrorBody:
         kind = "invalid_request_error" if error.status < 500 else "server_error"
         return ErrorBody(ErrorInfo(message=_shortened(error.message), type=kind, param=None, code=error.code))
     _, kind = STATUS[error.code]
-    return ErrorBody(ErrorInfo(message=_shortened(error.message), type=kind, param=error.field, code=_code(error)))
+    code, message = _in_words_of_clients(error)
+    return ErrorBody(ErrorInfo(message=_shortened(message), type=kind, param=error.field, code=code))
 
 
 def status_of(error: ServiceError | RouteError) -> int:
@@ -82,10 +83,13 @@ def headers_of(error: ServiceError | RouteError) -> dict[str, str]:
     return {"x-should-retry": "false"} if error.code in (Code.DEADLINE_EXCEEDED, Code.INTERNAL) else {}
 
 
-def _code(error: ServiceError) -> str:
-    """A prompt that is too long has OpenAI's own word: clients look for it, to shorten what they send."""
-    too_long = error.field in ("prompt", "messages") and " the context of " in error.message
-    return "context_length_exceeded" if too_long else error.code.value
+def _in_words_of_clients(error: ServiceError) -> tuple[str, str]:
+    """Code and message. A prompt that is too long has the words that clients look for, to shorten what they send or to
+    take another model: OpenAI's code, and the one phrase that both LangChain and LiteLLM know."""
+    if error.field not in ("prompt", "messages") or " the context of " not in error.message:
+        return error.code.value, error.message
+    reason = error.message.removeprefix(f"{error.field}: ")
+    return "context_length_exceeded", f"{error.field}: the prompt is too long: {reason}"
 
 
 def _shortened(message: str) -> str:

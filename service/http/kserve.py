@@ -1,4 +1,4 @@
-"""Health as KServe's v2 REST protocol asks for it; inference by that protocol is served over gRPC."""
+"""Health as KServe's v2 REST protocol asks for it, and vLLM's clients; inference by KServe's is served over gRPC."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ def kserve_routes(host: Host) -> list[Route]:
     return [
         Route("/v2/health/live", live),
         Route("/v2/health/ready", ready),
+        Route("/health", ready),  # load generators ask vLLM's before they begin
         Route("/v2/models/{model:path}/ready", model_ready),
     ]
 

@@ -53,6 +53,7 @@ OPERATIONS: tuple[Operation, ...] = (
     ("get", "/v1/license", "Texts of the licences", None, None, None),
     ("get", "/v2/health/live", "Whether a restart would not help", None, None, None),
     ("get", "/v2/health/ready", "Whether a token could be made now", None, None, None),
+    ("get", "/health", "The same, as vLLM has it", None, None, None),
     ("get", "/v2/models/{model}/ready", "The same of one model", None, None, None),
 )
 

@@ -70,6 +70,7 @@ ROUTES: Mapping[str, Level] = {
             "/v1/health/ready",
             "/v2/health/live",
             "/v2/health/ready",
+            "/health",
             "/",
             "/playground/{name}",
         )

@@ -39,7 +39,7 @@ STRANGERS: list[dict[str, str]] = [
     {"x-tenant": "ann"},
     {"host": "localhost/v1/health/live?"},
 ]
-HEALTH = {"GET /v1/health/live", "GET /v1/health/ready", "GET /v2/health/live", "GET /v2/health/ready"}
+HEALTH = {"GET /v1/health/live", "GET /v1/health/ready", "GET /v2/health/live", "GET /v2/health/ready", "GET /health"}
 OPEN = {*HEALTH, "GET /", "GET /playground/{name}"}
 
 

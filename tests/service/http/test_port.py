@@ -280,7 +280,7 @@ async def test_a_port_that_is_taken_is_one_clear_line() -> None:
 async def test_health_as_kserve_asks_for_it_follows_the_phase() -> None:
     host = FakeHost()
     async with serving(host) as port:
-        for path in ("/v2/health/live", "/v2/health/ready", "/v2/models/fake/ready"):
+        for path in ("/v2/health/live", "/v2/health/ready", "/health", "/v2/models/fake/ready"):
             assert (await port.http.get(path)).status_code == 200
         assert error(await port.http.get("/v2/models/other/ready"), 404)["param"] == "model"
         await host.set_status(Status(Phase.LOADING, "weights", 0.25))
