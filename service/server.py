@@ -267,7 +267,7 @@ class Server:
         self.model.cut_off()
         keeping.cancel()
         await self._idle(LAST_WORDS_SECONDS)
-        await self.ports.stop(0 if self._hurry.is_set() else LAST_WORDS_SECONDS)
+        await self.ports.stop(LAST_WORDS_SECONDS)  # also in a hurry: who has ended is not yet told so
         if reason is None:
             await asyncio.gather(keeping, return_exceptions=True)
             log.info("stopped", extra={"lost": lost})
