@@ -11,6 +11,7 @@ pad their embedding matrix to a round size). So a prompt is its UTF-8 bytes, and
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import AsyncGenerator, Callable, Sequence
 
 from engine import (
@@ -57,6 +58,7 @@ TEMPLATE = (
 )
 
 
+@functools.cache  # a process renders its template, which takes longer to start than most tests take
 def toy_text(*, adds_bos: bool = True, chat: bool = True) -> TextModel:
     """The text side: one token per byte, a chat format with control tokens, and calls of tools as text."""
     controls = {"<s>": BOS, "</s>": EOS, "<|end|>": END}

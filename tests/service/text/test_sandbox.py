@@ -63,8 +63,8 @@ VALUES: dict[str, Any] = {"big": 10**9, "a": "a", "hostile": True}
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half a second is what a template may take."""
-    monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.5)
+    """A quarter of a second is what a template may take."""
+    monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.25)
 
 
 @pytest.mark.usefixtures("impatient")
