@@ -16,7 +16,7 @@ from service.generation import GenerationEvent, GenerationRequest, Generator
 from service.grpc.server import GrpcServer
 from service.talk import HELP, LocalPartner, RemotePartner, converse, say
 from service.text.chat import Conversation, Message
-from tests.service.fakes import Answer, FakeHost
+from tests.service.fakes import Answer, FakeHost, Gate
 
 ASK = [Message(role="user", content="hello")]
 
@@ -138,6 +138,8 @@ async def test_a_wrong_model_name_is_one_line(remote: tuple[FakeHost, Callable[.
 
 async def test_leaving_a_remote_answer_cancels_it(remote: tuple[FakeHost, Callable[..., RemotePartner]]) -> None:
     host, partner = remote
+    host.answers[""] = Answer(gate=(gate := Gate()))
+    gate.allow()  # and not to the end, which might come before we leave
     answer = partner().answer(ASK)
     await anext(answer)
     await answer.aclose()
