@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from service.command import EXIT_FAILED, echo_json, errors, fail, fetch, options
+from service.command import EXIT_FAILED, Sectioned, echo_json, errors, fail, fetch, options
 from service.command import as_json as json_option
 from service.key_commands import keys
 from service.model_commands import COMMANDS
@@ -55,7 +55,7 @@ for _command in (*COMMANDS, keys):
     main.add_command(_command)
 
 
-@main.command()
+@main.command(cls=Sectioned)
 @click.argument("model", required=False)
 @options(*(setting.name for setting in SETTINGS if setting.name != "model"))
 @click.option("--sample-prompt", metavar="TEXT", help="once ready, stream the answer to this and keep serving")
@@ -65,7 +65,8 @@ def serve(sample_prompt: str | None, dry_run: bool, as_json: bool, **flags: str 
     """Load MODEL, warm up, and serve it until SIGTERM or Ctrl-C.
 
     MODEL is a name of `nemoserve models`, hf://org/name[@revision], a folder of safetensors as Hugging Face or Mistral
-    publish them, or a .gguf file. Every option is also a variable: NEMOSERVE_GRPC_PORT=8001.
+    publish them, or a .gguf file; by default smollm2-135m-instruct. Every setting is also a variable, such as
+    NEMOSERVE_GRPC_PORT, and may stand in the file of --config.
     """
     if as_json and not dry_run:
         raise click.UsageError("--json goes with --dry-run; --log-json makes the log JSON")
@@ -182,7 +183,9 @@ async def _welcome(
             click.echo(f"no sample: {error}")
         finally:
             await partner.close()
-    openai = f" and http{'s' if tls else ''}://{http_address}/v1 (OpenAI)" if http_address else ""
+    http = f"http{'s' if tls else ''}://{http_address}"
+    openai = f" and {http}/v1 (OpenAI)" if http_address else ""
+    page = f"\n  in a browser   {http}/" if http_address else ""
     chat = (" --tls-ca CA.pem" if tls else "") + (" --api-key KEY" if keys else "")
     grpcurl = ("-cacert CA.pem" if tls else "-plaintext") + (" -H 'x-api-key: KEY'" if keys else "")
     client = ', ssl=True, root_certificates="CA.pem"' if tls else ""
@@ -190,7 +193,7 @@ async def _welcome(
     click.echo(f"""
 {model} is ready at {address} (gRPC){openai}
 
-  talk to it     nemoserve chat --address {address}{chat}
+  talk to it     nemoserve chat --address {address}{chat}{page}
   typed API      nemoserve.v1.GenerationService; grpcurl {grpcurl} {address} list
   Triton client  as below; for TensorRT-LLM's tensor names ask for "ensemble"
   stop           Ctrl-C
@@ -203,10 +206,21 @@ print(client.infer("{model}", [text]{headers}).as_numpy("text_output")[0].decode
 """)
 
 
+def _grpc_address(ctx: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    if value is not None and (value.startswith(("http://", "https://")) or not value.rpartition(":")[2].isdecimal()):
+        raise click.BadParameter(f"{value!r} must be HOST:PORT of the gRPC port, such as localhost:8001")
+    return value
+
+
 @main.command()
 @click.argument("model", required=False)
-@click.option("--address", metavar="HOST:PORT", help="talk to a running server instead of starting an engine")
-@click.option("--api-key", envvar="NEMOSERVE_API_KEY", metavar="KEY", help="of yours, for a server that asks for one")
+@click.option(
+    "--address",
+    metavar="HOST:PORT",
+    callback=_grpc_address,
+    help="talk to a running server, at its gRPC port, instead of starting an engine",
+)
+@click.option("--api-key", envvar="NEMOSERVE_API_KEY", metavar="KEY", help="yours, for a server that asks for one")
 @click.option("--tls-ca", type=click.Path(exists=True, dir_okay=False, path_type=Path), help=TLS_CA_HELP)
 @click.option("--once", metavar="TEXT", help="ask this, print the answer, end")
 @click.option("--max-tokens", type=click.IntRange(1), help="longest answer  [default: until the model stops]")

@@ -12,12 +12,13 @@ import click
 
 from service.models.errors import StoreError
 from service.resolve import SettingError
-from service.settings import SETTINGS
+from service.settings import SECTIONS, SETTINGS
 
 if TYPE_CHECKING:
     from service.models.store import StoredModel
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
+COLUMN = 30  # of flags in `--help`, the widest that click sets them in: one for all sections
 
 PLANNED = (
     *("precision", "kv_precision", "dtype", "max_model_len", "max_batch_size", "max_batch_tokens", "kv_memory"),
@@ -26,6 +27,21 @@ PLANNED = (
 """Settings that decide what fits."""
 
 Command = Callable[..., Any]
+
+
+class Sectioned(click.Command):
+    """A command whose `--help` has settings under their headings."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        headings = {name: heading for heading, names in SECTIONS.items() for name in names}
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for option in self.get_params(ctx):
+            if isinstance(option, click.Option) and (record := option.get_help_record(ctx)) is not None:
+                flags, why = record
+                sections.setdefault(headings.get(option.name or "", "Options"), []).append((flags.ljust(COLUMN), why))
+        for heading, records in sections.items():
+            with formatter.section(heading):
+                formatter.write_dl(records)
 
 
 def options(*names: str) -> Callable[[Command], Command]:
@@ -38,7 +54,7 @@ def _with_options(command: Command, names: Collection[str]) -> Command:
     for setting in reversed(SETTINGS):
         if setting.name not in names:
             continue
-        shown = "" if setting.default in (None, False) else f"  [default: {setting.default}]"
+        shown = "" if setting.is_switch or not setting.shown_default else f"  [default: {setting.shown_default}]"
         kind: dict[str, Any] = {"flag_value": "true", "is_flag": True}
         if not setting.is_switch:
             kind = {"metavar": setting.metavar}

@@ -166,11 +166,7 @@ def list_profiles(models: Sequence[str], elsewhere: Sequence[Place | None], valu
 
 def _http_port(values: Mapping[str, Any]) -> list[Check]:
     port = values["http_port"]
-    if port is None:
-        return []
-    if port == values["grpc_port"] != 0:
-        return [Check("HTTP port", False, f"{port} is the gRPC port too; one of them must move", fatal=True)]
-    return [check_port(values["host"], port, "HTTP port")]
+    return [] if port is None else [check_port(values["host"], port, "HTTP port")]
 
 
 def check_security(values: Mapping[str, Any]) -> list[Check]:

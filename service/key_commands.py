@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 
 import click
 
+from service.command import EXIT_USAGE, echo_json, errors, fail
+from service.command import as_json as json_option
+
 
 @click.group()
 def keys() -> None:
-    """Keys of tenants, for `nemoserve serve --api-keys-file FILE`.
+    """Make API keys for tenants, for `nemoserve serve --api-keys-file FILE`.
 
     \b
     The file is YAML, a list with an entry for each tenant:
@@ -33,13 +34,13 @@ def keys() -> None:
 
 @keys.command(short_help="Make a key for the tenant NAME.")
 @click.argument("name")
-@click.option("--admin", is_flag=True, help="it may also change what is served")
-@click.option("--file", type=click.Path(dir_okay=False, path_type=Path), help="add the entry to this keys file")
-@click.option("--json", "as_json", is_flag=True, help="print JSON")
+@click.option("--admin", is_flag=True, help="the tenant may also change what is served")
+@click.option("--file", type=click.Path(dir_okay=False, path_type=Path), help="put the entry into this keys file")
+@json_option()
 def new(name: str, admin: bool, file: Path | None, as_json: bool) -> None:
     """Make a key for the tenant NAME and print it, this once: the keys file has only its digest.
 
-    Without --file the entry for it is printed too.
+    Without --file, what to put into the file is printed as well.
     """
     from service.security.errors import SecurityError
     from service.security.keys import add_entry, entry_of, new_key
@@ -47,13 +48,13 @@ def new(name: str, admin: bool, file: Path | None, as_json: bool) -> None:
     key = new_key()
     try:
         entry = entry_of(name, key, admin=admin)
+    except SecurityError as error:
+        fail(f"NAME: {error}", EXIT_USAGE)
+    with errors():
         if file is not None:
             add_entry(file, entry)
-    except (SecurityError, OSError) as error:
-        click.echo(f"nemoserve: {error}", err=True)
-        sys.exit(1)
     if as_json:
-        click.echo(json.dumps({"name": name, "key": key, "entry": entry}))
+        echo_json({"name": name, "key": key, "entry": entry})
     elif file is not None:
         click.echo(key)
     else:

@@ -9,7 +9,7 @@ import os
 
 import click
 
-from service.command import EXIT_FAILED, PLANNED, as_json, echo_json, errors, fail, fetch, options
+from service.command import EXIT_FAILED, PLANNED, Sectioned, as_json, echo_json, errors, fail, fetch, options
 from service.models.catalog import CATALOG
 from service.resolve import resolve, resolve_model
 from service.tables import table
@@ -24,7 +24,7 @@ def _asked(model: str | None, profile: str | None, uri: str | None) -> str:
 
 
 SECURITY = ("allow_anonymous", "api_keys_file", "tls_mode", "tls_cert", "tls_key", "tls_client_ca")
-_PROFILE = click.option("-p", "--profile", metavar="ID", help="the model of this profile, as NIM asks for it")
+_PROFILE = click.option("-p", "--profile", metavar="ID", help="of `nemoserve profiles`: its model, as NIM asks for it")
 _URI = click.option("--model-uri", "--model-repo", "uri", metavar="URI", help="the same as MODEL, as NIM names it")
 
 
@@ -34,7 +34,10 @@ _URI = click.option("--model-uri", "--model-repo", "uri", metavar="URI", help="t
 @_URI
 @as_json()
 def pull(model: str | None, profile: str | None, uri: str | None, as_json: bool) -> None:
-    """Fetch MODEL into the model store, resuming what was begun; prints its path."""
+    """Fetch MODEL into the model store, resuming what was begun, and print its path.
+
+    MODEL is a name of `nemoserve models` or hf://org/name[@revision]; by default what `serve` would take.
+    """
     with errors():
         stored = fetch(_asked(model, profile, uri))
         if as_json:
@@ -43,14 +46,17 @@ def pull(model: str | None, profile: str | None, uri: str | None, as_json: bool)
             click.echo(str(stored.path))
 
 
-@click.command(short_help="Write MODEL to a folder of its own, to be carried to where there is no network.")
+@click.command(short_help="Write MODEL to a folder of its own, for machines without a network.")
 @click.argument("model", required=False)
 @_PROFILE
 @_URI
 @click.option("--to", "-m", "--model-store", "to", metavar="DIR", required=True, help="an empty folder, or a new one")
 @as_json()
 def store(model: str | None, profile: str | None, uri: str | None, to: str, as_json: bool) -> None:
-    """Write MODEL to DIR, which `nemoserve serve DIR` takes on any machine; fetched first unless it is in the store."""
+    """Write MODEL and its checksums to DIR, which `nemoserve serve DIR` takes on any machine, and print DIR.
+
+    MODEL is fetched first unless it is in the store; by default it is what `serve` would take.
+    """
     from pathlib import Path
 
     from service.models.export import export
@@ -72,7 +78,7 @@ def store(model: str | None, profile: str | None, uri: str | None, to: str, as_j
 @click.command()
 @as_json()
 def models(as_json: bool) -> None:
-    """The models that have a name, and whether they are in the store."""
+    """List the models that have a name, and which of them are in the store."""
     from service.models.store import ModelStore
     from service.screen import show
 
@@ -100,14 +106,14 @@ def models(as_json: bool) -> None:
         show(table(rows, left=(0, 2, 3)))
 
 
-@click.command(short_help="What of MODEL fits on this machine or another, and what else troubles it.")
+@click.command(cls=Sectioned, short_help="Check this machine, and which precisions of MODEL fit on it or on another.")
 @click.argument("model", required=False)
 @click.option("--gpu", metavar="NAME", help="plan for this GPU (h100, a100-40gb, l40s, …) instead of this machine")
-@click.option("--memory", type=float, metavar="GIB", help="plan for a GPU with so much memory")
+@click.option("--memory", type=float, metavar="GIB", help="plan for a GPU with so much memory, in GiB")
 @options("profile", "config", "host", "http_port", "grpc_port", *SECURITY, "device", *PLANNED)
 @as_json()
 def doctor(gpu: str | None, memory: float | None, as_json: bool, **flags: str | None) -> None:
-    """Look at this machine and tell what of MODEL fits, precision by precision.
+    """Check this machine, and which precisions of MODEL fit on it, or on another with --gpu or --memory.
 
     Exit code 1 if `nemoserve serve` with the same options and variables would not start: MODEL does not fit, a port is
     taken, there is no room for what is to be fetched.
@@ -126,13 +132,17 @@ def doctor(gpu: str | None, memory: float | None, as_json: bool, **flags: str | 
             fail(found.failure, EXIT_FAILED)
 
 
-@click.command(short_help="Profiles of MODEL: what fits where, and what serve takes.")
+@click.command(
+    cls=Sectioned, short_help="List the profiles of MODEL: what fits here or elsewhere, and what serve takes."
+)
 @click.argument("model", required=False)
-@click.option("--gpu", metavar="NAME", help="only this GPU, or all that are known; does not look at this machine")
+@click.option(
+    "--gpu", metavar="NAME", help="plan for this GPU (h100, l40s, …; all: every known one) and not this machine"
+)
 @options("config", "device", *(name for name in PLANNED if name != "precision"))
 @as_json()
 def profiles(model: str | None, gpu: str | None, as_json: bool, **flags: str | None) -> None:
-    """Profiles of MODEL, or of every model that has a name: what fits here, and which one `serve` takes.
+    """List the profiles of MODEL, or of every model that has a name: what fits here, and which one `serve` takes.
 
     An id reads MODEL/DEVICE-PRECISION-tpN; run one with `nemoserve serve --profile ID`.
     """

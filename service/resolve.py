@@ -54,6 +54,7 @@ def resolve(flags: Mapping[str, str | None], environ: Mapping[str, str]) -> dict
     given = _given(flags, environ)
     settings = {setting.name: _resolve(setting, given) for setting in SETTINGS}
     _check_exposure(settings)
+    _check_ports(settings["http_port"], settings["grpc_port"])
     _check_precisions(settings["dtype"], settings["precision"], settings["kv_precision"])
     _check_batch(settings["max_batch_size"], settings["max_batch_tokens"])
     _check_ranks(settings["tensor_parallel_size"], settings["lora_dir"])
@@ -164,6 +165,12 @@ def _check_exposure(settings: Mapping[str, Resolved]) -> None:
         check_exposure({name: (each.value, each.source) for name, each in settings.items()})
     except SecurityError as error:
         raise SettingError(str(error)) from None
+
+
+def _check_ports(http: Resolved, grpc: Resolved) -> None:
+    if http.value == grpc.value != 0:
+        named, other = (http, "gRPC") if http.source != "default" else (grpc, "HTTP")
+        raise SettingError(f"{named.source}: {named.value} is the port of {other} too; one of the two must move")
 
 
 def _check_precisions(dtype: Resolved, precision: Resolved, kv_precision: Resolved) -> None:

@@ -46,6 +46,19 @@ class Setting:
         return PREFIX + self.name.upper()
 
     @property
+    def shown_default(self) -> str:
+        """The default as it would be given; empty where the program works it out."""
+        match self.default:
+            case None:
+                return ""
+            case bool():
+                return str(self.default).lower()
+            case float():
+                return f"{self.default:g}"
+            case _:
+                return str(self.default)
+
+    @property
     def is_switch(self) -> bool:
         """Its flag stands alone and turns it on; what is on by default takes a value."""
         return self.parse is parsing.flag and not self.default
@@ -397,6 +410,25 @@ SETTINGS = (
         why="put prompts and answers into traces; whoever sees those can then read them",
     ),
 )
+
+SECTIONS = {
+    "Model": ("model", "served_model_name", "profile", "config"),
+    "Ports": ("host", "http_port", "grpc_port"),
+    "Security": (
+        *("allow_anonymous", "api_keys_file", "metrics_without_key"),
+        *("tls_mode", "tls_cert", "tls_key", "tls_client_ca", "max_request_bytes"),
+    ),
+    "Engine": (
+        *("precision", "kv_precision", "dtype", "device", "max_model_len", "max_batch_size", "max_batch_tokens"),
+        *("max_draft_tokens", "kv_memory", "prefix_caching", "threads", "tensor_parallel_size", "lookahead"),
+        "cuda_graphs",
+    ),
+    "LoRA adapters": ("lora_dir", "lora_refresh", "max_loras", "max_cpu_loras", "max_lora_rank"),
+    "Queue": ("max_queue_size", "max_queue_tokens", "slow_reader_timeout"),
+    "Life": ("lame_duck", "drain_timeout", "engine_restarts", "engine_timeout", "model_control"),
+    "Observability": ("log_level", "log_json", "metrics_aliases", "otlp_endpoint", "trace_content"),
+}
+"""The headings that help and documentation have settings under."""
 
 
 def queue_limits(values: Mapping[str, Any]) -> QueueLimits:

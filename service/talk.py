@@ -57,6 +57,7 @@ class RemotePartner:
     ) -> None:
         self._address = address
         self._model = model
+        self._encrypts = tls_ca is not None
         if tls_ca is None:
             self._channel = grpc.aio.insecure_channel(address)
         else:
@@ -76,9 +77,18 @@ class RemotePartner:
                 if response.finished.reason == pb.FINISH_REASON_ERROR:
                     raise TalkError(response.finished.error)
         except grpc.aio.AioRpcError as error:
-            raise TalkError(f"{self._address}: {error.code().name}: {error.details()}") from None
+            said = f"{error.code().name}: {error.details()}"
+            raise TalkError(f"{self._address}: {said}{self._hint(said)}") from None
         finally:
             call.cancel()
+
+    def _hint(self, said: str) -> str:
+        """What the person may have forgotten."""
+        if said.startswith("UNAUTHENTICATED") and not self._metadata:
+            return "; give yours with --api-key or NEMOSERVE_API_KEY"
+        if "Socket closed" in said and not self._encrypts:  # as TLS meets what is no handshake
+            return "; if the server has a certificate, give --tls-ca"
+        return ""
 
     async def close(self) -> None:
         await self._channel.close()

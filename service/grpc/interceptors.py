@@ -15,9 +15,6 @@ from typing import Any, NoReturn
 import grpc
 from google.protobuf.message import DecodeError
 
-from service.errors import Code, ServiceError
-from service.grpc.status import abort, client_may_be_gone
-
 log = logging.getLogger(__name__)
 
 
@@ -72,8 +69,7 @@ def _tolerant(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
 def _guard_unary(behaviour: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
     async def guarded(request: Any, context: Any) -> Any:
         try:
-            with client_may_be_gone():
-                return await behaviour(await _checked(request, context), context)
+            return await behaviour(await _checked(request, context), context)
         except grpc.aio.AbortError:
             raise
         except Exception:  # a fault of ours: the client learns an id, the log the rest
@@ -87,8 +83,7 @@ def _guard_stream(behaviour: Callable[[Any, Any], Any]) -> Callable[[Any, Any], 
         try:
             responses = behaviour(await _checked(request, context), context)
             if inspect.isawaitable(responses):  # writes through the context instead of yielding
-                with client_may_be_gone():
-                    await responses
+                await responses
                 return
             try:
                 async for response in responses:
@@ -118,11 +113,12 @@ async def _checked_stream(requests: AsyncIterator[Any], context: Any) -> AsyncIt
 
 
 async def _refuse(context: Any) -> NoReturn:
-    message = "the request is not a valid protobuf message of this method"
-    await abort(context, ServiceError(Code.INVALID_ARGUMENT, message))
+    await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the request is not a valid protobuf message of this method")
+    raise AssertionError("abort returns never")
 
 
 async def _internal(context: Any) -> NoReturn:
     reference = secrets.token_hex(8)
     log.exception("an RPC failed", extra={"error_id": reference})
-    await abort(context, ServiceError(Code.INTERNAL, f"internal error {reference}"))
+    await context.abort(grpc.StatusCode.INTERNAL, f"internal error {reference}")
+    raise AssertionError("abort returns never")

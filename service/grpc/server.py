@@ -91,7 +91,7 @@ class GrpcServer:
             else:
                 port = self._server.add_secure_port(address, self._tls.grpc_credentials())
         except RuntimeError:
-            raise OSError(f"cannot listen on {address}: the address is in use or not of this machine") from None
+            raise OSError(f"cannot listen on {address} for gRPC: it is in use or not of this machine") from None
         await self._report()
         await self._server.start()
         self._health_task = asyncio.create_task(self._watch(), name="grpc-health")

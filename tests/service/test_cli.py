@@ -16,6 +16,7 @@ from engine import EngineConfig
 from service.cli import main
 from service.ports import Ports
 from service.server import ServerConfig
+from service.settings import SECTIONS
 from tests.service.fakes import FakeHost
 
 NEMOSERVE = Path(sys.executable).parent / "nemoserve"
@@ -29,6 +30,7 @@ NEMOSERVE = Path(sys.executable).parent / "nemoserve"
         (("serve", "--host", "0.0.0.0"), 2, "or --allow-anonymous"),
         (("serve", "a" * 300), 1, f"{'a' * 300}: File name too long"),
         (("chat", "--address", "127.0.0.1:1", "--once", "hello"), 1, "127.0.0.1:1: UNAVAILABLE"),
+        (("keys", "new", "a/é"), 2, "NAME: 'a/é' is no name"),
     ],
 )
 def test_a_failure_is_one_line_and_an_exit_code(arguments: tuple[str, ...], code: int, line: str) -> None:
@@ -42,6 +44,26 @@ def test_an_empty_question_is_wrong_usage() -> None:
     result = CliRunner().invoke(main, ["chat"], input="\n")
     assert result.exit_code == 2
     assert "the question is empty" in result.stderr
+
+
+@pytest.mark.parametrize("address", ["http://localhost:8000", "localhost", "localhost:"])
+def test_an_address_that_is_none_is_wrong_usage(address: str) -> None:
+    result = CliRunner().invoke(main, ["chat", "--address", address, "--once", "hello"])
+    assert result.exit_code == 2
+    assert f"'{address}' must be HOST:PORT of the gRPC port" in result.stderr
+
+
+@pytest.mark.parametrize("width", [60, 110])
+def test_help_has_settings_under_their_headings_with_their_defaults(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    lines = CliRunner().invoke(main, ["serve", "--help"], terminal_width=width).stdout.splitlines()
+    assert [line[:-1] for line in lines if line[-1:] == ":" and line[0] != " "] == [*SECTIONS, "Options"]
+    assert max(map(len, lines)) <= width
+    told = " ".join(word for line in lines for word in line.split())
+    for default in ("8001", "true", "0", "30"):
+        assert f"[default: {default}]" in told
 
 
 def test_a_switch_that_would_do_nothing_is_wrong_usage() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from service.cli import NIM_NAMES, main
 from service.resolve import OTHER_VARIABLES, unknown_variables
-from service.settings import SETTINGS, Setting
+from service.settings import SECTIONS, SETTINGS, Setting
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGE, NIM_PAGE = DOCS / "configuration.md", DOCS / "nim.md"
@@ -26,7 +26,12 @@ def current(page: Path) -> str:
 
 
 def table() -> list[str]:
-    return ["| flag | variable | NIM's | default | |", "|---|---|---|---|---|", *map(row, SETTINGS)]
+    settings = {setting.name: setting for setting in SETTINGS}
+    lines = []
+    for heading, names in SECTIONS.items():
+        lines += [f"### {heading}", "", "| flag | variable | NIM's | default | |", "|---|---|---|---|---|"]
+        lines += [*(row(settings[name]) for name in names), ""]
+    return lines[:-1]
 
 
 def nim_table() -> list[str]:
@@ -36,7 +41,7 @@ def nim_table() -> list[str]:
 
 def row(setting: Setting) -> str:
     flag = setting.flag if setting.is_switch or setting.name == "model" else f"{setting.flag} {setting.metavar}"
-    default = "" if setting.default is None else f"`{str(setting.default).lower()}`"
+    default = f"`{setting.shown_default}`" if setting.shown_default else ""
     alias = f"`{setting.alias}`" if setting.alias else ""
     cells = (f"`{flag}`", f"`{setting.variable}`", alias, default, setting.why)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
@@ -45,6 +50,10 @@ def row(setting: Setting) -> str:
 @pytest.mark.parametrize("page", [PAGE, NIM_PAGE])
 def test_the_page_has_every_setting(page: Path) -> None:
     assert current(page) == page.read_text()
+
+
+def test_every_setting_has_its_heading() -> None:
+    assert [name for names in SECTIONS.values() for name in names] == [setting.name for setting in SETTINGS]
 
 
 def test_the_page_names_no_variable_that_means_nothing() -> None:

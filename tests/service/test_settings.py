@@ -171,6 +171,19 @@ def test_what_is_kept_in_bf16_is_not_computed_in_fp32(name: str) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        ({"http_port": "8001"}, "--http-port: 8001 is the port of gRPC too; one of the two must move"),
+        ({"grpc_port": "8000"}, "--grpc-port: 8000 is the port of HTTP too; one of the two must move"),
+    ],
+)
+def test_two_ports_are_not_one(flags: dict[str, str], message: str) -> None:
+    with pytest.raises(SettingError, match=f"^{message}$"):
+        resolve(flags, {})
+    assert resolve({"http_port": "0", "grpc_port": "0"}, {})["http_port"].value == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
         ({"max_batch_tokens": "31"}, "--max-batch-tokens: 31 must be at least the 32 of max_batch_size"),
         ({"max_batch_size": "513"}, "--max-batch-size: 513 must be at most the 512 of max_batch_tokens"),
         (
