@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 EXIT_DRAINED, EXIT_CONFIGURATION, EXIT_ENGINE_LOST = 0, 1, 70
-LAST_WORDS_SECONDS, HURRIED_SECONDS = 1.0, 0.2  # for the last messages to reach their clients
+LAST_WORDS_SECONDS = 1.0  # for the last messages to reach their clients
 DRAIN_LOG_SECONDS = 5.0
 
 
@@ -267,7 +267,7 @@ class Server:
         self.model.cut_off()
         keeping.cancel()
         await self._idle(LAST_WORDS_SECONDS)
-        await self.ports.stop(HURRIED_SECONDS if self._hurry.is_set() else LAST_WORDS_SECONDS)
+        await self.ports.stop(LAST_WORDS_SECONDS)  # also in a hurry: who has ended is not yet told so
         if reason is None:
             await asyncio.gather(keeping, return_exceptions=True)
             log.info("stopped", extra={"lost": lost})

@@ -20,6 +20,7 @@ from service.generation import Delta, Finished, GenerationEvent, GenerationReque
 from service.grpc.status import Context, abort, deadline_of, metadata_value
 from service.host import Host, Phase
 from service.text.chat import Conversation, Message, Tool, ToolCall
+from service.text.check import MAX_MESSAGES, check_counts
 from service.version import VERSION
 
 REASONS = {
@@ -275,8 +276,10 @@ def _prompt(request: pb.GenerateRequest) -> str | list[int] | Conversation:
 def _conversation(chat: pb.Chat) -> Conversation:
     """
     Raises:
-        ServiceError: INVALID_ARGUMENT, a choice of tools that does not exist or contradicts itself.
+        ServiceError: INVALID_ARGUMENT, it is too much, or a choice of tools that does not exist or contradicts itself.
     """
+    calls = sum(len(message.tool_calls) for message in chat.messages[: MAX_MESSAGES + 1])
+    check_counts(messages=len(chat.messages), calls=calls, tools=len(chat.tools))
     unset = pb.TOOL_CHOICE_REQUIRED if chat.tool_name else pb.TOOL_CHOICE_AUTO
     choice = CHOICES.get(chat.tool_choice or unset)
     if choice is None:

@@ -15,6 +15,9 @@ from typing import Any, NoReturn
 import grpc
 from google.protobuf.message import DecodeError
 
+from service.errors import Code, ServiceError
+from service.grpc.status import abort, client_may_be_gone
+
 log = logging.getLogger(__name__)
 
 
@@ -69,7 +72,8 @@ def _tolerant(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
 def _guard_unary(behaviour: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
     async def guarded(request: Any, context: Any) -> Any:
         try:
-            return await behaviour(await _checked(request, context), context)
+            with client_may_be_gone():
+                return await behaviour(await _checked(request, context), context)
         except grpc.aio.AbortError:
             raise
         except Exception:  # a fault of ours: the client learns an id, the log the rest
@@ -83,7 +87,8 @@ def _guard_stream(behaviour: Callable[[Any, Any], Any]) -> Callable[[Any, Any], 
         try:
             responses = behaviour(await _checked(request, context), context)
             if inspect.isawaitable(responses):  # writes through the context instead of yielding
-                await responses
+                with client_may_be_gone():
+                    await responses
                 return
             try:
                 async for response in responses:
@@ -113,12 +118,11 @@ async def _checked_stream(requests: AsyncIterator[Any], context: Any) -> AsyncIt
 
 
 async def _refuse(context: Any) -> NoReturn:
-    await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the request is not a valid protobuf message of this method")
-    raise AssertionError("abort returns never")
+    message = "the request is not a valid protobuf message of this method"
+    await abort(context, ServiceError(Code.INVALID_ARGUMENT, message))
 
 
 async def _internal(context: Any) -> NoReturn:
     reference = secrets.token_hex(8)
     log.exception("an RPC failed", extra={"error_id": reference})
-    await context.abort(grpc.StatusCode.INTERNAL, f"internal error {reference}")
-    raise AssertionError("abort returns never")
+    await abort(context, ServiceError(Code.INTERNAL, f"internal error {reference}"))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import grpc
@@ -58,5 +61,15 @@ def shortened(message: str) -> str:
 async def abort(context: Context, error: ServiceError) -> NoReturn:
     """End the RPC with the error's status, message and retry hint; trailing metadata set before stay."""
     kept = tuple(context.trailing_metadata() or ())
-    await context.abort(STATUS_CODES[error.code], shortened(error.message), (*kept, *trailing_metadata(error)))
+    with client_may_be_gone():
+        await context.abort(STATUS_CODES[error.code], shortened(error.message), (*kept, *trailing_metadata(error)))
     raise AssertionError("abort always raises")  # its type does not say so
+
+
+@contextmanager
+def client_may_be_gone() -> Iterator[None]:
+    """What cannot be sent is no fault: the client has gone away, and the RPC's task is about to be cancelled."""
+    try:
+        yield
+    except grpc.aio.InternalError:
+        raise asyncio.CancelledError("the client has gone") from None

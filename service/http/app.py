@@ -35,9 +35,6 @@ from service.telemetry.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
 
-MAX_BODY_BYTES = (
-    8 * 2**20
-)  # decoded within 0.2 s; the longest prompt has less than 1 MiB, all of it escaped less than 5
 MAX_REQUEST_ID = 256  # characters; it travels in headers and stands in logs
 
 

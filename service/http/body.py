@@ -13,6 +13,7 @@ from starlette.requests import Request
 
 from service.errors import ServiceError, invalid
 from service.http.errors import RouteError
+from service.security.limits import MAX_JSON_VALUES, has_too_many_values
 
 BODY_SECONDS = 60.0  # for a whole body to arrive; the largest one over 5 Mbit/s
 SHOWN = 64  # characters of a value that an error quotes
@@ -70,6 +71,8 @@ def decode(data: bytes, kind: type[T], name: str = "body") -> T:
     Raises:
         ServiceError: INVALID_ARGUMENT.
     """
+    if has_too_many_values(data):
+        raise invalid(name, f"has more than {MAX_JSON_VALUES} values, by its commas and brackets")
     try:
         return msgspec.json.decode(data, type=kind)
     except msgspec.ValidationError as error:

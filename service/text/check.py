@@ -12,8 +12,25 @@ from service.text.plain import require_utf8
 
 MAX_TOOLS = 128  # as the OpenAI API
 MAX_SCHEMA = 256 * 1024  # characters; what a tool's schema costs to parse, render and compile grows with it
+MAX_MESSAGES = 2**14  # of a conversation, and as many calls: each takes some of the 2**17 tokens of a long context
 ROLES = ("system", "user", "assistant", "tool")
 FUNCTION_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
+
+
+def check_counts(*, messages: int, calls: int, tools: int) -> None:
+    """Of what a client has sent, before anything is made of it: a message without text has two bytes on the wire, so
+    that a request may have millions of them.
+
+    Raises:
+        ServiceError: INVALID_ARGUMENT.
+    """
+    for field, count, most in (
+        ("messages", messages, MAX_MESSAGES),
+        ("tool_calls", calls, MAX_MESSAGES),
+        ("tools", tools, MAX_TOOLS),
+    ):
+        if count > most:
+            raise invalid(field, f"has {count} {field.replace('_', ' ')}, must have at most {most}")
 
 
 def check_conversation(conversation: Conversation) -> None:
@@ -24,6 +41,11 @@ def check_conversation(conversation: Conversation) -> None:
     """
     if not conversation.messages:
         raise invalid("messages", "is empty, must have at least one message")
+    check_counts(
+        messages=len(conversation.messages),
+        calls=sum(len(message.tool_calls) for message in conversation.messages),
+        tools=len(conversation.tools),
+    )
     for index, message in enumerate(conversation.messages):
         _check_message(f"messages[{index}]", message)
     _check_tools(conversation)
@@ -69,8 +91,6 @@ def check_answers(messages: tuple[Message, ...]) -> None:
 
 def _check_tools(conversation: Conversation) -> None:
     tools, name = conversation.tools, conversation.tool_name
-    if len(tools) > MAX_TOOLS:
-        raise invalid("tools", f"has {len(tools)} tools, must have at most {MAX_TOOLS}")
     seen: dict[str, int] = {}
     for index, tool in enumerate(tools):
         _check_tool(f"tools[{index}]", tool)

@@ -11,7 +11,9 @@ from typing import Any
 
 from service.errors import invalid
 from service.grpc.kserve.model import Array
+from service.security.limits import MAX_JSON_VALUES, has_too_many_values
 from service.text.chat import Conversation, Message
+from service.text.check import check_counts
 
 INT32 = 2**31
 SHOWN = 80  # characters of a wrong value in a message
@@ -100,6 +102,8 @@ def biases(field: str, value: object) -> dict[int, float]:
 
 
 def json_value(field: str, text: str) -> Any:
+    if has_too_many_values(text):
+        raise invalid(field, f"has more than {MAX_JSON_VALUES} values, by its commas and brackets")
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -112,6 +116,7 @@ def conversation(field: str, text: str) -> Conversation:
     turns = json_value(field, text)
     if not isinstance(turns, list) or not turns:
         raise invalid(field, f"{shown(turns)} must be a list of at least one object with role and content")
+    check_counts(messages=len(turns), calls=0, tools=0)
     messages = []
     for index, turn in enumerate(turns):
         where = f"{field}[{index}]"

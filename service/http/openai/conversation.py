@@ -11,6 +11,7 @@ import msgspec
 from service.errors import ServiceError, invalid
 from service.http.openai.parameters import raw_text
 from service.text.chat import Conversation, Message, Tool, ToolCall
+from service.text.check import check_counts
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 
@@ -85,6 +86,8 @@ def conversation_of(
     Raises:
         ServiceError: INVALID_ARGUMENT naming the message, part or tool at fault.
     """
+    calls = sum(len(message.tool_calls or ()) for message in messages)
+    check_counts(messages=len(messages), calls=calls, tools=len(tools))
     given = tuple(_tool(index, tool) for index, tool in enumerate(tools))
     kind, name = _choice(choice, {tool.name for tool in given})
     return Conversation(

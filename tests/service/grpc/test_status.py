@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
 import pytest
 
 from service.errors import Code, ServiceError
+from service.grpc.interceptors import Guard
 from service.grpc.status import STATUS_CODES, abort, metadata_value
 
 
@@ -57,3 +60,56 @@ def test_metadata_is_found_by_name() -> None:
 
     context: Any = Context()
     assert [metadata_value(context, key) for key in ("a-bin", "b", "c")] == [None, "y", None]
+
+
+async def test_nobody_is_told_where_the_client_has_gone(caplog: pytest.LogCaptureFixture) -> None:
+    """As gRPC has it where a client goes away while its RPC is aborted, or is written to."""
+
+    class Context:
+        async def gone(self, *args: object) -> None:
+            raise grpc.aio.InternalError("Failed execute_batch")
+
+        abort = write = gone
+
+        def trailing_metadata(self) -> tuple[()]:
+            return ()
+
+    async def refuse(request: bytes, context: Any) -> None:
+        await abort(context, ServiceError(Code.NOT_FOUND, "no"))
+
+    async def write(request: bytes, context: Any) -> None:
+        await context.write(b"")
+
+    async def stream(request: bytes, context: Any) -> AsyncIterator[bytes]:
+        yield b""
+        await abort(context, ServiceError(Code.UNAVAILABLE, "no more"))
+
+    async def fault(request: bytes, context: Any) -> None:
+        raise ValueError("of ours")
+
+    for make, behaviour in (
+        (grpc.unary_unary_rpc_method_handler, refuse),
+        (grpc.unary_stream_rpc_method_handler, write),
+        (grpc.unary_stream_rpc_method_handler, stream),
+    ):
+        with pytest.raises(asyncio.CancelledError):
+            await answered(make(behaviour), Context())
+    assert not caplog.records
+    with pytest.raises(asyncio.CancelledError):
+        await answered(grpc.unary_unary_rpc_method_handler(fault), Context())
+    assert [record.message for record in caplog.records] == ["an RPC failed"]
+
+
+async def answered(handler: Any, context: object) -> None:
+    """The handler behind the Guard, called as gRPC does."""
+
+    async def find(details: object) -> Any:
+        return handler
+
+    details: Any = None
+    guarded: Any = await Guard().intercept_service(find, details)
+    if guarded.response_streaming:
+        async for _ in guarded.unary_stream(b"", context):
+            pass
+    else:
+        await guarded.unary_unary(b"", context)

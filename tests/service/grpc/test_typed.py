@@ -14,6 +14,7 @@ from nemoserve.v1 import generation_pb2 as pb
 from engine import Done, EngineStats, Grammar, SamplingParams
 from service.served import ServedModel
 from service.text.chat import Conversation, Message, Tool, ToolCall
+from service.text.check import MAX_MESSAGES, MAX_TOOLS
 from service.version import VERSION
 from tests.service.fake_engine import BOS, END, INFO, PADDING, FakeEngine, toy_text
 from tests.service.fakes import FakeHost, Gate
@@ -194,6 +195,22 @@ async def test_a_choice_of_tools_that_is_none_is_refused(given: dict[str, Any], 
     error = await refusal(port.typed.Generate(pb.GenerateRequest(chat=pb.Chat(**given)), timeout=10))
     assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
     assert error.details().startswith(field)
+
+
+async def test_a_conversation_of_too_many_parts_is_refused_before_they_are_made(port: Port) -> None:
+    """An empty message has two bytes on the wire, so that eight million of them fit into a request."""
+    for field, chat in (
+        ("messages", pb.Chat(messages=[pb.ChatMessage()] * (MAX_MESSAGES + 1))),
+        ("tool_calls", pb.Chat(messages=[pb.ChatMessage(tool_calls=[pb.ToolCall()] * (MAX_MESSAGES // 2 + 1))] * 2)),
+        ("tools", pb.Chat(messages=[pb.ChatMessage()], tools=[pb.Tool()] * (MAX_TOOLS + 1))),
+    ):
+        for call in (
+            port.typed.Generate(pb.GenerateRequest(chat=chat)),
+            port.typed.Tokenize(pb.TokenizeRequest(chat=chat)),
+        ):
+            refused = await refusal(call)
+            assert refused.code() == grpc.StatusCode.INVALID_ARGUMENT
+            assert (refused.details() or "").startswith(f"{field}: has ")
 
 
 async def test_what_is_wrong_with_a_tool_is_named_as_in_the_contract(port: Port) -> None:

@@ -17,7 +17,9 @@ from service.http import server as port_of
 from service.http.server import HttpServer
 from service.security.access import Access
 from service.security.keys import KeysFile
+from service.security.limits import MAX_JSON_VALUES
 from service.telemetry.telemetry import Telemetry
+from service.text.check import MAX_MESSAGES
 from tests.service.fake_engine import FakeEngine
 from tests.service.fakes import Answer, FakeHost, Gate
 from tests.service.grpc.ports import served
@@ -91,6 +93,25 @@ async def test_a_body_that_is_too_large_is_refused_declared_or_not() -> None:
         chunked = await port.http.post("/v1/completions", content=chunks(), headers=headers)
     assert error(declared, 413)["message"] == "the body has more than 1000 bytes"
     assert error(chunked, 413)["code"] == "body_too_large"
+
+
+async def test_a_body_of_too_many_values_is_refused_before_they_are_made() -> None:
+    """Two bytes of a body can be a hundred of memory, and hold up everybody while they are made."""
+    headers = {"content-type": "application/json"}
+    values = ",".join(["[1]"] * (MAX_JSON_VALUES // 2 + 1))
+    async with serving(FakeHost()) as port:
+        for body in (f'{{"prompt": [{values}]}}', f'{{"documents": [{values}]}}'):
+            found = error(await port.http.post("/v1/completions", content=body, headers=headers), 400)
+            assert found["message"] == f"body: has more than {MAX_JSON_VALUES} values, by its commas and brackets"
+        many = [{"role": "user", "content": ""}] * (MAX_MESSAGES + 1)
+        found = error(await port.post("/v1/chat/completions", {"messages": many}), 400)
+        assert (found["param"], found["message"]) == ("messages", TOO_MANY)
+        calls = [{"function": {"name": "f"}}] * (MAX_MESSAGES + 1)
+        message = {"role": "assistant", "tool_calls": calls}
+        assert error(await port.post("/tokenize", {"messages": [message]}), 400)["param"] == "tool_calls"
+
+
+TOO_MANY = f"messages: has {MAX_MESSAGES + 1} messages, must have at most {MAX_MESSAGES}"
 
 
 async def test_what_is_no_http_is_refused_in_the_same_shape() -> None:

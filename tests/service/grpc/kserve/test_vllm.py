@@ -282,6 +282,8 @@ async def test_a_bad_sampling_parameter_is_refused_by_name(llm: Running, samplin
         ({"text_input": "hi", "sampling_parameters": "[1]"}, "sampling_parameters: [1] must be a JSON object"),
         ({"text_input": "hi", "messages": "[]"}, "messages: cannot stand beside"),
         ({"messages": "[]"}, "messages: [] must be a list of at least one"),
+        ({"messages": "[" + ",".join(["{}"] * 16385) + "]"}, "messages: has 16385 messages, must have at most 16384"),
+        ({"messages": "[" + "[],[" * 2**18 + "]]"}, "messages: has more than 524288 values, by its commas"),
         ({"messages": '[{"role": "user"}]'}, "messages[0]: {'role': 'user'} must be an object with the strings"),
         ({"messages": '[{"role": "user", "content": "x", "name": "y"}]'}, "messages[0].name: is not served"),
         ({"stream": False}, "[request id: <id_unknown>] expected number of inputs between 1 and 11"),
