@@ -309,16 +309,16 @@ class EngineCore:
 
     def stats(self) -> EngineStats:
         """Load as of now."""
-        scheduler = self._scheduler
-        lines = scheduler.waiting, scheduler.compiling
-        since = min((line.waiting_since for line in lines if line.waiting_since is not None), default=None)
+        scheduler, now = self._scheduler, self._clock()
+        waiting, compiling = scheduler.waiting, scheduler.compiling
         return EngineStats(
             steps=self._steps,
             step_seconds=self._step_seconds,
             model_seconds=self._model_seconds,
-            queued=sum(map(len, lines)),
-            queued_tokens=sum(line.num_tokens for line in lines),
-            oldest_queued_seconds=0.0 if since is None else self._clock() - since,
+            queued=len(waiting) + len(compiling),
+            queued_tokens=waiting.num_tokens + compiling.num_tokens,
+            oldest_queued_seconds=now - min(waiting.since(now), compiling.since(now)),
+            compiling=len(compiling),
             running=scheduler.num_running,
             max_batch_size=self.info.max_batch_size,
             kv_pages_used=self._pool.num_used,

@@ -129,10 +129,9 @@ class WaitingLine:
         """The first `count` in order, of all or of those without an adapter."""
         return list(islice(self._plain if plain else heapq.merge(self._plain, self._adapted), count))
 
-    @property
-    def waiting_since(self) -> float | None:
-        """When the one that waits longest joined the line."""
-        return next((since for since, _ in self._since.values()), None)
+    def since(self, now: float) -> float:
+        """When the one that waits longest joined the line; `now` if none waits."""
+        return next(iter(self._since.values()))[0] if self._since else now
 
     def push(self, sequence: Sequence, now: float) -> None:
         insort(self._line_of(sequence), sequence)

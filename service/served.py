@@ -253,7 +253,8 @@ class ServedModel:
         try:
             text, prepared = await self._prepare(request)
             most = self.info.max_model_len if request.until_context else request.sampling.max_tokens
-            await self.admission.join(flight, len(prepared.prompt), most)
+            constrained = prepared.request.sampling.grammar is not None
+            await self.admission.join(flight, len(prepared.prompt), most, constrained=constrained)
             while True:
                 try:
                     if text is not self._text:  # another model was loaded while it waited

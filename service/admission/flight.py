@@ -13,6 +13,7 @@ class Flight(Ticket):
     """Attributes:
     deadline: see `service.generation.GenerationRequest`.
     slots: completions.
+    constrained: they have a grammar.
     joined: when it began to wait for its turn, on the clock of `arrived`.
     waited: seconds from its arrival to its turn.
     used: tokens that its tenant's allowance was charged with.
@@ -25,6 +26,7 @@ class Flight(Ticket):
 
     deadline: float | None = None
     slots: int = 1
+    constrained: bool = False
     joined: float = 0.0
     waited: float = 0.0
     used: float = 0.0

@@ -149,18 +149,19 @@ class Admission:
         self.idle.clear()
         return flight
 
-    async def join(self, flight: Flight, prompt_tokens: int, new_tokens: int) -> None:
+    async def join(self, flight: Flight, prompt_tokens: int, new_tokens: int, *, constrained: bool = False) -> None:
         """The prompt is known: wait for the flight's turn, which is now if there is room.
 
         Args:
             new_tokens: most that one completion may get.
+            constrained: a grammar has to be compiled, unless the engine knows it.
 
         Raises:
             ServiceError: RESOURCE_EXHAUSTED, at once; DEADLINE_EXCEEDED; UNAVAILABLE, there will be no engine.
         """
         if self._lost is not None:
             raise self._lost
-        flight.tokens = prompt_tokens
+        flight.tokens, flight.constrained = prompt_tokens, constrained
         flight.cost = prompt_tokens + min(new_tokens, self._length.value) * flight.slots
         self._tenants.use(flight, flight.cost, self._clock())
         self._entered(flight)
@@ -247,7 +248,7 @@ class Admission:
         now = self._clock()
         if self._room is not None and not self._room.alive:
             self.close()
-        while self._room is not None and (flight := self._queue.first(self._tenants.may_run)) is not None:
+        while self._room is not None and (flight := self._queue.first(self._may_run)) is not None:
             if flight.turn is None or flight.turn.done():  # its task was cancelled, and is about to leave
                 self._queue.remove(flight)
             elif flight.late(now):
@@ -258,6 +259,10 @@ class Admission:
                 self._hand(flight, self._room, now)
         if not self._queue:
             self._pace.pause()
+
+    def _may_run(self, flight: Flight) -> bool:
+        """Where not, the first of another tenant is asked."""
+        return self._tenants.may_run(flight) and (self._room is None or self._room.compiles(flight))
 
     def _hand(self, flight: Flight, room: Room, now: float) -> None:
         self._queue.take(flight)

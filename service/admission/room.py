@@ -26,7 +26,8 @@ class Room:
 
     It gets what its rows hold and `look_ahead` more; less where pages are short, since what it cannot admit would wait
     there in an order that is not ours. Of a better class than something that it has, it gets what its rows hold of that
-    class and better ones: it pre-empts for those.
+    class and better ones: it pre-empts for those. What waits for its grammar needs no row, and does not keep others
+    from theirs; of such there are as many again at most.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -50,14 +51,24 @@ class Room:
     @property
     def free(self) -> int:
         """Completions that it would take now if pages did not lack."""
-        return max(0, self._rows + self._ahead - self.completions)
+        return max(0, self._most - self.completions)
+
+    def compiles(self, flight: Flight) -> bool:
+        """Whether its grammar, if it has one, can be compiled now or next; else those behind it come first."""
+        return not flight.constrained or self.engine.stats.compiling < self._rows + self._ahead
+
+    @property
+    def _most(self) -> int:
+        """Completions that it is handed."""
+        most = self._rows + self._ahead
+        return most + min(self.engine.stats.compiling, most)
 
     def fits(self, flight: Flight) -> bool:
         """Whether the engine should be handed this one, the first of those that wait.
 
         One of many completions does not wait until all of them have rows, which would empty the batch meanwhile.
         """
-        most, ahead = self._rows + self._ahead, self._ahead
+        most, ahead = self._most, self._ahead
         wanted = min(flight.slots, ahead)
         level = sum(count for priority, count in self._completions.items() if priority <= flight.priority)
         if level + wanted > most:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from engine import FinishReason, SamplingParams
+from engine import FinishReason, Grammar, SamplingParams
 from service.admission import Admission, QueueLimits, Refusal
 from service.caller import TenantLimits
 from service.errors import Code, ServiceError
@@ -123,6 +123,34 @@ async def refused(task: Task) -> ServiceError:
 def ends(events: list[GenerationEvent] | BaseException) -> dict[int, FinishReason]:
     assert isinstance(events, list), events
     return {event.index: event.reason for event in events if isinstance(event, Finished)}
+
+
+# -- grammars --------------------------------------------------------------------------------------------------------
+
+
+async def test_what_waits_for_its_grammar_keeps_nobody_from_a_row() -> None:
+    async with scene() as here:
+        await here.fill(sampling={"grammar": Grammar(kind="json_object")})
+        here.ask("queued")
+        assert here.model.queue.queued == 0
+        await until(lambda: here.model.queue.queued == 1)
+        here.engine.stats = replace(here.engine.stats, compiling=HANDED)
+        await here.ask_in_turn("abcdefghi")
+        assert set(here.reached[HANDED:]) == {"queued", *"abcdefgh"}
+        assert here.model.queue.queued == 1
+
+
+async def test_a_tenants_many_grammars_keep_no_other_tenant_from_the_engine() -> None:
+    async with scene() as here:
+        grammar = {"grammar": Grammar(kind="json_object")}
+        await here.fill(tenant="many", sampling=grammar)
+        here.engine.stats = replace(here.engine.stats, compiling=HANDED)
+        await here.ask_in_turn("gh", tenant="many", sampling=grammar)
+        await here.ask_in_turn("p", tenant="other")
+        assert (here.reached[HANDED:], here.model.queue.queued) == (["p"], 2)
+        here.engine.stats = replace(here.engine.stats, compiling=HANDED - 1)
+        await here.ask_in_turn("q", tenant="other")
+        assert sorted(here.reached[HANDED + 1 :]) == ["g", "h", "q"]
 
 
 # -- the bounds ------------------------------------------------------------------------------------------------------
