@@ -49,6 +49,14 @@ class _Known:
         """Of one that is there."""
         return self.future.result().nbytes if self.future.exception() is None else 0
 
+    @property
+    def is_void(self) -> bool:
+        """It failed, for a reason that is not the grammar's, and nobody is to learn of it any more."""
+        if self.waiting or not self.future.done():
+            return False
+        error = self.future.exception()
+        return error is not None and not isinstance(error, ValueError)
+
 
 class Grammars:
     """Compiled grammars over one vocabulary. All methods belong to one thread.
@@ -82,7 +90,7 @@ class Grammars:
     def compile(self, request_id: str, params: SamplingParams) -> None:
         """Begin to compile the grammar of a request, unless it is known; `take` has it once it is there."""
         grammar = _grammar_of(params)
-        if (known := self._known.get(grammar)) is None:
+        if (known := self._known.get(grammar)) is None or known.is_void:
             known = self._known[grammar] = _Known(self._threads.submit(self._compile, grammar))
         self._known.move_to_end(grammar)
         known.waiting.add(request_id)
@@ -169,7 +177,7 @@ class Grammars:
             reason = str(error)
         except Exception as error:  # ours, or MemoryError: the engine goes on without this grammar
             log.exception("a grammar cannot be compiled")
-            reason = type(error).__name__
+            reason = "not now, try again later" if isinstance(error, OSError) else type(error).__name__
         return InvalidRequestError(FIELD, f"the {_grammar_of(params).kind} cannot be served: {reason}")
 
 

@@ -5,6 +5,9 @@ gigabytes (a hundred patterns in an allOf), and what is nested deeply can take a
 compiled where that harms nobody: the process is killed when its time is over, and dies when its memory or its stack is
 used up. What passes is compiled again in the engine, where both are larger.
 
+Its time is that of the CPU. A machine whose cores all compute steps gives the process a tenth of one, and a verdict
+must not depend on who else is served.
+
     engine ──Vocabulary──► trial        first, once
            ──Grammar─────►              then one after the other
            ◄──Verdict─────
@@ -13,12 +16,14 @@ used up. What passes is compiled again in the engine, where both are larger.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import resource
 import select
 import subprocess
 import sys
 import threading
+import time
 from typing import IO
 
 import msgspec
@@ -29,10 +34,12 @@ from engine.request import Grammar, Vocabulary
 
 # -P: a folder named `engine` where the server is started must not be taken for ours.
 TRIAL = (sys.executable, "-P", "-m", "engine.grammar.trial")
-SECONDS = 5.0  # hard but honest grammars take less than one
+SECONDS = 5.0  # of the CPU; hard but honest grammars take less than one
 MEMORY = 256 * 2**20  # bytes, beyond those of the vocabulary
 STACK = 2**20  # bytes; masks are made in threads with twice as much
+BUSY_SECONDS = 20.0  # of the clock: others wait for a compiler, and a busy machine has a twentieth of a core for it
 START_SECONDS = 60.0  # of a busy machine, to import llguidance and to build the trie of a vocabulary
+LOOK_SECONDS = 0.05  # between two looks at what it has used
 NICENESS = 10  # steps go first
 _HEADER = 4  # bytes of the length before each message, as in `engine.wire`
 
@@ -57,24 +64,40 @@ class Trial:
     def __init__(self, setting: Setting) -> None:
         self._setting = setting
         self._process: subprocess.Popen[bytes] | None = None
+        self._closed = False
+        self._starting = threading.Lock()
 
     def judge(self, grammar: Grammar, seconds: float = SECONDS) -> Verdict:
-        """Whether a grammar can be served. One that ends the process cannot."""
-        if self._process is not None and self._process.poll() is not None:
-            self.close()  # it was ended from outside, which is not this grammar's doing
+        """Whether a grammar can be served. One that ends the process cannot.
+
+        Raises:
+            OSError: the process does not start, or gets no time. That says nothing about the grammar.
+        """
+        process = self._process
+        if (
+            process is None or process.poll() is not None
+        ):  # it was ended from outside, which is not this grammar's doing
+            process = self._start()
         try:
-            process = self._process or self._start()
-            _write(process.stdin, msgspec.msgpack.encode(grammar))
-            return msgspec.msgpack.decode(_receive(process.stdout, seconds), type=Verdict)
+            _write(process, msgspec.msgpack.encode(grammar))
+            if not _answers(process, seconds, BUSY_SECONDS):
+                self._end()
+                return Verdict(f"it takes more than {seconds:g} s to compile")
+            return msgspec.msgpack.decode(_receive(process), type=Verdict)
         except TimeoutError:
-            self.close()
-            return Verdict(f"it takes more than {seconds:g} s to compile")
+            self._end()
+            raise
         except OSError:  # the process is gone
-            self.close()
+            self._end()
             return Verdict("it takes too much memory to compile, or is nested too deeply")
 
     def close(self) -> None:
-        """End the process."""
+        """End the process; there will be no other."""
+        with self._starting:
+            self._closed = True
+        self._end()
+
+    def _end(self) -> None:
         process, self._process = self._process, None
         if process is not None:
             process.kill()
@@ -82,15 +105,61 @@ class Trial:
                 pass
 
     def _start(self) -> subprocess.Popen[bytes]:
-        process = subprocess.Popen(TRIAL, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        self._process = process
-        _write(process.stdin, msgspec.msgpack.encode(self._setting))
-        _receive(process.stdout, START_SECONDS)
+        self._end()
+        with self._starting:
+            if self._closed:
+                raise ConnectionError("the engine is closed")
+            process = subprocess.Popen(TRIAL, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+            self._process = process
+        try:
+            _write(process, msgspec.msgpack.encode(self._setting))
+            _answers(process, math.inf, START_SECONDS)
+            _receive(process)
+        except OSError:
+            self._end()
+            raise
         return process
 
 
-def _write(target: IO[bytes] | None, body: bytes) -> None:
-    assert target is not None
+def _answers(process: subprocess.Popen[bytes], seconds: float, patience: float) -> bool:
+    """Whether there is an answer, or the end of file, before the process has used so many seconds of the CPU.
+
+    Raises:
+        TimeoutError: it got so little of the CPU that `patience` seconds of the clock do not tell.
+    """
+    assert process.stdout is not None
+    poll = select.poll()
+    poll.register(process.stdout, select.POLLIN)
+    used, until = _cpu_seconds(process.pid), time.monotonic() + patience
+    while not poll.poll(1000 * LOOK_SECONDS):
+        if _cpu_seconds(process.pid) - used > seconds:
+            return False
+        if time.monotonic() > until:
+            raise TimeoutError("other work takes all of the CPU")
+    return True
+
+
+def _cpu_seconds(pid: int) -> float:
+    """What a process of ours has used of the CPU."""
+    with open(f"/proc/{pid}/stat") as file:
+        fields = file.read().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _write(process: subprocess.Popen[bytes], body: bytes) -> None:
+    assert process.stdin is not None
+    _send(process.stdin, body)
+
+
+def _receive(process: subprocess.Popen[bytes]) -> bytes:
+    """Raises ConnectionError at the end of file."""
+    assert process.stdout is not None
+    if (body := _read(process.stdout)) is None:
+        raise ConnectionError("the trial of grammars is gone")
+    return body
+
+
+def _send(target: IO[bytes], body: bytes) -> None:
     target.write(len(body).to_bytes(_HEADER, "big") + body)
     target.flush()
 
@@ -99,18 +168,6 @@ def _read(source: IO[bytes]) -> bytes | None:
     """The next message, None at the end of file."""
     header = source.read(_HEADER)
     return source.read(int.from_bytes(header, "big")) if len(header) == _HEADER else None
-
-
-def _receive(source: IO[bytes] | None, seconds: float) -> bytes:
-    """Raises TimeoutError if nothing comes, and ConnectionError at the end of file."""
-    assert source is not None
-    poll = select.poll()
-    poll.register(source, select.POLLIN)
-    if not poll.poll(seconds * 1000):
-        raise TimeoutError
-    if (body := _read(source)) is None:
-        raise ConnectionError
-    return body
 
 
 # -- the process -----------------------------------------------------------------------------------------------------
@@ -150,7 +207,7 @@ def _serve() -> None:
     _limit(resource.RLIMIT_AS, _memory()[0] + MEMORY)
     answer = Verdict()  # it is ready
     while True:
-        _write(target, msgspec.msgpack.encode(answer))
+        _send(target, msgspec.msgpack.encode(answer))
         if (body := _read(source)) is None:
             return
         # Where the engine is gone meanwhile, nobody else ends this process.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import threading
 import time
@@ -19,7 +20,7 @@ from engine.grammar.compiler import COMPILERS, KEPT, Grammars
 from engine.grammar.language import MOST_REASON, one_line
 from engine.grammar.matcher import Matcher
 from engine.grammar.trial import Setting, Trial, Verdict
-from engine.request import MAX_GRAMMAR, Grammar, SamplingParams
+from engine.request import MAX_GRAMMAR, Grammar, SamplingParams, Vocabulary
 from tests.engine.grammars import CALL, EOS, SIZE, VOCABULARY, WANTED, Passed, bits, compiled
 
 SHOWN = VOCABULARY.tokens
@@ -252,7 +253,7 @@ def test_a_hostile_grammar_takes_bounded_time_whether_it_is_served_or_not(gramma
 def test_a_grammar_that_takes_minutes_is_refused_and_others_are_served_meanwhile(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(Trial.judge, "__defaults__", (1.0,))
+    monkeypatch.setattr(Trial.judge, "__defaults__", (0.2,))
     grammars = Grammars(VOCABULARY, SIZE, (EOS,))
     grammars.compile("slow", SamplingParams(grammar=HOSTILE["an allOf of 100 patterns"]))
     while not grammars._trials or grammars._trials[0]._process is None:
@@ -262,7 +263,7 @@ def test_a_grammar_that_takes_minutes_is_refused_and_others_are_served_meanwhile
     while not (taken := grammars.take()):
         time.sleep(0.01)
     assert str(taken["slow"]) == (
-        "response_format: the json_schema cannot be served: it takes more than 1 s to compile"
+        "response_format: the json_schema cannot be served: it takes more than 0.2 s to compile"
     )
     grammars.close()
 
@@ -286,10 +287,45 @@ def test_a_trial_goes_on_after_a_grammar_that_ended_its_process(grammar: Grammar
 
 
 def test_a_grammar_that_kills_its_process_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial_module, "TRIAL", (sys.executable, "-c", "import sys; sys.exit(1)"))
-    trial = Trial(Setting(VOCABULARY, SIZE))
+    ready = "import os; os.read(0, 4096); os.write(1, bytes([0, 0, 0, 1, 0x80])); os.read(0, 4096)"
+    monkeypatch.setattr(trial_module, "TRIAL", (sys.executable, "-c", ready))
+    trial = Trial(Setting(Vocabulary(tokens=[], special=[]), 0))
     assert trial.judge(regex("a")).reason == "it takes too much memory to compile, or is nested too deeply"
     trial.close()
+
+
+def test_what_others_compute_meanwhile_is_not_the_grammars_time() -> None:
+    """The process stands still for longer than a grammar may take, as where other work has all cores."""
+    trial, verdicts = Trial(Setting(VOCABULARY, SIZE)), list[Verdict]()
+    trial.judge(regex("a"))
+    assert trial._process is not None
+    trial._process.send_signal(signal.SIGSTOP)
+    judging = threading.Thread(target=lambda: verdicts.append(trial.judge(regex("b"), 0.1)))
+    judging.start()
+    judging.join(0.4)
+    assert judging.is_alive()
+    trial._process.send_signal(signal.SIGCONT)
+    judging.join(30)
+    assert [verdict.reason for verdict in verdicts] == [None]
+    trial.close()
+
+
+def test_a_grammar_that_could_not_be_tried_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    grammars = Grammars(VOCABULARY, SIZE, (EOS,))
+    with monkeypatch.context() as broken:
+        broken.setattr(trial_module, "TRIAL", (sys.executable, "-c", ""))
+        with pytest.raises(InvalidRequestError, match=r"^response_format: .* cannot be served: not now"):
+            compiled(grammars, regex("a"), EOS)
+    assert next_of(grammars, compiled(grammars, regex("a"), EOS)) == [set(ids("a"))]
+    grammars.close()
+
+
+def test_no_trial_begins_when_the_engine_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    trial = Trial(Setting(VOCABULARY, SIZE))
+    trial.close()
+    with pytest.raises(OSError, match="the engine is closed"):
+        trial.judge(regex("a"))
+    assert trial._process is None
 
 
 def test_a_trial_that_was_ended_from_outside_is_started_anew() -> None:
