@@ -18,7 +18,16 @@ from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
-from engine import AdapterNotFoundError, Engine, EngineError, FinishReason, Request, SamplingParams, TokenLogprob
+from engine import (
+    AdapterNotFoundError,
+    Engine,
+    EngineError,
+    FinishReason,
+    Grammar,
+    Request,
+    SamplingParams,
+    TokenLogprob,
+)
 from engine.request import MAX_CACHE_SALT, validate_request
 from service.errors import from_engine, invalid
 from service.text.answer import AnswerReader
@@ -153,7 +162,7 @@ class Generator:
         StopMatcher(request.stop)
         prompt, tools = await self.encode(request.prompt), ToolUse()
         if isinstance(request.prompt, Conversation):
-            tools = tool_use(request.prompt, self._text.tools, request.sampling.grammar)
+            tools = await self._tool_use(request.prompt, request.sampling.grammar)
             request = dataclasses.replace(request, sampling=_with_tools(request.sampling, tools))
         try:
             validate_request(self._engine_request(0, request, prompt), self._engine.info)
@@ -221,6 +230,12 @@ class Generator:
         limit = context * self._longest_token
         _check(size <= limit, field, f"{size} characters", f"cannot fit into the context of {context} tokens")
         return await asyncio.to_thread(encode) if in_thread else encode()
+
+    async def _tool_use(self, conversation: Conversation, answer: Grammar | None) -> ToolUse:
+        """What the tools ask of the answer. Where calls are required, all schemas are read to make a grammar of them,
+        which takes a second of some megabytes: in a thread, as `encode`."""
+        use = functools.partial(tool_use, conversation, self._text.tools, answer)
+        return await asyncio.to_thread(use) if conversation.tool_choice == "required" else use()
 
     def _engine_request(self, index: int, request: GenerationRequest, prompt: list[int]) -> Request:
         sampling, info = request.sampling, self._engine.info

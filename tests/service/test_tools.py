@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import threading
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -201,6 +203,21 @@ async def test_what_is_wrong_with_tools_is_refused_by_name(conversation: Convers
     assert caught.value.code is Code.INVALID_ARGUMENT
     assert [name for name in names if name not in caught.value.message] == []
     assert engine.requests == []
+
+
+async def test_the_grammar_of_required_calls_is_made_beside_the_event_loop() -> None:
+    """Megabytes of schemas take a second, in which everybody else would get nothing."""
+
+    class Noted(HermesTools):
+        made_in: threading.Thread | None = None
+
+        def grammar(self, tools: Sequence[Tool], *, only_one: bool) -> str:
+            self.made_in = threading.current_thread()
+            return super().grammar(tools, only_one=only_one)
+
+    tools = Noted({})
+    await run(FakeEngine(CALL, ROOMY), chat(PLAY, tool_choice="required"), tools=tools)
+    assert tools.made_in not in (None, threading.current_thread())
 
 
 async def test_calls_cannot_be_required_of_a_model_whose_format_is_not_known() -> None:
