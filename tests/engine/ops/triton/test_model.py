@@ -7,6 +7,7 @@ codes that a norm leaves for the next product, queries that are strided, context
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,9 +50,9 @@ class Replay:
         self.logits: list[Tensor] = []
         sample = Sampler.sample
 
-        def keep(sampler: Sampler, logits: Tensor, rows: list[int], positions: list[int]) -> object:
+        def keep(sampler: Sampler, logits: Tensor, *rest: Any) -> object:
             self.logits.append(logits.clone())
-            return sample(sampler, logits, rows, positions)
+            return sample(sampler, logits, *rest)
 
         self._keep, self._patch = keep, monkeypatch
 
