@@ -375,16 +375,16 @@ class Scheduler:
             sampled.setdefault(each.row, []).append(each)
         events, guessable, stood = [], 0, 0
         for work, sequence in zip(plan.work, self._in_flight.popleft(), strict=True):
-            tokens = sampled.get(work.row, [])
+            tokens, count = sampled.get(work.row, []), len(work.token_ids)
             accepted = len(tokens) - 1 if work.drafts else 0
             self.draft_tokens += work.drafts
             stood += accepted
-            decodes = work.sample and len(work.token_ids) == 1 + work.drafts
+            decodes = work.sample and count == 1 + work.drafts
             guessable += decodes and sequence.drafter is not None and work.token_ids[0] != LAST_SAMPLED
-            computed += len(work.token_ids)
+            computed += count
             decoding += decodes
-            context += work.start + len(work.token_ids)
-            end = work.start + len(work.token_ids) - work.drafts + accepted
+            context += work.start + count
+            end = work.start + count - work.drafts + accepted
             self.prompt_tokens += min(end, sequence.num_prompt) - min(work.start, sequence.num_prompt)
             if sequence.ended:
                 continue
