@@ -68,4 +68,6 @@ def _shown(value: Any) -> str:
         return "-"
     if isinstance(value, tuple):
         return ",".join(value)
+    if isinstance(value, float):
+        return f"{value:g}"
     return str(value).lower() if isinstance(value, bool) else str(value)
