@@ -326,6 +326,7 @@ class EngineCore:
             prompt_tokens=scheduler.prompt_tokens,
             generated_tokens=scheduler.generated_tokens,
             preemptions=scheduler.preemptions,
+            corrupted=scheduler.corrupted,
             prefix_cache_query_tokens=scheduler.prefix_query_tokens,
             prefix_cache_hit_tokens=scheduler.prefix_hit_tokens,
             draft_tokens=scheduler.draft_tokens,

@@ -267,6 +267,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
         compiling: those of them whose grammar is not compiled.
         running: requests in the batch.
         kv_pages_used: those that requests hold; what is kept for later ones is free.
+        corrupted: requests that ended because their logits were not numbers: a fault of weights, kernels or memory.
         prefix_cache_query_tokens, prefix_cache_hit_tokens: tokens of the prompts that have been started, and how many
             of them needed no computation. Pre-empted requests do not count again.
         draft_tokens, accepted_draft_tokens: guesses that were computed beside a known token, and those that were right.
@@ -290,6 +291,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: int = 0
     generated_tokens: int = 0
     preemptions: int = 0
+    corrupted: int = 0
     prefix_cache_query_tokens: int = 0
     prefix_cache_hit_tokens: int = 0
     draft_tokens: int = 0

@@ -103,6 +103,7 @@ class Scheduler:
         self._in_flight: deque[list[Sequence]] = deque()  # of each step, in the order of its work
         self._arrivals = 0
         self.preemptions = 0
+        self.corrupted = 0
         self.prompt_tokens = 0  # computed; those computed again after a pre-emption count again
         self.generated_tokens = 0
         self.prefix_query_tokens = 0  # of prompts that were started
@@ -406,6 +407,7 @@ class Scheduler:
     ) -> TokenEvent | None:
         """What a step did to one request: logprobs of its prompt are added by the caller."""
         if logprobs is not None and not all(math.isfinite(each.logprob) for each in logprobs):
+            self.corrupted += 1
             return self._end(sequence, FinishReason.ERROR, now, error="the logits of the prompt are not numbers")
         if sampled:
             return self._take(sequence, sampled, now)
@@ -428,6 +430,7 @@ class Scheduler:
 
         for each in sampled:
             if each.failed is not None:
+                self.corrupted += 1
                 return end(FinishReason.ERROR, error=each.failed)
             if sequence.first_token is None:
                 sequence.first_token = now

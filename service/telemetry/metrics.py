@@ -167,6 +167,7 @@ def _engine(stats: EngineStats, info: EngineInfo | None) -> Iterator[Metric]:
     for name, help, total in (
         ("engine_steps", "Steps of the engine: it moves while there is work.", stats.steps),
         ("preemptions", "Requests that lost their pages for a time.", stats.preemptions),
+        ("corrupted_requests", "Requests that failed because their logits were not numbers.", stats.corrupted),
         ("draft_tokens", "Guessed tokens that were checked.", stats.draft_tokens),
         ("accepted_draft_tokens", "Guessed tokens that were right.", stats.accepted_draft_tokens),
     ):

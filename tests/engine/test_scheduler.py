@@ -214,6 +214,7 @@ def test_a_row_that_fails_ends_alone() -> None:
     first, second = driver.scheduler.commit(plan, broken, 0.0)
     assert (first.request_id, first.finish_reason, first.error) == ("a", FinishReason.ERROR, "not numbers")
     assert (second.request_id, second.finish_reason, second.token_ids) == ("b", None, [9])
+    assert driver.scheduler.corrupted == 1
     driver.step()
     assert (driver.plan.released, list(driver.work())) == ([0], [1])
 
