@@ -4,7 +4,7 @@ PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 SAMPLE := Explain in two sentences what an inference server does.
 
-.PHONY: run setup test test-slow check format proto bench soak triton-diff clean help
+.PHONY: run setup test test-slow check format proto bench soak faults triton-diff clean help
 
 run: setup  ## pull the embedded model, serve it, stream one answer, keep serving until Ctrl-C
 	$(VENV)/bin/nemoserve serve --sample-prompt "$(SAMPLE)"
@@ -41,6 +41,9 @@ bench: setup  ## tokens/s, TTFT and ITL of the engine beside transformers, in on
 
 soak: setup  ## 10,000 requests of every kind to one engine; fails if memory grows, a page is lost or an end is missing
 	$(PY) -m bench.soak
+
+faults: setup  ## every fault of docs/reliability.md in its full dose; fails if a request hangs or a page is lost
+	$(PY) -m pytest -s --full-dose tests/e2e/faults
 
 triton-diff: setup  ## the same calls against a real Triton server and ours; prints what differs
 	$(PY) -m tests.triton_diff

@@ -11,6 +11,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full-dose", action="store_true", help="faults as docs/reliability.md says: minutes each")
+
+
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
     """The embedded model's GGUF file, pulled into the model store on first use."""
