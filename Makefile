@@ -2,9 +2,14 @@
 VENV   := .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
+# What builds images: docker, podman, or buildah
+BUILDER := docker
+IMAGE   := nemoserve
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+LABELS  := --build-arg VERSION=$(VERSION) --build-arg REVISION=$(shell git rev-parse HEAD)
 SAMPLE := Explain in two sentences what an inference server does.
 
-.PHONY: run setup test test-slow check format proto bench soak faults triton-diff clean help
+.PHONY: run setup test test-slow check format proto chart-readme manifests image image-cpu bench soak faults triton-diff clean help
 
 run: setup  ## pull the embedded model, serve it, stream one answer, keep serving until Ctrl-C
 	$(VENV)/bin/nemoserve serve --sample-prompt "$(SAMPLE)"
@@ -14,6 +19,7 @@ setup: $(STAMP)  ## create .venv with everything in it
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(PY) || python3 -m venv $(VENV)
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[server,dev]'
+	$(PY) -m helm.tools
 	@touch $@
 
 test: setup  ## all tests, end to end ones included, but those that need minutes each
@@ -22,12 +28,13 @@ test: setup  ## all tests, end to end ones included, but those that need minutes
 test-slow: setup  ## the tests that need minutes each
 	$(PY) -m pytest -s -m slow
 
-check: setup  ## lint, format, types, protobuf contract
+check: setup  ## lint, format, types, protobuf contract, Dockerfile
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/buf lint proto
 	$(VENV)/bin/buf breaking proto --against proto/baseline.json
+	$(VENV)/bin/hadolint Dockerfile
 
 format: setup  ## apply what `check` asks for
 	$(VENV)/bin/ruff check --fix .
@@ -35,6 +42,18 @@ format: setup  ## apply what `check` asks for
 
 proto: setup  ## generate the stubs from the .proto files
 	$(PY) -m proto.generate
+
+chart-readme: setup  ## write the chart's table of values from the comments of its values.yaml
+	$(PY) -m helm.readme
+
+manifests: setup  ## render the chart to deploy/, for kubectl and kustomize
+	$(PY) -m helm.manifests
+
+image:  ## build the image for NVIDIA GPUs: IMAGE=registry.example.com/nemoserve
+	$(BUILDER) build --target server --tag $(IMAGE):$(VERSION) $(LABELS) .
+
+image-cpu:  ## the same without CUDA
+	$(BUILDER) build --target server-cpu --tag $(IMAGE):$(VERSION)-cpu $(LABELS) .
 
 bench: setup  ## tokens/s, TTFT and ITL of the engine beside transformers, in one run
 	$(PY) -m bench.engine

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("engine", "service", "autoscaler", "bench", "proto")
+ROOMS = ("engine", "service", "autoscaler", "bench", "helm", "proto")
 
 
 def modules(*rooms: str) -> dict[str, Path]:
@@ -86,7 +86,12 @@ def test_the_autoscaler_stands_alone() -> None:
 
 
 def test_nobody_imports_bench_or_tests() -> None:
-    assert offenders(modules("engine", "service", "autoscaler"), "bench", "tests") == []
+    assert offenders(modules("engine", "service", "autoscaler", "helm"), "bench", "tests") == []
+
+
+def test_what_renders_the_chart_stands_alone() -> None:
+    assert offenders(modules("helm"), "engine", "service", "autoscaler", "nemoserve") == []
+    assert offenders(modules("engine", "service", "autoscaler", "bench"), "helm") == []
 
 
 @pytest.mark.parametrize(
