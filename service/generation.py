@@ -14,8 +14,9 @@ import math
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+import msgspec
 from msgspec.structs import replace
 
 from engine import (
@@ -73,8 +74,7 @@ class GenerationRequest:
     deadline: float | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Started:
+class Started(msgspec.Struct, frozen=True, kw_only=True):
     """The first token is ready. Everything before this point can be retried. `prompt_logprobs`, if asked for, are of
     the prompt's tokens but the first."""
 
@@ -82,30 +82,29 @@ class Started:
     prompt_tokens: int
     cached_tokens: int
     queue_seconds: float
-    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = []
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Delta:
+class Delta(msgspec.Struct, frozen=True, kw_only=True):
     """New text of completion `index`: whole characters; empty while a character or stop string is undecided. What the
-    model says as calls of tools is not in `text` but in `tool_calls`."""
+    model says as calls of tools is not in `text` but in `tool_calls`. `last`: the completion's Finished follows at
+    once, so that an adapter may say both in one message."""
 
     index: int
     text: str
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    tool_calls: list[ToolCallDelta] = field(default_factory=list)
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprob] = []
+    tool_calls: list[ToolCallDelta] = []
+    last: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Usage:
+class Usage(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finished:
+class Finished(msgspec.Struct, frozen=True, kw_only=True):
     """Completion `index` has ended. `matched_stop` is the stop string or stop token id that ended it; None for end of
     sequence. `tool_calls` is how many it made. Times are seconds since the request arrived."""
 
@@ -293,7 +292,14 @@ class Generator:
                     ended()
                 if text or ids or calls:
                     logprobs = (event.logprobs or [])[: len(ids)]
-                    yield Delta(index=index, text=text, token_ids=ids, logprobs=logprobs, tool_calls=calls)
+                    yield Delta(
+                        index=index,
+                        text=text,
+                        token_ids=ids,
+                        logprobs=logprobs,
+                        tool_calls=calls,
+                        last=last or reader.ended,
+                    )
                 if last or reader.ended:
                     reason = FinishReason.STOP if reader.ended else event.finish_reason
                     assert reason is not None

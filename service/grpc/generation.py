@@ -148,17 +148,16 @@ class GenerationServicer(rpc.GenerationServiceServicer):
                     logprobs = pb.PromptLogprobs(logprobs=[self._logprob(each) for each in part])
                     yield pb.GenerateResponse(prompt_logprobs=logprobs)
             case Delta():
-                delta = pb.Delta(
-                    index=event.index,
-                    text=event.text,
-                    token_ids=event.token_ids,
-                    logprobs=[self._logprob(each) for each in event.logprobs],
-                    tool_calls=[
-                        pb.ToolCallDelta(call=each.call, id=each.id, name=each.name, arguments_json=each.arguments)
-                        for each in event.tool_calls
-                    ],
-                )
-                yield pb.GenerateResponse(delta=delta)
+                response = pb.GenerateResponse()
+                delta = response.delta
+                delta.SetInParent()
+                delta.index, delta.text = event.index, event.text
+                delta.token_ids.extend(event.token_ids)
+                if event.logprobs:
+                    delta.logprobs.extend([self._logprob(each) for each in event.logprobs])
+                for each in event.tool_calls:
+                    delta.tool_calls.add(call=each.call, id=each.id, name=each.name, arguments_json=each.arguments)
+                yield response
             case Finished():
                 yield pb.GenerateResponse(finished=_finished(event))
 

@@ -208,6 +208,7 @@ class FakeHost:
                 token_ids=[FIRST_PIECE + i],
                 logprobs=self._logprobs(i, request),
                 tool_calls=calls,
+                last=i + 1 == wanted and answer.error is None,
             )
 
     def _finished(

@@ -8,6 +8,7 @@ import threading
 from contextlib import aclosing
 from typing import Any
 
+import msgspec
 import pytest
 
 from engine import FinishReason, SamplingParams
@@ -107,7 +108,7 @@ async def test_one_started_then_deltas_then_one_finished() -> None:
     ]
     assert isinstance(finished, Finished)
     assert (finished.reason, finished.matched_stop) == (FinishReason.LENGTH, None)
-    assert dataclasses.astuple(finished.usage) == (3, 3, 1)
+    assert msgspec.structs.astuple(finished.usage) == (3, 3, 1)
     assert finished.queued_seconds == 0.25
     assert 0 <= finished.first_token_seconds <= finished.finished_seconds
 

@@ -120,7 +120,8 @@ class LlmModel(ABC):
         ask = await self.ask(request)
         completions = [Completion(index) for index in range(ask.generation.n)]
         prompt_tokens, queued = 0, 0.0
-        async with aclosing(batches(self._host.generate(ask.generation), request.timeout)) as arriving:
+        gather = batches if ask.generation.n > 1 else batches_of_one
+        async with aclosing(gather(self._host.generate(ask.generation), request.timeout)) as arriving:
             async for events in arriving:
                 for event in events:
                     if isinstance(event, Started):
@@ -199,6 +200,29 @@ class _End:
     error: Exception | None
 
 
+async def batches_of_one(
+    events: AsyncGenerator[GenerationEvent], first_within: float | None
+) -> AsyncGenerator[list[GenerationEvent]]:
+    """As `batches`, for a request with one completion: without a task and a queue, of which it has no need. A slow
+    reader finds in the next event whatever the engine has made meanwhile.
+    """
+    async with aclosing(events):
+        try:
+            async with asyncio.timeout(first_within):
+                event = await anext(events, None)
+        except TimeoutError:
+            raise _too_late() from None
+        while event is not None:
+            batch = [event]
+            if isinstance(event, Delta) and event.last:
+                event = await anext(events)
+                batch.append(event)
+            if isinstance(event, Finished):
+                await anext(events, None)  # the generation ends before its last response is written
+            yield batch
+            event = await anext(events, None)
+
+
 async def batches(
     events: AsyncGenerator[GenerationEvent], first_within: float | None
 ) -> AsyncGenerator[list[GenerationEvent]]:
@@ -228,7 +252,7 @@ async def batches(
         try:
             item = await asyncio.wait_for(queue.get(), first_within)
         except TimeoutError:
-            raise ServiceError(Code.UNAVAILABLE, "Request timeout expired") from None
+            raise _too_late() from None
         while True:
             batch: list[GenerationEvent] = []
             while not isinstance(item, _End):
@@ -246,3 +270,7 @@ async def batches(
     finally:
         task.cancel()
         await asyncio.wait([task])
+
+
+def _too_late() -> ServiceError:
+    return ServiceError(Code.UNAVAILABLE, "Request timeout expired")

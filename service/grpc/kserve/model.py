@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import msgspec
 import numpy as np
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -80,8 +81,7 @@ class InferRequest:
     single: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InferResult:
+class InferResult(msgspec.Struct, frozen=True, kw_only=True):
     """One response: arrays by output name, as many of the outputs as there is something to say about.
 
     Attributes:

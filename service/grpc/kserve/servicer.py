@@ -29,16 +29,16 @@ from service.grpc.kserve.management import (
     model_metadata,
     trace_settings,
 )
-from service.grpc.kserve.model import READY, UNAVAILABLE, Control, InferResult, Model, ModelSpec, Repository
+from service.grpc.kserve.model import READY, UNAVAILABLE, Control, InferResult, Model, Repository
 from service.grpc.kserve.requests import parse, wanted_model, wants_empty_final
+from service.grpc.kserve.responses import FINAL, Responses, response
 from service.grpc.kserve.stream import Stream
-from service.grpc.kserve.tensors import add_output, refused
+from service.grpc.kserve.tensors import refused
 from service.grpc.status import Context, abort, deadline_of, metadata_value
 from service.version import VERSION
 
 log = logging.getLogger(__name__)
 
-FINAL = "triton_final_response"
 NO_LOADING = "explicit model load / unload is not allowed if polling is enabled"
 NO_REPOSITORY = "'repository_name' specification is not supported"
 NO_STREAMING = "ModelInfer RPC doesn't support models with decoupled transaction policy"
@@ -255,8 +255,8 @@ class KServeServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
             model = self._find(request.model_name, request.model_version)
             async with aclosing(self._results(model, request, deadline_of(context), single=True)) as results:
                 async for result in results:
-                    return _response(model.spec, request, result)
-            return _response(model.spec, request, InferResult(outputs={}))
+                    return response(model.spec, request, result)
+            return response(model.spec, request, InferResult(outputs={}))
         except ServiceError as error:
             await abort(context, error)
 
@@ -274,20 +274,20 @@ class KServeServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
 
     async def _responses(
         self, request: pb.ModelInferRequest, deadline: float | None
-    ) -> AsyncGenerator[pb.ModelInferResponse]:
-        """All responses to one request of a stream, each with its final flag."""
+    ) -> AsyncGenerator[pb.ModelStreamInferResponse]:
+        """All responses to one request of a stream, each with its final flag; each is there until the next one."""
         final = False
         model = self._find(request.model_name, request.model_version)  # once: it may be unloaded on the way
+        responses = Responses(model.spec, request, flagged=True)
         async with aclosing(self._results(model, request, deadline, single=False)) as results:
             async for result in results:
-                response = _response(model.spec, request, result)
                 final = result.final
-                response.parameters[FINAL].bool_param = final
-                yield response
+                yield responses.message(result)
         if not final and wants_empty_final(request):
-            response = pb.ModelInferResponse(model_name=request.model_name, id=request.id)
-            response.parameters[FINAL].bool_param = True
-            yield response
+            message = pb.ModelStreamInferResponse()
+            message.infer_response.model_name, message.infer_response.id = request.model_name, request.id
+            message.infer_response.parameters[FINAL].bool_param = True
+            yield message
 
     async def _results(
         self, model: Model, request: pb.ModelInferRequest, deadline: float | None, *, single: bool
@@ -312,7 +312,7 @@ class KServeServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
                 async for result in results:
                     queued = max(queued, result.queued_seconds)
                     done = result.final or not spec.decoupled
-                    yield InferResult(outputs=result.outputs, final=done)
+                    yield result if result.final == done else InferResult(outputs=result.outputs, final=done)
                     if done:
                         break
             done = True
@@ -356,16 +356,6 @@ def _check_version(version: str) -> None:
             f"failed to get model version from specified version string '{version}' (details: stol), version should be "
             "an integral value > 0"
         )
-
-
-def _response(spec: ModelSpec, request: pb.ModelInferRequest, result: InferResult) -> pb.ModelInferResponse:
-    """The outputs that the request asks for, in the model's order."""
-    wanted = {output.name for output in request.outputs}
-    response = pb.ModelInferResponse(model_name=spec.name, model_version=spec.version, id=request.id)
-    for output in spec.outputs:
-        if output.name in result.outputs and (not wanted or output.name in wanted):
-            add_output(response, output, result.outputs[output.name])
-    return response
 
 
 def _check_region(kind: str, name: str) -> None:

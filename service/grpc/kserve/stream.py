@@ -1,11 +1,12 @@
 """One ModelStreamInfer RPC: requests run side by side, their responses interleave, all end together.
 
     client ─► reader ─┬─ request "a" ─┐
-                      ├─ request "b" ─┼─► bounded queue ─► writer ─► client
+                      ├─ request "b" ─┼─► one at a time ─► client
                       └─ request "c" ─┘
 
+- Each request writes its own responses, and has one at most that waits to be written. So a message costs no queue and
+  no change of tasks, and a client that does not read pauses the requests of this stream and no others.
 - An error of one request is a message of the stream; with `strict` it ends the stream and the other requests.
-- A client that does not read fills the queue, which pauses the requests of this stream and no others.
 - Half-close lets everything end; cancellation and deadline end every request at once.
 """
 
@@ -14,43 +15,35 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass
 
 from tritonclient.grpc import service_pb2 as pb
 
 from service.errors import ServiceError
+from service.grpc.kserve.responses import FINAL
 from service.grpc.status import Context
 
-QUEUE_MESSAGES = 16  # enough to keep the writer busy; what a stalled client costs in memory
 MAX_REQUESTS = 1024  # in flight on one stream; then the reader waits, and HTTP/2 flow control makes the client wait
-
-
-@dataclass(frozen=True, slots=True)
-class End:
-    """Nothing follows in the queue. `error` is what ended the stream early."""
-
-    error: BaseException | None
 
 
 class Stream:
     """Runs once.
 
     Args:
-        respond: all responses to one request.
+        respond: all responses to one request; each has been written before the next one is asked for.
         strict: the first error ends the stream with its status.
     """
 
     def __init__(
         self,
         context: Context,
-        respond: Callable[[pb.ModelInferRequest], AsyncGenerator[pb.ModelInferResponse]],
+        respond: Callable[[pb.ModelInferRequest], AsyncGenerator[pb.ModelStreamInferResponse]],
         *,
         strict: bool,
     ) -> None:
         self._context = context
         self._respond = respond
         self._strict = strict
-        self._queue: asyncio.Queue[pb.ModelStreamInferResponse | End] = asyncio.Queue(QUEUE_MESSAGES)
+        self._writing = asyncio.Lock()  # gRPC takes one message at a time
         self._slots = asyncio.Semaphore(MAX_REQUESTS)
 
     async def run(self, requests: AsyncIterator[pb.ModelInferRequest]) -> None:
@@ -59,38 +52,29 @@ class Stream:
         Raises:
             ServiceError: the first error, if strict.
         """
-        reader = asyncio.create_task(self._read(requests))
-        try:
-            while not isinstance(message := await self._queue.get(), End):
-                await self._context.write(message)
-        finally:
-            reader.cancel()
-            await asyncio.wait([reader])
-        if message.error is not None:
-            raise message.error
-
-    async def _read(self, requests: AsyncIterator[pb.ModelInferRequest]) -> None:
-        error: BaseException | None = None
         try:
             async with asyncio.TaskGroup() as group:
                 async for request in requests:
                     await self._slots.acquire()
                     group.create_task(self._answer(request))
         except BaseExceptionGroup as failures:
-            error = failures.exceptions[0]
-        await self._queue.put(End(error))
+            raise failures.exceptions[0] from None
 
     async def _answer(self, request: pb.ModelInferRequest) -> None:
         try:
             async with aclosing(self._respond(request)) as responses:
                 async for response in responses:
-                    await self._queue.put(pb.ModelStreamInferResponse(infer_response=response))
+                    await self._write(response)
         except ServiceError as error:
             if self._strict:
                 raise
-            await self._queue.put(_error(request, error))
+            await self._write(_error(request, error))
         finally:
             self._slots.release()
+
+    async def _write(self, message: pb.ModelStreamInferResponse) -> None:
+        async with self._writing:
+            await self._context.write(message)
 
 
 def _error(request: pb.ModelInferRequest, error: ServiceError) -> pb.ModelStreamInferResponse:
@@ -98,5 +82,5 @@ def _error(request: pb.ModelInferRequest, error: ServiceError) -> pb.ModelStream
     message = pb.ModelStreamInferResponse(error_message=error.message)
     message.infer_response.id = request.id
     message.infer_response.model_name = request.model_name
-    message.infer_response.parameters["triton_final_response"].bool_param = True
+    message.infer_response.parameters[FINAL].bool_param = True
     return message

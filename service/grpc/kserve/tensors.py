@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from tritonclient.grpc import model_config_pb2, service_pb2
+from tritonclient.grpc import model_config_pb2
 
 from service.errors import Code, ServiceError
 from service.grpc.kserve.model import Array, ModelSpec, TensorSpec
@@ -63,9 +63,7 @@ def refused(message: str) -> ServiceError:
 
 def text_array(values: Sequence[str]) -> Array:
     """1-D BYTES array of texts."""
-    array = np.empty(len(values), dtype=object)
-    array[:] = [value.encode() for value in values]
-    return array
+    return np.array([value.encode() for value in values], dtype=object)
 
 
 class InputReader:
@@ -187,14 +185,12 @@ class InputReader:
         return elements
 
 
-def add_output(response: service_pb2.ModelInferResponse, spec: TensorSpec, array: Array) -> None:
-    """Append one output tensor, its data in `raw_output_contents`."""
-    response.outputs.add(name=spec.name, datatype=spec.datatype, shape=array.shape)
-    if spec.datatype == "BYTES":
-        raw = b"".join(LENGTH.pack(len(element)) + element for element in array.reshape(-1))
-    else:
-        raw = np.ascontiguousarray(array, DTYPES[spec.datatype]).tobytes()
-    response.raw_output_contents.append(raw)
+def raw_bytes(datatype: str, array: Array) -> bytes:
+    """An output's values as they go into `raw_output_contents`."""
+    if datatype == "BYTES":
+        elements: list[bytes] = array.ravel().tolist()
+        return b"".join([LENGTH.pack(len(element)) + element for element in elements])
+    return np.ascontiguousarray(array, DTYPES[datatype]).tobytes()
 
 
 def _matches(shape: tuple[int, ...], dims: tuple[int, ...]) -> bool:
