@@ -36,33 +36,38 @@ class Mailbox:
 
     def __init__(self, ended: Callable[[], None]) -> None:
         self._ended = ended
-        self._arrived = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._arrived: asyncio.Future[None] | None = None  # what the reader waits for; an Event's takes twice as long
         self._event: TokenEvent | None = None
         self._failure: str | None = None
 
     def put(self, event: TokenEvent) -> None:
         self._event = event if self._event is None else merge(self._event, event)
-        self._arrived.set()
+        self._wake()
         if event.finish_reason is not None:
             self._ended()
 
     def fail(self, reason: str) -> None:
         self._failure = reason
-        self._arrived.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._arrived is not None and not self._arrived.done():
+            self._arrived.set_result(None)
 
     async def get(self) -> TokenEvent:
-        """All that has arrived since the last call; waits for the first.
+        """All that has arrived since the last call; waits for the first. There is one reader.
 
         Raises:
             EngineDeadError: the engine died; what had arrived before is returned first.
         """
-        await self._arrived.wait()
+        if self._event is None and self._failure is None:
+            self._arrived = self._loop.create_future()
+            await self._arrived
         event, self._event = self._event, None
         if event is None:
             assert self._failure is not None
             raise EngineDeadError(self._failure)
-        if self._failure is None:
-            self._arrived.clear()
         return event
 
 

@@ -34,6 +34,8 @@ class StreamDecoder:
         Raises:
             ValueError: an id is not in the vocabulary.
         """
+        if len(token_ids) == 1:  # as nearly always
+            return self._decoder.decode(self._bytes(token_ids[0]))
         return self._decoder.decode(b"".join([self._bytes(token_id) for token_id in token_ids]))
 
     def flush(self) -> str:

@@ -61,8 +61,9 @@ class Completion:
         self.changed = True
         self.text += event.text
         self.tokens += len(event.token_ids)
-        self.logprobs += event.logprobs
-        self.cumulative_logprob += sum(entry.logprob for entry in event.logprobs)
+        if event.logprobs:
+            self.logprobs += event.logprobs
+            self.cumulative_logprob += sum(entry.logprob for entry in event.logprobs)
 
     def end(self, event: Finished) -> None:
         """Raises ServiceError: it did not end well."""
@@ -119,23 +120,26 @@ class LlmModel(ABC):
         """Responses as the text comes when streaming, else when it is complete. The last is marked final."""
         ask = await self.ask(request)
         completions = [Completion(index) for index in range(ask.generation.n)]
-        prompt_tokens, queued = 0, 0.0
+        prompt_tokens, queued, running = 0, 0.0, len(completions)
         gather = batches if ask.generation.n > 1 else batches_of_one
         async with aclosing(gather(self._host.generate(ask.generation), request.timeout)) as arriving:
             async for events in arriving:
+                changed = False
                 for event in events:
-                    if isinstance(event, Started):
-                        prompt_tokens, queued = event.prompt_tokens, event.queue_seconds
-                    elif isinstance(event, Delta):
+                    if isinstance(event, Delta):
                         completions[event.index].add(event)
+                        changed = True
+                    elif isinstance(event, Started):
+                        prompt_tokens, queued = event.prompt_tokens, event.queue_seconds
                     else:
                         completions[event.index].end(event)
-                ended = all(completion.reason is not None for completion in completions)
-                if not ended and not (ask.stream and any(completion.changed for completion in completions)):
+                        running -= 1
+                        changed = True
+                if running and not (ask.stream and changed):
                     continue
                 responses = self.outputs(ask, completions, prompt_tokens)
                 for left, response in zip(reversed(range(len(responses))), responses, strict=True):
-                    yield InferResult(outputs=response, final=ended and left == 0, queued_seconds=queued)
+                    yield InferResult(outputs=response, final=not running and left == 0, queued_seconds=queued)
                 for completion in completions:
                     completion.clear()
 

@@ -22,11 +22,11 @@ class Responses:
     def __init__(self, spec: ModelSpec, request: pb.ModelInferRequest, *, flagged: bool = False) -> None:
         wanted = {output.name for output in request.outputs}
         self._wanted = [output for output in spec.outputs if not wanted or output.name in wanted]
-        self._flagged = flagged
         self._message = pb.ModelStreamInferResponse()
         self._response = self._message.infer_response
         self._response.model_name, self._response.model_version = spec.name, spec.version
         self._response.id = request.id
+        self._final = self._response.parameters[FINAL] if flagged else None
         self._shapes: list[tuple[int, ...] | None] = [None] * len(self._wanted)  # those that the message has now
 
     def message(self, result: InferResult) -> pb.ModelStreamInferResponse:
@@ -45,8 +45,8 @@ class Responses:
             for output, array in zip(self._wanted, arrays, strict=True)
             if array is not None
         ]
-        if self._flagged:
-            response.parameters[FINAL].bool_param = result.final
+        if self._final is not None:
+            self._final.bool_param = result.final
         return self._message
 
 
