@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 
+from service.bench.command import bench
 from service.command import EXIT_FAILED, Sectioned, echo_json, errors, fail, fetch, options
 from service.command import as_json as json_option
 from service.key_commands import keys
@@ -51,7 +52,7 @@ def main() -> None:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what the C core would print, our own errors say better
 
 
-for _command in (*COMMANDS, keys):
+for _command in (*COMMANDS, keys, bench):
     main.add_command(_command)
 
 
