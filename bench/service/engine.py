@@ -50,7 +50,7 @@ def age(token: int, seconds: float) -> float:
 
 
 class InstantEngine(MailboxEngine):
-    """See `engine.face.Engine`. Requests must be read to their ends: a step waits for the readers of the one before.
+    """See `engine.face.Engine`. A step waits for the readers of the one before.
 
     Args:
         pace: seconds between two steps; 0: the next one follows as soon as every reader has come back.
@@ -87,10 +87,12 @@ class InstantEngine(MailboxEngine):
         if isinstance(command, Submit):
             self._left[command.request.request_id] = command.request
             self._made[command.request.request_id] = 0
-            if self._reading <= 0:
+            if self._pace or self._reading <= 0:
                 self._wake.set()
         elif isinstance(command, Cancel):
             self._left.pop(command.request_id, None)
+            self._made.pop(command.request_id, None)
+            self._wake.set()  # whoever is gone comes back no more: the next step waits for nobody
 
     async def _step_for_ever(self) -> None:
         due = time.monotonic()
