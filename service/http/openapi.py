@@ -56,6 +56,7 @@ OPERATIONS: tuple[Operation, ...] = (
     ("get", "/health", "The same, as vLLM has it", None, None, None),
     ("get", "/v2/models/{model}/ready", "The same of one model", None, None, None),
 )
+OTHER_TYPES = {"/v1/manifest": "application/yaml"}  # that answers come in, beside JSON
 
 
 @functools.cache
@@ -83,6 +84,8 @@ def document() -> dict[str, Any]:
 def _described(operation: Operation) -> dict[str, Any]:
     _, path, summary, body, answer, events = operation
     content: dict[str, Any] = {"application/json": {"schema": _reference(answer) if answer else {"type": "object"}}}
+    if path in OTHER_TYPES:
+        content[OTHER_TYPES[path]] = {"schema": {"type": "object"}}
     if events is not None:
         content["text/event-stream"] = {"schema": _reference(events)}
     failures = {

@@ -19,6 +19,8 @@ async def test_the_document_names_what_bodies_have_and_every_reference_is_there(
             for method in methods:
                 there = await port.http.request(method, path.replace("{model}", "fake"), json={})
                 assert there.status_code in (200, 400), path
+                told = methods[method]["responses"][str(there.status_code)]["content"]
+                assert there.headers["content-type"].partition(";")[0] in told, path
     assert found["openapi"] == "3.1.0"
     chat = found["components"]["schemas"]["ChatBody"]
     assert chat["required"] == ["messages"]
