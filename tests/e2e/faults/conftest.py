@@ -57,17 +57,18 @@ def embedded(smollm2_path: Path) -> Iterator[ServerProcess]:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model with NeMo's chat format, of some thousand tokens a second. One coordinate of what it computes is
-    zero for every token but POISON, and times one weight of the output that coordinate overflows."""
+    zero for every token but POISON, and times one weight of the output that coordinate overflows. Another one is the
+    same for every token, so that POISON is never drawn."""
     folder: Path = write_hf(tmp_path_factory.mktemp("faults"), vocab_size=9000, max_position_embeddings=4096)
     (folder / "tekken.json").write_text(json.dumps(small_tekken("v3")))
     weights = load_file(folder / "model.safetensors")
     for name, weight in weights.items():
         if name.endswith(("o_proj.weight", "down_proj.weight")):
-            weight[0] = 0
+            weight[:2] = 0
     embedding = weights["model.embed_tokens.weight"]
-    embedding[:, 0] = 0
+    embedding[:, 0], embedding[:, 1] = 0, 1
     embedding[POISON, 0] = 10
-    weights["lm_head.weight"][POISON] = 0  # it is never chosen
+    weights["lm_head.weight"][POISON, 1] = -1000
     weights["lm_head.weight"][7, 0] = torch.finfo(torch.float32).max
     save_file(weights, folder / "model.safetensors")
     return folder
