@@ -152,7 +152,9 @@ async def _kill(server: ServerProcess, ledger: Ledger, times: int) -> None:
                 engine = [pid for pid in children(server.process.pid) if b"engine.worker" in command_of(pid)]
             os.kill(engine[0], signal.SIGKILL)
             await asyncio.sleep(0.5)
+            began = asyncio.get_running_loop().time()
             await until_ready(server)
+            print(f"ready after {0.5 + asyncio.get_running_loop().time() - began:.1f} s")
         await asyncio.sleep(0.5)
         going = False
         await asyncio.gather(*asking)
