@@ -5,11 +5,11 @@ STAMP  := $(VENV)/.installed
 # What builds images: docker, podman, or buildah
 BUILDER := docker
 IMAGE   := nemoserve
-VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
-LABELS  := --build-arg VERSION=$(VERSION) --build-arg REVISION=$(shell git rev-parse HEAD)
+VERSION  = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+LABELS   = --build-arg VERSION=$(VERSION) --build-arg REVISION=$(shell git rev-parse HEAD)
 SAMPLE := Explain in two sentences what an inference server does.
 
-.PHONY: run setup test test-slow check format proto chart-readme manifests image image-cpu bench soak faults triton-diff clean help
+.PHONY: run setup test test-slow check format proto chart-readme manifests image image-cpu cluster-test bench soak faults triton-diff clean help
 
 run: setup  ## pull the embedded model, serve it, stream one answer, keep serving until Ctrl-C
 	$(VENV)/bin/nemoserve serve --sample-prompt "$(SAMPLE)"
@@ -54,6 +54,9 @@ image:  ## build the image for NVIDIA GPUs: IMAGE=registry.example.com/nemoserve
 
 image-cpu:  ## the same without CUDA
 	$(BUILDER) build --target server-cpu --tag $(IMAGE):$(VERSION)-cpu $(LABELS) .
+
+cluster-test: setup  ## install, upgrade, roll back and uninstall in the cluster of KUBECONFIG; IMAGE=…/nemoserve:0.1.0-cpu
+	IMAGE=$(IMAGE) $(PY) -m tests.cluster
 
 bench: setup  ## tokens/s, TTFT and ITL of the engine beside transformers, in one run
 	$(PY) -m bench.engine

@@ -1,0 +1,75 @@
+"""A release in a real cluster: install, test, upgrade, roll back, uninstall, with both helms. `make cluster-test`.
+
+Needs KUBECONFIG and an image that the cluster can pull, IMAGE=registry.example.com/nemoserve:0.1.0-cpu. It works in a
+namespace of its own, held to the restricted level of Pod Security, and deletes it at the end. Without KUBECONFIG it
+says so and has tested nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import uuid
+from collections.abc import Mapping
+
+from helm.chart import CHART, CI
+from helm.tools import HELMS, tool
+
+READY = "--wait", "--timeout=15m"
+RESTRICTED = "pod-security.kubernetes.io/enforce=restricted"
+
+
+def steps(namespace: str, image: str) -> list[list[str]]:
+    """What is done with one helm; each command ends with 0, or the release is not as it should be."""
+    repository, _, tag = image.rpartition(":")
+    chosen = [
+        str(CHART),
+        f"--values={CI / 'cpu-values.yaml'}",
+        f"--set-string=image.repository={repository},image.tag={tag}",
+    ]
+    within = f"--namespace={namespace}"
+    return [
+        ["install", "nemo", *chosen, within, *READY],
+        ["test", "nemo", within, "--timeout=5m"],
+        ["upgrade", "nemo", *chosen, "--set=settings.max_batch_size=8,replicaCount=2", within, *READY],
+        ["test", "nemo", within, "--timeout=5m"],
+        ["rollback", "nemo", "1", within, *READY],
+        ["test", "nemo", within, "--timeout=5m"],
+        ["uninstall", "nemo", within, *READY],
+    ]
+
+
+def run(program: str, *args: str) -> str:
+    print("$", program, *args, flush=True)
+    done = subprocess.run([tool(program), *args], stdout=subprocess.PIPE, text=True, timeout=1200, check=True)
+    print(done.stdout, flush=True)
+    return done.stdout
+
+
+def main(environ: Mapping[str, str]) -> int:
+    if not environ.get("KUBECONFIG"):
+        print("KUBECONFIG is not set: no cluster was asked, nothing was tested")
+        return 0
+    if ":" not in environ.get("IMAGE", "").rpartition("/")[2]:
+        print("IMAGE must be an image with a tag that the cluster can pull")
+        return 2
+    for helm in HELMS:
+        namespace = f"nemoserve-{uuid.uuid4().hex[:8]}"
+        run("kubectl", "create", "namespace", namespace)
+        try:
+            run("kubectl", "label", "namespace", namespace, RESTRICTED)
+            for step in steps(namespace, environ["IMAGE"]):
+                run(helm, *step)
+            left = run("kubectl", "get", "all,pvc,configmap", f"--namespace={namespace}", "--output=name").split()
+            if left := [name for name in left if name != "configmap/kube-root-ca.crt"]:
+                print("left behind:", *left)
+                return 1
+        finally:
+            run("kubectl", "delete", "namespace", namespace)
+    print("installed, tested, upgraded, rolled back and uninstalled with", " and ".join(HELMS))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(os.environ))

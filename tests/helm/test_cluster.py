@@ -1,0 +1,28 @@
+"""`make cluster-test`, as far as it goes without a cluster."""
+
+from __future__ import annotations
+
+import pytest
+
+from helm.chart import objects
+from helm.tools import HELMS, run
+from tests import cluster
+from tests.helm.conftest import server
+
+
+def test_without_a_cluster_it_claims_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cluster.main({}) == 0
+    assert "nothing was tested" in capsys.readouterr().out
+
+
+def test_an_image_must_be_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cluster.main({"KUBECONFIG": "/nowhere", "IMAGE": "registry.example.com:5000/nemoserve"}) == 2
+    assert "IMAGE" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("helm", HELMS)
+def test_what_it_installs_is_rendered(helm: str) -> None:
+    for command, *arguments in cluster.steps("somewhere", "registry.example.com:5000/nemoserve:1"):
+        if command in ("install", "upgrade"):
+            done = run(helm, "template", *(each for each in arguments if each not in cluster.READY))
+            assert server(objects(done.stdout))["image"] == "registry.example.com:5000/nemoserve:1"
