@@ -22,6 +22,7 @@ from nemoserve.v1 import generation_pb2_grpc as rpc
 
 NEMOSERVE = Path(sys.executable).parent / "nemoserve"
 READY_SECONDS = 90
+STEP_TOKENS = 64
 
 
 @dataclass
@@ -97,6 +98,14 @@ def reference(smollm2_path: Path) -> transformers.PreTrainedModel:
 def server(smollm2_path: Path) -> Iterator[ServerProcess]:
     """One server with the embedded model, shared by the tests that leave it as they found it."""
     running = ServerProcess.start(smollm2_path, "--served-model-name", "smollm2-135m-instruct")
+    yield running
+    assert running.stop() == 0, "".join(running.lines)
+
+
+@pytest.fixture(scope="session")
+def exact_server(smollm2_path: Path) -> Iterator[ServerProcess]:
+    """The same in float32, which can be compared with other programs; prompts take several steps."""
+    running = ServerProcess.start(smollm2_path, "--dtype", "fp32", "--max-batch-tokens", str(STEP_TOKENS))
     yield running
     assert running.stop() == 0, "".join(running.lines)
 

@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 import torch
 import transformers
 from nemoserve.v1 import generation_pb2 as pb
 from nemoserve.v1 import generation_pb2_grpc as rpc
 from torch import Tensor
 
-from tests.e2e.conftest import ServerProcess
+from tests.e2e.conftest import STEP_TOKENS, ServerProcess
 
 TEXT = Path(__file__).with_name("conftest.py")
-STEP_TOKENS = 64  # the prompts take several steps
-
-
-@pytest.fixture(scope="module")
-def exact_server(smollm2_path: Path) -> Iterator[ServerProcess]:
-    running = ServerProcess.start(smollm2_path, "--dtype", "fp32", "--max-batch-tokens", str(STEP_TOKENS))
-    yield running
-    running.kill()
 
 
 @torch.inference_mode()

@@ -39,12 +39,8 @@ def told(server: ServerProcess, tokens: int) -> str:
         return "".join(event.delta.text for event in events if event.WhichOneof("event") == "delta")
 
 
-def test_greedy_text_is_that_of_one_device(divided: ServerProcess, smollm2_path: Path) -> None:
-    whole = ServerProcess.start(smollm2_path, *OPTIONS)
-    try:
-        expected = told(whole, 16)
-    finally:
-        whole.kill()
+def test_greedy_text_is_that_of_one_device(divided: ServerProcess, exact_server: ServerProcess) -> None:
+    expected = told(exact_server, 16)
     assert "Paris" in expected
     assert told(divided, 16) == expected
 
