@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from service.bench.command import bench
-from service.command import EXIT_FAILED, Sectioned, echo_json, errors, fail, fetch, options
+from service.command import EXIT_FAILED, Sectioned, echo_json, errors, fail, fetch, grpc_address, options
 from service.command import as_json as json_option
 from service.key_commands import keys
 from service.model_commands import COMMANDS
@@ -207,18 +207,12 @@ print(client.infer("{model}", [text]{headers}).as_numpy("text_output")[0].decode
 """)
 
 
-def _grpc_address(ctx: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
-    if value is not None and (value.startswith(("http://", "https://")) or not value.rpartition(":")[2].isdecimal()):
-        raise click.BadParameter(f"{value!r} must be HOST:PORT of the gRPC port, such as localhost:8001")
-    return value
-
-
 @main.command()
 @click.argument("model", required=False)
 @click.option(
     "--address",
     metavar="HOST:PORT",
-    callback=_grpc_address,
+    callback=grpc_address,
     help="talk to a running server, at its gRPC port, instead of starting an engine",
 )
 @click.option("--api-key", envvar="NEMOSERVE_API_KEY", metavar="KEY", help="yours, for a server that asks for one")

@@ -68,6 +68,13 @@ def as_json(why: str = "print JSON") -> Callable[[Command], Command]:
     return click.option("--json", "as_json", is_flag=True, help=why)
 
 
+def grpc_address(ctx: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    """Callback of an option that takes HOST:PORT."""
+    if value is not None and (value.startswith(("http://", "https://")) or not value.rpartition(":")[2].isdecimal()):
+        raise click.BadParameter(f"{value!r} must be HOST:PORT of the gRPC port, such as localhost:8001")
+    return value
+
+
 def echo_json(data: Any) -> None:
     click.echo(json.dumps(data, indent=2))
 

@@ -8,15 +8,22 @@ from pathlib import Path
 
 import click
 
-from service.command import EXIT_FAILED, errors
+from service.command import EXIT_FAILED, errors, grpc_address
 from service.command import as_json as json_option
 
 
 @click.command(context_settings={"show_default": True}, short_help="Put load on a server and time its answers.")
-@click.option("--address", metavar="HOST:PORT", help="a nemoserve, over gRPC  [default: 127.0.0.1:8001]")
+@click.option(
+    "--address",
+    metavar="HOST:PORT",
+    callback=grpc_address,
+    help="a nemoserve, at its gRPC port  [default: 127.0.0.1:8001]",
+)
 @click.option("--url", metavar="URL", help="any server with OpenAI's /v1/completions, over HTTP, instead")
-@click.option("--model", default="", help="which of its models; the first that it names, if not said")
-@click.option("--api-key", envvar="NEMOSERVE_API_KEY", metavar="KEY", help="for a server that asks for one")
+@click.option(
+    "--model", default="", show_default=False, metavar="NAME", help="one of its models; by default the first it names"
+)
+@click.option("--api-key", envvar="NEMOSERVE_API_KEY", metavar="KEY", help="yours, for a server that asks for one")
 @click.option(
     "--tls-ca",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -29,7 +36,7 @@ from service.command import as_json as json_option
 @click.option("--new-tokens", type=click.IntRange(1), default=128, help="of each answer")
 @click.option("--until-end", is_flag=True, help="an answer may end before that, when the model says so")
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, help="0 = always the likeliest token")
-@click.option("--seed", type=int, default=0, help="of the prompts; another one for another round")
+@click.option("--seed", type=int, default=0, help="of the prompts; give another one to each round")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.svg", help="draw the times")
 @json_option("print JSON, with every time to first token and every gap")
 def bench(
@@ -49,11 +56,11 @@ def bench(
     plot: Path | None,
     as_json: bool,
 ) -> None:
-    """Put load on a running server and tell tokens per second and how long answers take.
+    """Put load on a running server; tell how many tokens per second it makes and how long answers take.
 
-    Every prompt is another one, so that nothing cached helps. Without --rate there are always --concurrency requests
-    at once, which finds the most that the server does; with it requests come when they come, as in real life, and a
-    wait for a place counts.
+    No two prompts are alike, so that no cache helps. Without --rate there are always --concurrency requests at once,
+    which finds the most that the server does; with it requests come at random times, as in real life, and a wait for
+    a place counts.
     """
     if address is not None and url is not None:
         raise click.UsageError("--address and --url are two ways to say which server")
