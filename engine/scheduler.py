@@ -50,6 +50,7 @@ from dataclasses import dataclass, field
 from msgspec.structs import replace
 
 from engine.adapters import Adapters, LoadedAdapter
+from engine.ending import Ending
 from engine.errors import InvalidRequestError
 from engine.grammar.matcher import Matcher
 from engine.holdings import Holdings
@@ -88,11 +89,10 @@ class Scheduler:
     ) -> None:
         self._page_size = page_size
         self._budget = max_batch_tokens
-        self._max_model_len = max_model_len
         self._speculation = speculation
         self._patience = Patience()
         self._max_logits = max_batch_size if speculation is None else max(max_batch_size, 1 + speculation.max_tokens)
-        self._eos = frozenset(eos_token_ids)
+        self._ending = Ending(eos_token_ids, max_model_len)
         self._prefix_caching = prefix_caching
         self._adapters = adapters if adapters is not None else Adapters(slots=0)
         self._holdings = Holdings(pool, self._adapters, page_size, max_batch_size)
@@ -178,7 +178,9 @@ class Scheduler:
             return StepPlan([])
         self._make_way(now)
         agenda = Agenda(self._budget)
-        growing = [sequence for sequence in self._holdings.running if self._tokens_left(sequence) > sequence.coming]
+        growing = [
+            sequence for sequence in self._holdings.running if self._ending.tokens_left(sequence) > sequence.coming
+        ]
         # Decodes first: a long prompt must not hold up the streams that are already flowing.
         decoding = [sequence for sequence in growing if sequence.behind == 1]
         prefilling = [sequence for sequence in growing if sequence.behind > 1]
@@ -303,7 +305,7 @@ class Scheduler:
                 continue
             known = len(sequence.tokens)
             room = self._holdings.room(sequence, spare=self.num_running) - known  # as for a newcomer
-            limit = min(speculation.max_tokens, agenda.budget, logits, room, self._tokens_left(sequence) - 1)
+            limit = min(speculation.max_tokens, agenda.budget, logits, room, self._ending.tokens_left(sequence) - 1)
             drafts = sequence.drafter.propose(sequence.tokens, limit, step) if limit > 0 else []
             if sequence.matcher is not None:
                 drafts = sequence.matcher.fitting(drafts)
@@ -321,11 +323,6 @@ class Scheduler:
         left out of a step would fall behind the others."""
         guessable = [each for each in self._holdings.running if each.coming and each.drafter is not None]
         return bool(guessable) and (self._patience.wait() or any(sequence.guessing for sequence in guessable))
-
-    def _tokens_left(self, sequence: Sequence) -> int:
-        """How many may still come behind the known ones."""
-        room = self._max_model_len - len(sequence.tokens)
-        return min(sequence.request.sampling.max_tokens - sequence.num_output, room)
 
     def _targets(self, sequence: Sequence, end: int) -> Targets | None:
         """The prompt's tokens whose logprobs are known when `end` tokens are computed, and that no step was asked for
@@ -353,7 +350,7 @@ class Scheduler:
         """None where penalties make logits depend on the tokens that are chosen: then no guess can run ahead."""
         if self._speculation is None or sequence.request.sampling.has_penalties:
             return None
-        return Drafter(self._speculation.source(len(sequence.tokens) + self._tokens_left(sequence)))
+        return Drafter(self._speculation.source(len(sequence.tokens) + self._ending.tokens_left(sequence)))
 
     def _preempt(self, sequence: Sequence, now: float) -> None:
         self._holdings.leave(sequence)
@@ -420,52 +417,30 @@ class Scheduler:
         )
 
     def _take(self, sequence: Sequence, sampled: list[SampledToken], now: float) -> TokenEvent:
-        """Append sampled tokens one by one, or end the request with the first that ends it: the rest never was."""
         first = sequence.num_output == 0
-        token_ids: list[int] = []
-        logprobs: list[TokenLogprob] | None = None if sequence.request.sampling.logprobs is None else []
-
-        def end(reason: FinishReason, **details: object) -> TokenEvent:
-            return self._end(sequence, reason, now, token_ids=token_ids, logprobs=logprobs or None, **details)
-
-        for each in sampled:
-            if each.failed is not None:
-                self.corrupted += 1
-                return end(FinishReason.ERROR, error=each.failed)
-            if sequence.first_token is None:
-                sequence.first_token = now
-            matcher = sequence.matcher
-            if matcher is not None:
-                matcher.follow(sequence.num_output, each.token_id)
-                if matcher.limit == sequence.num_output and matcher.error is not None:
-                    return end(FinishReason.ERROR, error=matcher.error)
-            if self._stops(sequence, each.token_id):
-                return end(FinishReason.STOP, stop_token_id=each.token_id)
-            if matcher is not None and matcher.limit == sequence.num_output:
-                return end(FinishReason.STOP)
-            sequence.tokens.append(each.token_id)
-            self.generated_tokens += 1
-            token_ids.append(each.token_id)
-            if logprobs is not None and each.logprob is not None:
-                logprobs.append(each.logprob)
-            if matcher is not None and matcher.limit == sequence.num_output and matcher.error is None:
-                return end(FinishReason.STOP)
-            if self._tokens_left(sequence) <= 0:
-                return end(FinishReason.LENGTH)
+        if sequence.first_token is None:
+            sequence.first_token = now
+        taken = self._ending.take(sequence, sampled)
+        self.generated_tokens += len(taken.token_ids)
+        self.corrupted += taken.corrupted
+        if taken.reason is not None:
+            return self._end(
+                sequence,
+                taken.reason,
+                now,
+                token_ids=taken.token_ids,
+                logprobs=taken.logprobs or None,
+                stop_token_id=taken.stop_token_id,
+                error=taken.error,
+            )
         return TokenEvent(
             request_id=sequence.request.request_id,
-            token_ids=token_ids,
-            logprobs=logprobs,
+            token_ids=taken.token_ids,
+            logprobs=taken.logprobs or None,
             prompt_tokens=sequence.num_prompt,
             cached_tokens=sequence.cached,
             timings=sequence.timings(now) if first else None,
         )
-
-    def _stops(self, sequence: Sequence, token: int) -> bool:
-        params = sequence.request.sampling
-        if sequence.num_output < params.min_tokens:
-            return False
-        return token in params.stop_token_ids or (token in self._eos and not params.ignore_eos)
 
     def _end(self, sequence: Sequence, reason: FinishReason, now: float, **details: object) -> TokenEvent:
         """Remove a request, wherever it is, and make its terminal event."""

@@ -343,6 +343,19 @@ def test_a_grammar_that_runs_into_nothing_ends_its_request_with_an_error(tiny: P
     core.close()
 
 
+def test_a_bias_against_all_that_may_come_is_an_error_of_the_request_and_no_alarm(runner: Runner, tiny: Path) -> None:
+    core = slow_core(runner, tiny)
+    never = {VOCABULARY.tokens.index(text): -math.inf for text in (b"a", b"ab", b"abc")}
+    core.add(asks("bad", [5, 6], None, grammar=Grammar(kind="regex", text="abc"), logit_bias=never))
+    [event] = [event for event in run_to_end(core) if event.finish_reason is not None]
+    assert (event.finish_reason, event.error) == (
+        FinishReason.ERROR,
+        "response_format: logit_bias forbids all that can follow",
+    )
+    assert core.stats().corrupted == 0
+    core.close()
+
+
 def test_steps_go_on_while_a_hard_grammar_is_compiled(runner: Runner, tiny: Path) -> None:
     parts = ",".join(f'{{"const":"c{number}"}}' for number in range(3000))
     core = slow_core(runner, tiny)
