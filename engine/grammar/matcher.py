@@ -94,7 +94,7 @@ class Matcher:
             _set(mask, end, False)
             for token in self._stops:
                 _set(mask, token, bool(may_end))
-            if mask == bytes(width):
+            if bytes(mask) == bytes(width):  # a memoryview compares byte by byte
                 mask[:] = b"\xff" * width
 
     def _reason(self) -> str:
