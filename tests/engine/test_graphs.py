@@ -305,7 +305,8 @@ def test_every_decode_has_a_size_and_drafts_have_one_as_long_as_launches_matter(
     assert len(every) == len(set(every))
 
     def first(sequences: int, tokens: int, longest: int, length: int) -> Size:
-        return next(size for size in every if size.holds(meta_batch(sequences, tokens, longest, length)))
+        batch = meta_batch(sequences, tokens, longest, length)
+        return next(size for size in every if size.holds(batch))
 
     for length in {1, min(context, SHORT_CONTEXT), min(context, SHORT_CONTEXT + 1), context}:
         for sequences in range(1, rows + 1):
