@@ -40,7 +40,6 @@ SERVERS = (OURS, WITH_KEYS, TRITON)
 PATHS = ("kserve", "typed", "openai")
 START_SECONDS = 60.0
 CLIENT_SECONDS = 120.0
-WARM_UP_TOKENS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,24 +145,23 @@ parameters {{ key: "pace" value {{ string_value: "{pace}" }} }}
 
 
 def _measure(server: Started, path: str, streams: int, tokens: int, cores: str) -> Load:
-    """After a warm-up. The client is a process of its own."""
+    """By a client in a process of its own, which warms up first."""
     task = Task(
         path=path,
         address=server.addresses[path],
         server=server.pid,
         model=server.model,
         streams=streams,
-        tokens=WARM_UP_TOKENS,
+        tokens=tokens,
         headers=server.headers,
     )
-    for each in (task, msgspec.structs.replace(task, tokens=tokens)):
-        done = subprocess.run(
-            ["taskset", "-c", cores, sys.executable, "-m", "bench.service.client"],
-            input=msgspec.json.encode(each),
-            stdout=subprocess.PIPE,
-            timeout=CLIENT_SECONDS,
-            check=True,
-        )
+    done = subprocess.run(
+        ["taskset", "-c", cores, sys.executable, "-m", "bench.service.client"],
+        input=msgspec.json.encode(task),
+        stdout=subprocess.PIPE,
+        timeout=CLIENT_SECONDS,
+        check=True,
+    )
     return msgspec.json.decode(done.stdout, type=Load)
 
 
