@@ -2,6 +2,7 @@
 VENV   := .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
+CLIENTS := .venv-clients
 # What builds images: docker, podman, or buildah
 BUILDER := docker
 IMAGE   := nemoserve
@@ -9,7 +10,7 @@ VERSION  = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 LABELS   = --build-arg VERSION=$(VERSION) --build-arg REVISION=$(shell git rev-parse HEAD)
 SAMPLE := Explain in two sentences what an inference server does.
 
-.PHONY: run setup test test-slow check format proto chart-readme manifests image image-cpu cluster-test bench soak faults triton-diff clean help
+.PHONY: run setup test test-slow check format proto chart-readme manifests image image-cpu cluster-test bench soak faults triton-diff clients-test clean help
 
 run: setup  ## pull the embedded model, serve it, stream one answer, keep serving until Ctrl-C
 	$(VENV)/bin/nemoserve serve --sample-prompt "$(SAMPLE)"
@@ -70,8 +71,16 @@ faults: setup  ## every fault of docs/reliability.md in its full dose; fails if 
 triton-diff: setup  ## the same calls against a real Triton server and ours; prints what differs
 	$(PY) -m tests.triton_diff
 
+clients-test: setup $(CLIENTS)/.installed  ## LangChain, LiteLLM, lm-eval and load generators against a real server (installs 2.6 GB)
+	NEMOSERVE_PYTHON=$(abspath $(PY)) $(CLIENTS)/bin/python -m pytest tests/clients -W ignore
+
+$(CLIENTS)/.installed: tests/clients/requirements.txt tests/clients/constraints.txt
+	test -x $(CLIENTS)/bin/python || python3 -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet --constraint tests/clients/constraints.txt --requirement tests/clients/requirements.txt
+	@touch $@
+
 clean:  ## remove the environment and caches of this checkout
-	rm -rf $(VENV) .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:  ## this list

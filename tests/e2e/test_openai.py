@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -11,11 +12,17 @@ import openai
 import pytest
 from nemoserve.v1 import generation_pb2 as pb
 from nemoserve.v1 import generation_pb2_grpc as rpc
+from pydantic import BaseModel, Field
 
 from tests.e2e.conftest import ServerProcess
 
 MODEL = "smollm2-135m-instruct"
 QUESTION: Any = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+class City(BaseModel):
+    name: str = Field(max_length=20)
+    country: str = Field(max_length=20)
 
 
 @pytest.fixture
@@ -89,6 +96,31 @@ def test_forms_of_answers_may_be_said_as_in_vllm(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         client.completions.create(**asked, extra_body={"guided_regex": "(a"})
     assert caught.value.param == "guided_regex"
+
+
+def test_the_helpers_for_structured_output_read_their_class(client: openai.OpenAI) -> None:
+    told: Any = [{"role": "user", "content": "Name a city and its country, as JSON."}]
+    asked: dict[str, Any] = {"model": MODEL, "messages": told, "temperature": 0, "max_tokens": 100}
+    whole = client.chat.completions.parse(**asked, response_format=City).choices[0].message.parsed
+    assert isinstance(whole, City)
+    with client.chat.completions.stream(**asked, response_format=City) as stream:
+        assert {event.type for event in stream} >= {"chunk", "content.delta", "content.done"}
+        assert stream.get_final_completion().choices[0].message.parsed == whole
+
+
+async def test_the_asynchronous_client_streams_many_at_once(server: ServerProcess) -> None:
+    base = f"http://{server.http_address}/v1"
+
+    async def streamed(client: openai.AsyncOpenAI) -> str:
+        stream = await client.chat.completions.create(
+            model=MODEL, messages=QUESTION, temperature=0, max_tokens=8, stream=True
+        )
+        return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+
+    async with openai.AsyncOpenAI(base_url=base, api_key="none", max_retries=0, timeout=60) as client:
+        texts = await asyncio.gather(*(streamed(client) for _ in range(8)))
+    assert set(texts) == {texts[0]}
+    assert "Paris" in texts[0]
 
 
 def test_errors_are_the_clients_own_kinds(client: openai.OpenAI) -> None:

@@ -11,8 +11,12 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.descriptor_pool import DescriptorPool
+from google.protobuf.json_format import ParseDict
+from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from msgspec.structs import replace
 from nemoserve.v1 import generation_pb2 as pb
 
@@ -313,3 +317,22 @@ async def test_reflection_lists_every_service(port: Port) -> None:
     request = reflection_pb2.ServerReflectionRequest(file_containing_symbol=TYPED)
     answer = await anext(aiter(stub.ServerReflectionInfo(iter([request]), timeout=10)))
     assert answer.file_descriptor_response.file_descriptor_proto
+
+
+async def test_a_client_without_stubs_calls_by_what_reflection_tells(port: Port) -> None:
+    """As grpcurl does."""
+
+    def call() -> tuple[set[str], list[Any]]:
+        with grpc.insecure_channel(port.address) as channel:
+            database = ProtoReflectionDescriptorDatabase(channel)
+            pool = DescriptorPool(database)
+            methods = {method.full_name for name in SERVICES for method in pool.FindServiceByName(name).methods}
+            method = pool.FindMethodByName(f"{TYPED}.Generate")
+            asked, answer = (GetMessageClass(kind) for kind in (method.input_type, method.output_type))
+            generate = channel.unary_stream(f"/{TYPED}/Generate", asked.SerializeToString, answer.FromString)
+            request = ParseDict({"prompt": "Hi", "sampling": {"maxTokens": 3}}, asked())
+            return methods, list(generate(request, timeout=10))
+
+    methods, events = await asyncio.to_thread(call)
+    assert {"inference.GRPCInferenceService.ModelStreamInfer", f"{TYPED}.WatchLoad"} <= methods
+    assert "".join(event.delta.text for event in events) == "abc"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import openai
 import pytest
@@ -340,6 +341,26 @@ async def test_an_error_before_the_first_token_has_its_status(code: Code, status
         assert (headers["retry-after"], headers["retry-after-ms"]) == ("3", "2500")
     else:
         assert "retry-after" not in headers
+
+
+@pytest.mark.parametrize("code", [Code.RESOURCE_EXHAUSTED, Code.UNAVAILABLE])
+async def test_the_official_client_comes_again_when_it_was_told_to(code: Code) -> None:
+    host = FakeHost()
+    host.answers[""] = Answer(error=ServiceError(code, "no", retry_after_ms=700))
+    waits: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        host.answers.clear()  # by then there is room
+
+    async with serving(host) as port:
+        patient = port.openai.with_options(max_retries=2)
+        with mock.patch("anyio.sleep", sleep):
+            raw = await patient.chat.completions.with_raw_response.create(model="fake", messages=USER, max_tokens=2)
+    assert waits == [0.7]
+    assert raw.retries_taken == 1
+    assert raw.headers["x-request-id"]
+    assert raw.parse().choices[0].message.content == " t0 t1"
 
 
 async def test_an_error_after_the_first_token_is_the_last_event_of_a_stream() -> None:
