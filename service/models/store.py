@@ -102,7 +102,7 @@ class ModelStore:
             return _own(path)
         near = difflib.get_close_matches(reference, catalog.names(), n=1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise StoreError(f"{reference}: no such file and no known model; {hint}`nemoserve models` lists those that are")
+        raise StoreError(f"{reference}: no such file and no known model; {hint}`nemoserve models` lists the known ones")
 
     def find(self, reference: str) -> StoredModel | None:
         """The model if it is there and whole. Raises StoreError like `resolve`."""
