@@ -10,7 +10,8 @@ VERSION  = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 LABELS   = --build-arg VERSION=$(VERSION) --build-arg REVISION=$(shell git rev-parse HEAD)
 SAMPLE := Explain in two sentences what an inference server does.
 
-.PHONY: run setup test test-slow check format proto chart-readme manifests image image-cpu cluster-test bench soak faults triton-diff clients-test clean help
+.PHONY: run setup test test-slow check format proto bench soak faults triton-diff clients-test clean help
+.PHONY: chart-readme manifests image image-cpu image-test cluster-test
 
 run: setup  ## pull the embedded model, serve it, stream one answer, keep serving until Ctrl-C
 	$(VENV)/bin/nemoserve serve --sample-prompt "$(SAMPLE)"
@@ -55,6 +56,9 @@ image:  ## build the image for NVIDIA GPUs: IMAGE=registry.example.com/nemoserve
 
 image-cpu:  ## the same without CUDA
 	$(BUILDER) build --target server-cpu --tag $(IMAGE):$(VERSION)-cpu $(LABELS) .
+
+image-test: setup  ## build the image for CPUs with Debian's buildah, run it as the chart does, ask it; needs root
+	$(PY) -m tests.image
 
 cluster-test: setup  ## install, upgrade, roll back and uninstall in the cluster of KUBECONFIG; IMAGE=…/nemoserve:0.1.0-cpu
 	IMAGE=$(IMAGE) $(PY) -m tests.cluster

@@ -12,7 +12,7 @@ from grpc_health.v1 import health_pb2  # noqa: F401  (the probes' protocol is a 
 
 from helm.chart import CHART, SCHEMA, of_kind
 from helm.readme import PAGE, current, values
-from service.models.catalog import CATALOG, find, names
+from service.models.catalog import CATALOG
 from service.models.gpus import KNOWN_GPUS
 from service.resolve import resolve, unknown_variables
 from service.settings import SETTINGS
@@ -80,13 +80,12 @@ def test_every_setting_has_one_place_in_the_values() -> None:
     assert free & OF_THE_CHART == set()
 
 
-def test_sizes_are_those_of_the_catalogue() -> None:
-    sizes = yaml.safe_load((CHART / "files/models.yaml").read_text())
-    assert set(sizes) == set(names())
-    for name, mebibytes in sizes.items():
-        entry = find(name)
-        assert entry is not None
-        assert mebibytes == -(-entry.num_bytes // 2**20)
+def test_sizes_and_names_are_those_of_the_catalogue() -> None:
+    models = yaml.safe_load((CHART / "files/models.yaml").read_text())
+    assert models == {
+        "mebibytes": {entry.name: -(-entry.num_bytes // 2**20) for entry in CATALOG.values()},
+        "short": {short: entry.name for entry in CATALOG.values() for short in entry.short_names},
+    }
 
 
 @pytest.mark.parametrize("name", ["default", "cpu"])

@@ -60,6 +60,19 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- default $default .Values.model.name -}}
 {{- end -}}
 
+{{- /* As the server calls it where servedName does not say: a catalogue's whole name, a repository's or folder's last part. */ -}}
+{{- define "nemoserve.servedAs" -}}
+{{- $model := include "nemoserve.model" . -}}
+{{- $short := get (.Files.Get "files/models.yaml" | fromYaml) "short" -}}
+{{- if hasPrefix "hf://" $model -}}
+{{- regexReplaceAll "@.*$" $model "" | base | lower -}}
+{{- else if hasPrefix "/" $model -}}
+{{- base $model -}}
+{{- else -}}
+{{- get $short $model | default $model -}}
+{{- end -}}
+{{- end -}}
+
 {{- /* fp8 where tensor cores multiply it, fp8-weight-only where they do not; elsewhere the file has the say. */ -}}
 {{- define "nemoserve.precision" -}}
 {{- if ne .Values.model.precision "byNode" -}}
@@ -144,8 +157,8 @@ read at the least speeds. Models without a name or a size count as the largest t
 {{- if .Values.startup.seconds -}}
 {{- int .Values.startup.seconds -}}
 {{- else -}}
-{{- $sizes := .Files.Get "files/models.yaml" | fromYaml -}}
-{{- $model := include "nemoserve.model" . -}}
+{{- $sizes := get (.Files.Get "files/models.yaml" | fromYaml) "mebibytes" -}}
+{{- $model := include "nemoserve.servedAs" . -}}
 {{- $mebibytes := 0 -}}
 {{- if .Values.model.sizeGiB -}}
 {{- $mebibytes = mulf .Values.model.sizeGiB 1024 | ceil | int -}}
