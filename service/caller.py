@@ -33,9 +33,11 @@ class TenantLimits:
         max_running: completions that run at once; a request of more of them runs alone.
         max_queued: requests that wait at once.
         tokens_per_minute: of prompts and answers together, on average; one minute's may be used up at once.
+        best_priority: the best class that it may ask for; a lower number is better.
     """
 
     weight: float = 1.0
     max_running: int | None = None
     max_queued: int | None = None
     tokens_per_minute: int | None = None
+    best_priority: int | None = None

@@ -156,8 +156,8 @@ class Host(Protocol):
         FinishReason.DEADLINE.
 
         Raises:
-            ServiceError: before the first event also RESOURCE_EXHAUSTED, at once; DEADLINE_EXCEEDED, which also ends a
-                request whose events are not taken; UNAVAILABLE.
+            ServiceError: before the first event also PERMISSION_DENIED, for the priority, and RESOURCE_EXHAUSTED, both
+                at once; DEADLINE_EXCEEDED, which also ends a request whose events are not taken; UNAVAILABLE.
         """
 
     async def tokenize(self, prompt: str | Conversation, *, add_bos: bool = False) -> list[int]:

@@ -120,10 +120,13 @@ class Admission:
         """A request has come, whose prompt may be unknown yet. To be followed by `join` and in the end by `leave`.
 
         Raises:
-            ServiceError: RESOURCE_EXHAUSTED, DEADLINE_EXCEEDED.
+            ServiceError: PERMISSION_DENIED, RESOURCE_EXHAUSTED, DEADLINE_EXCEEDED.
         """
         now, tenant = self._clock(), request.tenant
         limits = self._limits_of(tenant)
+        if limits.best_priority is not None and request.priority < limits.best_priority:
+            rule = f"must be at least {limits.best_priority}, the best class of this tenant"
+            raise ServiceError(Code.PERMISSION_DENIED, f"priority: {request.priority} {rule}", field="priority")
         mine = self._queue.of_tenant(tenant) + self._entering.get(tenant, 0)
         free = 0 if self._room is None else self._room.free
         if len(self._queue) + self._entering.total() - free >= self._most(tenant, mine):

@@ -90,6 +90,9 @@ ROUTES: Mapping[str, Level] = {
 """By method and path of the route, as the route itself has it: parameters in braces. HEAD counts as GET."""
 
 
+UNKNOWN = TenantLimits()  # where nobody is asked who he is, whoever lets him through decides
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Access:
     """Lets callers in or not.
@@ -108,7 +111,9 @@ class Access:
 
     def limits(self, tenant: str) -> TenantLimits:
         """How much of the server it may have."""
-        return NO_LIMITS if self.keys is None else self.keys.limits(tenant)
+        if self.keys is not None:
+            return self.keys.limits(tenant)
+        return NO_LIMITS if self.client_certificates else UNKNOWN
 
     def level_of_rpc(self, method: str) -> Level:
         return RPCS.get(method, Level.ADMIN)

@@ -6,9 +6,10 @@
       max_running: 8                 # requests at once; further ones wait
       max_queued: 64                 # requests waiting; further ones are refused
       tokens_per_minute: 600000      # of prompts and answers together
+      best_priority: -1              # the best class that it may ask for, lower being better; 0 if not said
     - name: operations
       sha256: c1d2…
-      admin: true                    # may also change what is served
+      admin: true                    # may also change what is served, and ask for any class
     - name: billing
       certificate: true              # no key: the client certificate of this name is enough (mTLS)
 
@@ -48,7 +49,7 @@ MIN_KEY, MAX_KEY = 16, 512  # characters; shorter ones can be guessed, longer on
 KEY_PREFIX = "nms-"  # lets people and secret scanners tell what it is
 NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9 ._:/@+-]{0,126}[A-Za-z0-9])?")
 """Of a tenant, and so of a client certificate: a host name, a SPIFFE id and "Search Team" are some."""
-NO_LIMITS = TenantLimits()
+NO_LIMITS = TenantLimits(best_priority=0)  # of its own: classes are strict, so none but normal is for the asking
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,7 +220,8 @@ def _tenant(entry: Any, number: int) -> Tenant:
     certificate, admin = values.pop("certificate", False), values.pop("admin", False)
     if not digests and not certificate:
         raise SecurityError(f"{name}: needs sha256, key or certificate")
-    return Tenant(name=name, digests=digests, certificate=certificate, admin=admin, limits=TenantLimits(**values))
+    limits = TenantLimits(**{"best_priority": None if admin else 0} | values)
+    return Tenant(name=name, digests=digests, certificate=certificate, admin=admin, limits=limits)
 
 
 def check_name(name: str) -> str:
@@ -272,6 +274,12 @@ def _count(text: Any) -> int:
     return int(text)
 
 
+def _class(text: Any) -> int:
+    if not isinstance(text, str) or not re.fullmatch("-?[0-9]{1,9}", text):
+        raise ValueError("must be a whole number from -999999999 to 999999999")
+    return int(text)
+
+
 def _weight(text: Any) -> float:
     if not isinstance(text, str) or not re.fullmatch(r"[0-9]{1,4}(\.[0-9]{1,4})?", text) or float(text) == 0:
         raise ValueError("must be a number above 0 and below 10000")
@@ -287,4 +295,5 @@ _FIELDS: Mapping[str, Callable[[Any], Any]] = {
     "max_running": _count,
     "max_queued": _count,
     "tokens_per_minute": _count,
+    "best_priority": _class,
 }

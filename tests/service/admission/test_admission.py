@@ -585,3 +585,19 @@ async def test_retry_hints_grow_with_the_queue_and_shrink_with_its_pace() -> Non
         assert 1000 <= unknown <= 1500
         assert 4900 <= steady <= 7600
         assert (slow, fast) == (60_000, 100)
+
+
+# -- classes -----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_tenant_may_not_ask_for_a_better_class_than_its_best() -> None:
+    async with scene(tenants={"a": TenantLimits(best_priority=-1)}) as here:
+        with pytest.raises(ServiceError) as refused:
+            await here.answer(here.request("x", tenant="a", priority=-2))
+        assert (refused.value.code, refused.value.field) == (Code.PERMISSION_DENIED, "priority")
+        assert refused.value.message == "priority: -2 must be at least -1, the best class of this tenant"
+        for name, priority in (("y", -1), ("z", 7)):
+            here.ask(name, tenant="a", priority=priority)
+        here.ask("w", tenant="b", priority=-9)
+        ends = await here.end()
+        assert not [each for each in ends.values() if isinstance(each, BaseException)]

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 
 from service.caller import TenantLimits
 from service.cli import main
+from service.security.access import Access
 from service.security.errors import SecurityError
 from service.security.keys import KeysFile, Tenant, entry_of, new_key, parse_keys
 
@@ -35,6 +36,7 @@ def test_an_entry_says_who_has_a_key_and_how_much_is_theirs() -> None:
             "  max_running: 8",
             "  max_queued: 64",
             "  tokens_per_minute: 600000",
+            "  best_priority: -2",
             "- {name: operations, admin: true, key: nms-fedcba9876543210}",
         )
     )
@@ -42,11 +44,22 @@ def test_an_entry_says_who_has_a_key_and_how_much_is_theirs() -> None:
     assert search == Tenant(
         name="search",
         digests=(bytes.fromhex(DIGEST),),
-        limits=TenantLimits(weight=2.5, max_running=8, max_queued=64, tokens_per_minute=600_000),
+        limits=TenantLimits(weight=2.5, max_running=8, max_queued=64, tokens_per_minute=600_000, best_priority=-2),
     )
     assert operations is not None
     assert (operations.name, operations.admin, operations.limits) == ("operations", True, TenantLimits())
     assert keys.of_key(KEY + "0") is keys.of_key(KEY.upper()) is keys.of_key("") is None
+
+
+def test_better_classes_than_normal_are_for_admins_and_those_of_whom_it_is_said(tmp_path: Path) -> None:
+    (tmp_path / "keys.yaml").write_bytes(
+        text("- {name: a, key: nms-0123456789abcdef}", "- {name: ops, admin: true, key: nms-fedcba9876543210}")
+    )
+    keyed = Access(keys=KeysFile(tmp_path / "keys.yaml"))
+    found = {name: keyed.limits(name).best_priority for name in ("a", "ops", "gone")}
+    assert found == {"a": 0, "ops": None, "gone": 0}
+    assert Access(client_certificates=True).limits("a").best_priority == 0
+    assert Access(trusted=False).limits("").best_priority is None
 
 
 def test_one_key_replaces_another_while_both_are_good() -> None:
@@ -100,6 +113,7 @@ def test_keys_are_compared_in_constant_time_with_all_of_them(monkeypatch: pytest
         (["- {name: a, key: 'nms-0123456789 abcdef'}"], "a: key must have 16 to 512 visible"),
         (["- {name: a, key: nms-0123456789abcdef, admin: maybe}"], "a: admin must be true or false"),
         (["- {name: a, key: nms-0123456789abcdef, max_running: 0}"], "a: max_running must be a whole number from 1"),
+        (["- {name: a, key: nms-0123456789abcdef, best_priority: low}"], "a: best_priority must be a whole number"),
         (["- {name: a, key: nms-0123456789abcdef, max_queued: -1}"], "a: max_queued must be a whole number from 1"),
         (["- {name: a, key: nms-0123456789abcdef, tokens_per_minute: .inf}"], "a: tokens_per_minute must be a whole"),
         (["- {name: a, key: nms-0123456789abcdef, weight: nan}"], "a: weight must be a number above 0"),
@@ -137,7 +151,7 @@ def test_a_changed_file_counts_at_once_and_a_broken_one_is_told_of_once(
     path = tmp_path / "keys.yaml"
     path.write_text(f"- {{name: a, key: {KEY}, max_running: 3}}\n")
     file = KeysFile(path)
-    assert (file.limits("a").max_running, file.limits("b")) == (3, TenantLimits())
+    assert (file.limits("a").max_running, file.limits("b")) == (3, TenantLimits(best_priority=0))
     path.write_text(f"- {{name: longer, key: {OTHER}}}\n")
     file.refresh()
     assert (file.keys.of_key(KEY), file.keys.of_key(OTHER) is not None) == (None, True)
