@@ -132,6 +132,7 @@ class ServedModel:
         self._engine = self._text = None
         self._release()
         self._move(Status(Phase.UNLOADED, "unloaded"))
+        self.admission.fail(self._unavailable())  # the engine died before it was handed those that wait
 
     def draining(self) -> None:
         """Not ready any more, but new requests are still taken."""

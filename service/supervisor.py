@@ -247,8 +247,8 @@ class Supervisor:
     async def _exchange(self, wish: Wish, config: EngineConfig) -> Trouble | None:
         try:  # what is broken is mostly found before anything is given up
             text = await self._loader.read_text(Path(config.model_path))
-        except FAILURES as error:
-            wish.refuse(Code.FAILED_PRECONDITION, _shown(error, config))
+        except Exception as error:
+            _refuse(wish, config, error)
             return None
         before = self._text
         if self._engine is not None and not await self._emptied(wish, takes=True):
@@ -256,9 +256,8 @@ class Supervisor:
         await self._close()
         try:
             self._serve(await self._load(config, "load", text))
-        except FAILURES as error:
-            log.error("model not loaded", extra={"path": config.model_path, "reason": str(error)})
-            wish.refuse(Code.FAILED_PRECONDITION, _shown(error, config))
+        except Exception as error:
+            _refuse(wish, config, error)
             return await self._return(before)
         self._config = config
         log.info("model loaded", extra={"path": config.model_path})
@@ -309,6 +308,12 @@ class Supervisor:
             wish.granted.cancel()  # who has gone away wishes nothing any more
 
 
-def _shown(error: Exception, config: EngineConfig) -> str:
-    """Where the model store is is nobody's business."""
-    return str(error).replace(f"{Path(config.model_path).parent}/", "")
+def _refuse(wish: Wish, config: EngineConfig, error: Exception) -> None:
+    """The model cannot be loaded; whatever the reason, the server and the model before go on."""
+    if isinstance(error, FAILURES):
+        log.error("model not loaded", extra={"path": config.model_path, "reason": str(error)})
+        shown = str(error).replace(f"{Path(config.model_path).parent}/", "")  # where the model store is is our business
+        wish.refuse(Code.FAILED_PRECONDITION, shown)
+    else:
+        log.error("model not loaded", exc_info=error, extra={"path": config.model_path})
+        wish.refuse(Code.INTERNAL, "internal error; the log has the rest")

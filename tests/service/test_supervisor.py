@@ -281,6 +281,45 @@ async def test_an_unloaded_model_refuses_requests_until_it_is_loaded_again(tmp_p
         assert await life.answer() == "abc"
 
 
+async def test_who_waits_is_told_when_the_engine_dies_while_it_is_unloaded(tmp_path: Path) -> None:
+    async with living(config(tmp_path, model_control=True)) as life:
+        control = life.server.model.control
+        assert control is not None
+        life.engine.gate = Gate()
+        asked = [asyncio.create_task(code_of(life.ask())) for _ in range(2 * life.engine.info.max_batch_size)]
+        await life.until(lambda status: life.server.model.in_flight == len(asked))
+        unloading = asyncio.create_task(control.unload())
+        await life.until(lambda status: status.phase is Phase.UNLOADED)
+        life.engine.die()
+        await asyncio.wait_for(unloading, 10)
+        assert set(await asyncio.wait_for(asyncio.gather(*asked), 5)) == {grpc.StatusCode.UNAVAILABLE}
+        await control.load(None)
+        assert await life.answer() == "abc"
+
+
+@pytest.mark.parametrize("where", ["text", "engine"])
+async def test_a_fault_of_ours_in_another_model_does_not_end_the_server(
+    tmp_path: Path, where: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    fault: Any = KeyError("vocab")
+
+    def load_text(path: Path) -> Any:
+        if where == "text" and path.name == "other":
+            raise fault
+        return toy_text()
+
+    async with living(config(tmp_path, model_control=True), load_text=load_text, find=find(tmp_path)) as life:
+        assert life.server.model.control is not None
+        life.engines.failures = [fault] if where == "engine" else []
+        with pytest.raises(ServiceError) as refused:
+            await asyncio.wait_for(life.server.model.control.load("other"), 10)
+        assert (refused.value.code, refused.value.message) == (Code.INTERNAL, "internal error; the log has the rest")
+        await life.until(ready)
+        assert await life.answer() == "abc"
+    [told] = [record for record in caplog.records if record.message == "model not loaded"]
+    assert told.exc_info is not None
+
+
 async def test_a_load_that_nobody_waits_for_any_more_leaves_the_model_as_it_is(tmp_path: Path) -> None:
     async with living(config(tmp_path, model_control=True)) as life:
         control = life.server.model.control
