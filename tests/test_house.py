@@ -126,6 +126,10 @@ def test_what_renders_the_chart_stands_alone() -> None:
         ("service.settings", ("service.resolve", "service.command", "service.cli", "service.server")),
         ("service.resolve", ("service.command", "service.cli", "service.server")),
         ("service.command", ("service.cli", "service.model_commands", "service.server")),
+        (
+            "service.names",
+            ("service.grpc", "service.http", "service.telemetry", "service.served", "service.generation"),
+        ),
         ("service.http.management", ("service.grpc", "service.generation", "service.server", "service.cli")),
         ("service.loading", ("service.grpc", "service.http", "service.generation", "service.served", "service.server")),
         ("service.supervisor", ("service.grpc", "service.http", "service.server", "service.cli")),

@@ -15,10 +15,11 @@ from nemoserve.v1 import generation_pb2_grpc as rpc
 
 from engine import AdapterInfo, FinishReason, Grammar, SamplingParams, TokenLogprob
 from service.caller import CALLER
-from service.errors import Code, ServiceError, invalid
+from service.errors import ServiceError, invalid
 from service.generation import Delta, Finished, GenerationEvent, GenerationRequest, Started
 from service.grpc.status import Context, abort, deadline_of, metadata_value
 from service.host import Host, Phase
+from service.names import MAX_REQUEST_ID, adapter_of, is_request_id
 from service.text.chat import Conversation, Message, Tool, ToolCall
 from service.text.check import MAX_MESSAGES, check_counts
 from service.version import VERSION
@@ -44,7 +45,6 @@ CHOICES: Mapping[int, Literal["auto", "none", "required"]] = {
 }
 _IS_JSON = re.compile(r"\.(parameters|arguments)$")  # fields of tools and calls, named in generation.proto with "_json"
 LOAD_INTERVAL_SECONDS = (0.1, 60.0)
-MAX_REQUEST_ID = 256  # characters; it travels in headers and stands in logs
 PROMPT_LOGPROBS_PER_MESSAGE = 512  # with 20 named tokens each a message has about 200 KB
 INLINE_TOKENS = 4096  # turned into text within a millisecond; more go to a thread
 
@@ -59,7 +59,7 @@ class GenerationServicer(rpc.GenerationServiceServicer):
         try:
             request_id = _request_id(request, context)
             context.set_trailing_metadata((("x-request-id", request_id),))
-            adapter = self._adapter(request.model, request.adapter)
+            adapter = adapter_of(self._host, request.model, request.adapter)
             generation = to_generation(request, request_id, adapter, deadline_of(context))
             async with aclosing(self._host.generate(generation)) as events:
                 async for event in events:
@@ -70,7 +70,7 @@ class GenerationServicer(rpc.GenerationServiceServicer):
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         try:
-            self._adapter(request.model)
+            adapter_of(self._host, request.model)
             if (given := request.WhichOneof("input")) is None:
                 raise invalid("input", "one of text and chat must be set")
             prompt = _conversation(request.chat) if given == "chat" else request.text
@@ -80,7 +80,7 @@ class GenerationServicer(rpc.GenerationServiceServicer):
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
         try:
-            self._adapter(request.model)
+            adapter_of(self._host, request.model)
             ids = list(request.token_ids)
             inline = len(ids) <= INLINE_TOKENS
             text = self._host.detokenize(ids) if inline else await asyncio.to_thread(self._host.detokenize, ids)
@@ -96,7 +96,7 @@ class GenerationServicer(rpc.GenerationServiceServicer):
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
         try:
-            return pb.GetModelResponse(model=self._model(self._adapter(request.model)))
+            return pb.GetModelResponse(model=self._model(adapter_of(self._host, request.model)))
         except ServiceError as error:
             await abort(context, error)
 
@@ -115,22 +115,6 @@ class GenerationServicer(rpc.GenerationServiceServicer):
     @property
     def _loras(self) -> Mapping[str, AdapterInfo]:
         return {} if self._host.loras is None else self._host.loras.loaded
-
-    def _adapter(self, model: str, adapter: str = "") -> str | None:
-        """The LoRA adapter that is meant, None for the model as it is.
-
-        Raises:
-            ServiceError: NOT_FOUND for an unknown model, INVALID_ARGUMENT for two adapters.
-        """
-        known, loras = (self._host.model_name, *self._host.model_aliases), self._loras
-        if not model or model in known:
-            return adapter or None
-        if model not in loras:
-            served = ", ".join((*known, *loras))
-            raise ServiceError(Code.NOT_FOUND, f"model: {model!r} is not served here; served are {served}")
-        if adapter not in ("", model):
-            raise invalid("adapter", f"{adapter!r} does not go with model {model!r}, which is another adapter")
-        return model
 
     def _responses(self, event: GenerationEvent, model: str) -> Iterator[pb.GenerateResponse]:
         match event:
@@ -253,10 +237,9 @@ def _request_id(request: pb.GenerateRequest, context: Context) -> str:
     given = request.request_id or metadata_value(context, "x-request-id")
     if not given:
         return secrets.token_hex(8)
-    if len(given) > MAX_REQUEST_ID:
-        raise invalid("request_id", f"{len(given)} characters must be at most {MAX_REQUEST_ID}")
-    if not (given.isascii() and given.isprintable()):
-        raise invalid("request_id", f"{given!r} must be printable ASCII")
+    if not is_request_id(given):
+        rule = f"must be printable ASCII of at most {MAX_REQUEST_ID} characters"
+        raise invalid("request_id", f"{given[:80]!r} ({len(given)} characters) {rule}")
     return given
 
 

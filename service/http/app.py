@@ -29,13 +29,12 @@ from service.http.openai.routes import UNSERVED, openai_routes
 from service.http.openapi import openapi_routes
 from service.http.page import page_routes
 from service.http.reply import fault, send_error
+from service.names import MAX_REQUEST_ID, is_request_id
 from service.security.access import EVERYBODY, Access
 from service.security.limits import MAX_REQUEST_BYTES
 from service.telemetry.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
-
-MAX_REQUEST_ID = 256  # characters; it travels in headers and stands in logs
 
 
 def create_app(
@@ -72,8 +71,8 @@ class Guard:
         assert scope["type"] == "http", "the server speaks nothing else"
         scope["app"] = self  # by this the router knows that it may raise
         given = Headers(scope=scope).get("x-request-id", "")
-        usable = _usable(given)
-        request_id = given if given and usable else secrets.token_hex(8)
+        usable = is_request_id(given)
+        request_id = given if usable else secrets.token_hex(8)
         scope.setdefault("state", {})["request_id"] = request_id
         started = False
 
@@ -85,7 +84,7 @@ class Guard:
             await send(message)
 
         try:
-            if not usable:
+            if given and not usable:
                 raise invalid("x-request-id", f"must be printable ASCII of at most {MAX_REQUEST_ID} characters")
             await self._app(scope, receive, send_with_id)
         except ClientDisconnect:
@@ -94,10 +93,6 @@ class Guard:
             answer = _answer(error, scope["path"])
             if not started:
                 await send_error(send_with_id, answer)
-
-
-def _usable(request_id: str) -> bool:
-    return len(request_id) <= MAX_REQUEST_ID and request_id.isascii() and (request_id.isprintable())
 
 
 def _answer(error: BaseException, path: str) -> ServiceError | RouteError:

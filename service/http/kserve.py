@@ -7,8 +7,8 @@ from starlette.routing import Route
 
 from service.errors import Code, ServiceError
 from service.host import Host, Phase
-from service.http.names import adapter_of
 from service.http.reply import Json
+from service.names import adapter_of
 
 
 def kserve_routes(host: Host) -> list[Route]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from engine import EngineStats
 from service.host import Host
+from service.names import is_request_id
 from service.telemetry.access import log_call
 from service.telemetry.calls import Call
 from service.telemetry.metrics import Metrics
@@ -54,7 +55,8 @@ class Telemetry:
             headers: `traceparent`, `tracestate` and `x-request-id` are read.
             span, attributes: of the SERVER span, if there is one.
         """
-        call = Call(protocol=protocol, named=named, peer=peer, request_id=headers.get("x-request-id", ""))
+        given = headers.get("x-request-id", "")
+        call = Call(protocol=protocol, named=named, peer=peer, request_id=given if is_request_id(given) else "")
         if self._tracing is not None:
             call.span = self._tracing.call(span, headers, attributes())
         return call

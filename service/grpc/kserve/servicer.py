@@ -35,6 +35,7 @@ from service.grpc.kserve.responses import FINAL, Responses, response
 from service.grpc.kserve.stream import Stream
 from service.grpc.kserve.tensors import refused
 from service.grpc.status import Context, abort, deadline_of, metadata_value
+from service.names import is_request_id
 from service.version import VERSION
 
 log = logging.getLogger(__name__)
@@ -364,5 +365,6 @@ def _check_region(kind: str, name: str) -> None:
 
 
 def _echo_request_id(context: Context) -> None:
-    if (request_id := metadata_value(context, "x-request-id")) is not None:
+    """What is no id is left out: Triton knows none, and refuses nothing for it."""
+    if is_request_id(request_id := metadata_value(context, "x-request-id") or ""):
         context.set_trailing_metadata((("x-request-id", request_id),))

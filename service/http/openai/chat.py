@@ -14,7 +14,6 @@ from service.caller import CALLER
 from service.errors import invalid
 from service.generation import Delta, Finished, GenerationRequest, Started, ToolCallDelta
 from service.host import Host
-from service.http.names import adapter_of
 from service.http.openai.conversation import ChatMessage, ChatTool, NamedTool, conversation_of
 from service.http.openai.logprobs import ChatLogprobs, Spelling
 from service.http.openai.parameters import (
@@ -28,6 +27,7 @@ from service.http.openai.parameters import (
 )
 from service.http.openai.run import Usage, fingerprint, finish_reason, request_id_of, run
 from service.http.reply import DONE, EventStream, JsonLater, event
+from service.names import adapter_of
 
 
 class ChatBody(GenerationBody, kw_only=True):

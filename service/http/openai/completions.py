@@ -17,7 +17,6 @@ from service.caller import CALLER
 from service.errors import invalid
 from service.generation import MAX_COMPLETIONS, Delta, Finished, GenerationRequest, Started
 from service.host import Host
-from service.http.names import adapter_of
 from service.http.openai.logprobs import LegacyLogprobs, LegacyWriter, Spelling
 from service.http.openai.parameters import (
     GenerationBody,
@@ -30,6 +29,7 @@ from service.http.openai.parameters import (
 )
 from service.http.openai.run import Usage, fingerprint, finish_reason, request_id_of, run
 from service.http.reply import DONE, EventStream, JsonLater, event
+from service.names import adapter_of
 
 INLINE_TOKENS = 4096  # turned into text within a millisecond; more go to a thread
 

@@ -7,7 +7,7 @@ from msgspec import UNSET, UnsetType
 
 from service.errors import ServiceError
 from service.host import Host
-from service.http.names import adapter_of
+from service.names import adapter_of
 
 
 class ModelCard(msgspec.Struct, kw_only=True):

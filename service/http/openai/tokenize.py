@@ -8,8 +8,8 @@ import msgspec
 
 from service.errors import ServiceError, invalid
 from service.host import Host
-from service.http.names import adapter_of
 from service.http.openai.conversation import ChatMessage, ChatTool, as_written, conversation_of
+from service.names import adapter_of
 from service.text.chat import Conversation
 
 INLINE_TOKENS = 4096  # turned into text within a millisecond; more go to a thread

@@ -55,6 +55,12 @@ async def generate(port: Port, **fields: Any) -> str:
     return str(first.started.model)
 
 
+async def test_while_loading_nobody_knows_yet_which_adapters_there_will_be(tmp_path: Path) -> None:
+    async with serving(ServedModel("toy", loras=LoraFolder(tmp_path, ("toy",)))) as port:
+        call = port.typed.Generate(pb.GenerateRequest(prompt="Hi", model="law"))
+        assert (await refusal(call)).code() is grpc.StatusCode.UNAVAILABLE
+
+
 def infer(model: str, **sampling: object) -> Any:
     request = ask(model, text_input="hi", stream=False)
     return add(request, "sampling_parameters", json.dumps({"max_tokens": 2, **sampling}))

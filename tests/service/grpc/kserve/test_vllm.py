@@ -389,6 +389,12 @@ async def test_a_full_queue_is_told_with_a_retry_hint(llm: Running, host: FakeHo
     }
 
 
+async def test_what_is_too_long_for_a_request_id_is_not_sent_back(llm: Running) -> None:
+    call = llm.stub.ModelInfer(vllm("hi", stream=False, max_tokens=1), metadata=(("x-request-id", "a" * 257),))
+    assert "x-request-id" not in dict(await call.trailing_metadata())
+    assert await call.code() is grpc.StatusCode.OK
+
+
 async def test_a_generation_that_breaks_is_an_error(llm: Running, host: FakeHost) -> None:
     host.answers["hi"] = Answer(finished_error="the logits are not finite", error_after=2)
     assert await refused(llm, vllm("hi", stream=False)) == (
