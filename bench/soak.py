@@ -1,10 +1,11 @@
 """`python -m bench.soak`: thousands of requests of every kind to one engine process, and what must hold after them.
 
 Prompts of one token to hundreds, some of which begin alike or repeat themselves; tokens greedy and drawn; logprobs,
-classes, salts; a quarter of the callers goes away, some before their first token; so few KV pages that requests are
-pre-empted all the time. After each round the engine is left idle and must be as it was: every request has had exactly
-one terminal event, nothing runs or waits, no page is held, the engine's own look at its books has passed
-(`engine.loop`: an idle engine dies of what it finds), and neither process has grown. Otherwise the exit status is 1.
+classes, salts; on demand grammars, known, new and forgotten; a quarter of the callers goes away, some before their
+first token; so few KV pages that requests are pre-empted all the time. After each round the engine is left idle and
+must be as it was: every request has had exactly one terminal event, nothing runs or waits, no page is held, the
+engine's own look at its books has passed (`engine.loop`: an idle engine dies of what it finds), and neither process has
+grown. Otherwise the exit status is 1.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from engine.errors import EngineDeadError
 from engine.loop import HEARTBEAT_SECONDS, StepOutput
 from engine.memory import token_bytes
 from engine.remote import RemoteEngine
-from engine.request import EngineStats, FinishReason, Request, SamplingParams
+from engine.request import EngineStats, FinishReason, Grammar, Request, SamplingParams, Vocabulary
 from service.models.family import NEMO_12B
 
 SCHEMA = 1
@@ -46,8 +47,10 @@ SCHEMA = 1
 # two more arenas of Python. If each of the 9,000 requests after it left no more than a list of 30 tokens behind, that
 # would be more.
 GROWTH_BYTES = 2 * 2**20
+GRAMMAR_BYTES = 8 * 2**20  # compiled ones are kept, and learn: 5 MiB until request 5,000, and nothing to 7,000
 IDLE_SECONDS = 2.2 * HEARTBEAT_SECONDS  # two beats: one after the last step, and one that has checked the books
 OPENINGS = 8  # texts that prompts begin with
+GRAMMARS = 100  # that there are of each kind: more than the engine keeps
 CROWDS = ((0.7, 10**9), (0.2, 2), (0.1, 1))  # shares of a round, and how many call at a time: drafts pay where few do
 TINY = msgspec.structs.replace(
     NEMO_12B,
@@ -97,8 +100,9 @@ class Patience:
 class Traffic:
     """Requests for an engine of so many tokens of context. The same seed makes the same ones."""
 
-    def __init__(self, vocab_size: int, context: int, seed: int) -> None:
+    def __init__(self, vocab_size: int, context: int, seed: int, *, grammars: bool = False) -> None:
         self._random = random.Random(seed)
+        self._grammars = grammars
         self._vocab_size = vocab_size
         self._longest = context * 3 // 4
         self._most_new = context // 4
@@ -118,6 +122,7 @@ class Traffic:
                 seed=choice((None, number)),
                 logprobs=choice((None, None, None, 2)),
                 prompt_logprobs=choice((*[None] * 9, 1)),
+                grammar=choice((None, None, None, self._grammar())) if self._grammars else None,
             ),
             priority=choice((0, 0, 0, 0, -1, 1)),
             cache_salt=choice(("", "", "", "another tenant")),
@@ -139,6 +144,14 @@ class Traffic:
                 return (self._tokens(self._random.randint(1, 6)) * length)[:length]
             case _:
                 return self._tokens(length)
+
+    def _grammar(self) -> Grammar:
+        """Half of them are one of a few."""
+        count = self._random.choice((1, 2, 3, self._random.randint(1, GRAMMARS)))
+        expression = Grammar(kind="regex", text=f"([a-f]{{1,3}} ?){{{count}}}")
+        schema = {"type": "object", "properties": {f"p{count}": {"type": "string", "maxLength": count}}}
+        listing = Grammar(kind="json_schema", text=json_format.dumps(schema | {"additionalProperties": False}))
+        return self._random.choice((Grammar(kind="json_object"), expression, listing))
 
     def _tokens(self, count: int) -> list[int]:
         return [self._random.randrange(self._vocab_size) for _ in range(count)]
@@ -178,18 +191,22 @@ async def call(engine: WatchedEngine, request: Request, patience: Patience) -> N
                         return
 
 
-async def soak(config: EngineConfig, *, requests: int, every: int, callers: int, seed: int) -> Soak:
+async def soak(
+    config: EngineConfig, *, requests: int, every: int, callers: int, seed: int, grammars: bool = False
+) -> Soak:
     """Send the requests, `callers` at a time, in rounds of `every`; print a line after each round."""
     started_at, machine = datetime.now(UTC).isoformat(timespec="seconds"), this_machine()
     engine = await WatchedEngine.start(config)
     assert isinstance(engine, WatchedEngine)
     engine.watch(requests)
+    if grammars:
+        engine.set_vocabulary(Vocabulary(tokens=[bytes([value]) for value in range(256)], special=[]))
     samples: list[Sample] = []
     faults: list[str] = []
     try:
         info = engine.info
         context = min(info.max_model_len, info.kv_pages * info.page_size)
-        traffic = Traffic(info.vocab_size, context, seed)
+        traffic = Traffic(info.vocab_size, context, seed, grammars=grammars)
         while (done := samples[-1].requests if samples else 0) < requests and not faults:
             count = min(every, requests - done)
             numbers, begin = iter(range(done + 1, done + count + 1)), time.monotonic()
@@ -207,7 +224,7 @@ async def soak(config: EngineConfig, *, requests: int, every: int, callers: int,
             )
             samples.append(sample)
             show(sample)
-            faults += _faults(engine, sample, samples[0])
+            faults += _faults(engine, sample, samples[0], GRAMMAR_BYTES if grammars else GROWTH_BYTES)
     except (EngineDeadError, OSError) as error:
         faults.append(str(error))
     finally:
@@ -231,7 +248,7 @@ async def _calls(engine: WatchedEngine, traffic: Traffic, numbers: Iterator[int]
         await call(engine, traffic.request(number), traffic.patience())
 
 
-def _faults(engine: WatchedEngine, sample: Sample, first: Sample) -> Iterator[str]:
+def _faults(engine: WatchedEngine, sample: Sample, first: Sample, most_growth: int) -> Iterator[str]:
     """What does not hold of an idle engine."""
     stats = sample.stats
     if engine.failure is not None:
@@ -248,8 +265,8 @@ def _faults(engine: WatchedEngine, sample: Sample, first: Sample) -> Iterator[st
         "the client": sample.client_bytes - first.client_bytes,
     }
     for name, grown in growth.items():
-        if grown > GROWTH_BYTES:
-            yield f"{name} has grown by {grown} bytes since request {first.requests}, by more than {GROWTH_BYTES}"
+        if grown > most_growth:
+            yield f"{name} has grown by {grown} bytes since request {first.requests}, by more than {most_growth}"
 
 
 def show(sample: Sample) -> None:
@@ -317,6 +334,7 @@ def soak_config(
 @click.option("--page-size", type=click.IntRange(1), default=16, help="tokens of a page")
 @click.option("--kv-precision", default="auto", help="of the KV cache: auto, bf16 or fp8")
 @click.option("--lookahead", type=click.IntRange(0, 1), help="of the engine; none = as it chooses")
+@click.option("--grammars", is_flag=True, help="a quarter of the requests have one")
 @click.option("--seed", default=0, help="fixes the requests; when they come and go is left to chance")
 @click.option("--json", type=click.Path(path_type=Path), help="also write the result to this file")
 def main(
@@ -330,6 +348,7 @@ def main(
     page_size: int,
     kv_precision: str,
     lookahead: int | None,
+    grammars: bool,
     seed: int,
     json: Path | None,
 ) -> None:
@@ -345,7 +364,9 @@ def main(
             kv_precision=kv_precision,
             lookahead=lookahead,
         )
-        result = asyncio.run(soak(config, requests=requests, every=every, callers=callers, seed=seed))
+        result = asyncio.run(
+            soak(config, requests=requests, every=every, callers=callers, seed=seed, grammars=grammars)
+        )
     if json is not None:
         write_result(json, result)
     print(", ".join(f"{count} {reason}" for reason, count in result.ended.items()))
