@@ -123,9 +123,12 @@ def test_what_renders_the_chart_stands_alone() -> None:
             "service.management",
             ("service.grpc", "service.http", "service.generation", "service.server", "service.cli", "starlette"),
         ),
-        ("service.settings", ("service.resolve", "service.command", "service.cli", "service.server")),
-        ("service.resolve", ("service.command", "service.cli", "service.server")),
-        ("service.command", ("service.cli", "service.model_commands", "service.server")),
+        (
+            "service.settings.definitions",
+            ("service.settings.resolve", "service.cli.command", "service.cli", "service.server"),
+        ),
+        ("service.settings", ("service.cli", "service.server")),
+        ("service.cli.command", ("service.cli.main", "service.cli.models", "service.server")),
         (
             "service.names",
             ("service.grpc", "service.http", "service.telemetry", "service.served", "service.generation"),
@@ -179,7 +182,14 @@ def test_nothing_can_unpickle() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["engine", "service.host", "service.server", "service.cli", "service.doctor", "nemoserve.v1.generation_pb2_grpc"],
+    [
+        "engine",
+        "service.host",
+        "service.server",
+        "service.cli",
+        "service.cli.doctor",
+        "nemoserve.v1.generation_pb2_grpc",
+    ],
 )
 def test_the_service_process_starts_without_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"

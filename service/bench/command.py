@@ -8,8 +8,8 @@ from pathlib import Path
 
 import click
 
-from service.command import EXIT_FAILED, errors, grpc_address
-from service.command import as_json as json_option
+from service.cli.command import EXIT_FAILED, errors, grpc_address
+from service.cli.command import as_json as json_option
 
 
 @click.command(context_settings={"show_default": True}, short_help="Put load on a server and time its answers.")

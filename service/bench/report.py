@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from xml.sax.saxutils import escape
 
 from service.bench.load import Measured
-from service.tables import table
+from service.cli.tables import table
 
 WIDTH, HEIGHT, MARGIN = 360.0, 220.0, 50.0
 COLOUR = "#1f5fa8"

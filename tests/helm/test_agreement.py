@@ -14,8 +14,8 @@ from helm.chart import CHART, SCHEMA, of_kind
 from helm.readme import PAGE, current, values
 from service.models.catalog import CATALOG
 from service.models.gpus import KNOWN_GPUS
-from service.resolve import resolve, unknown_variables
-from service.settings import SETTINGS
+from service.settings.definitions import SETTINGS
+from service.settings.resolve import resolve, unknown_variables
 from service.version import VERSION
 from tests.helm.conftest import SETS, one, rendered, server, workload
 

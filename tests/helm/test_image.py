@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from helm.chart import of_kind
-from service.cli import main
+from service.cli.main import main
 from service.version import VERSION
 from tests.helm.conftest import SETS, pod_specs, rendered, server
 

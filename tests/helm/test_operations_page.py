@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from helm.chart import objects
 from helm.readme import PAGE as README
 from helm.tools import HELMS, run
-from service.cli import main
+from service.cli.main import main
 from tests.helm.conftest import one, rendered
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from bench.peers.processes import free_port, running, serves
 from service.bench.clients import Answer, Ask
 from service.bench.load import Plan, Spread, measure, summarise
-from service.cli import main
+from service.cli.main import main
 
 PLAN = Plan(requests=4, concurrency=2)
 

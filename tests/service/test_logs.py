@@ -100,7 +100,7 @@ def test_a_load_without_a_terminal_is_a_line_now_and_then_and_one_at_the_end(
 
 def test_a_load_on_a_terminal_shows_a_bar_with_bytes_and_their_rate(smollm2_path: Path) -> None:
     ours, theirs = os.openpty()
-    program = "import sys; from service.cli import main; main(sys.argv[1:])"
+    program = "import sys; from service.cli.main import main; main(sys.argv[1:])"
     command = [sys.executable, "-c", program, "chat", str(smollm2_path), "--once", "Hi", "--max-tokens", "1"]
     environ = os.environ | {"TERM": "xterm", "COLUMNS": "120"}
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=theirs, env=environ)

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from engine.memory import parameter_count, weight_bytes
 from engine.schemes import SCHEMES
-from service.cli import main
+from service.cli.main import main
 from service.models.family import NEMO_12B
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "memory.md"

@@ -17,12 +17,12 @@ from engine.ops import load_kernels
 from engine.probe import Gpu, Machine, Weights
 from engine.runner import Runner
 from engine.schemes import SCHEMES
+from service.cli.report import profile_table
 from service.models import catalog
 from service.models.fit import GIB, Fit, Place, Subject, fit
 from service.models.gpus import KNOWN_GPUS, find_gpu, recognise
 from service.models.machine import look
 from service.models.profiles import profiles, settings_of
-from service.report import profile_table
 from tests.engine.parallel.threads import load_rank, on_ranks
 from tests.tiny_models import MID, write_gguf, write_hf
 

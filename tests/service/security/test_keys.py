@@ -14,7 +14,7 @@ import yaml
 from click.testing import CliRunner
 
 from service.caller import TenantLimits
-from service.cli import main
+from service.cli.main import main
 from service.security.access import Access
 from service.security.errors import SecurityError
 from service.security.keys import KeysFile, Tenant, entry_of, new_key, parse_keys

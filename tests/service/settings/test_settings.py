@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from service.cli import main
-from service.parsing import LEAST_MEMORY
-from service.resolve import Resolved, SettingError, resolve, resolve_model, unknown_variables
-from service.settings import SETTINGS, engine_config, join_address
+from service.cli.main import main
+from service.settings.definitions import SETTINGS, engine_config, join_address
+from service.settings.parsing import LEAST_MEMORY
+from service.settings.resolve import Resolved, SettingError, resolve, resolve_model, unknown_variables
 
 
 def test_a_flag_beats_a_variable_beats_an_alias_beats_the_default() -> None:

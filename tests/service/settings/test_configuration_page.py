@@ -1,5 +1,5 @@
 """docs/configuration.md and docs/nim.md have every setting as it is today. Run as a program, this writes their tables
-anew: `python -m tests.service.test_configuration_page`.
+anew: `python -m tests.service.settings.test_configuration_page`.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from service.cli import NIM_NAMES, main
-from service.resolve import OTHER_VARIABLES, unknown_variables
-from service.settings import SECTIONS, SETTINGS, Setting
+from service.cli.main import NIM_NAMES, main
+from service.settings.definitions import SECTIONS, SETTINGS, Setting
+from service.settings.resolve import OTHER_VARIABLES, unknown_variables
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+DOCS = Path(__file__).resolve().parents[3] / "docs"
 PAGE, NIM_PAGE = DOCS / "configuration.md", DOCS / "nim.md"
 BEGIN, END = "<!-- settings -->\n", "<!-- end -->"
 

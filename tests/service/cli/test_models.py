@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from service.cli import NIM_NAMES, main
+from service.cli.main import NIM_NAMES, main
 from tests.tiny_models import write_hf
 
 NEMOSERVE = Path(sys.executable).parent / "nemoserve"

@@ -1,6 +1,6 @@
 """Commands about models: those that have a name, those that are here, what of them fits where.
 
-Imports are made where they are needed, as in `service.cli`.
+Imports are made where they are needed, as in `service.cli.main`.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ import os
 
 import click
 
-from service.command import EXIT_FAILED, PLANNED, Sectioned, as_json, echo_json, errors, fail, fetch, options
+from service.cli.command import EXIT_FAILED, PLANNED, Sectioned, as_json, echo_json, errors, fail, fetch, options
+from service.cli.tables import table
 from service.models.catalog import CATALOG
-from service.resolve import resolve, resolve_model
-from service.tables import table
+from service.settings.resolve import resolve, resolve_model
 
 
 def _asked(model: str | None, profile: str | None, uri: str | None) -> str:
@@ -79,8 +79,8 @@ def store(model: str | None, profile: str | None, uri: str | None, to: str, as_j
 @as_json()
 def models(as_json: bool) -> None:
     """List the models that have a name, and which of them are in the store."""
+    from service.cli.screen import show
     from service.models.store import ModelStore
-    from service.screen import show
 
     with errors():
         store = ModelStore.default()
@@ -118,8 +118,8 @@ def doctor(gpu: str | None, memory: float | None, as_json: bool, **flags: str | 
     Exit code 1 if `nemoserve serve` with the same options and variables would not start: MODEL does not fit, a port is
     taken, there is no room for what is to be fetched.
     """
-    from service.doctor import examine, place_of
-    from service.screen import show
+    from service.cli.doctor import examine, place_of
+    from service.cli.screen import show
 
     with errors():
         values = {name: each.value for name, each in resolve(flags, os.environ).items()}
@@ -146,9 +146,9 @@ def profiles(model: str | None, gpu: str | None, as_json: bool, **flags: str | N
 
     An id reads MODEL/DEVICE-PRECISION-tpN; run one with `nemoserve serve --profile ID`.
     """
-    from service.doctor import list_profiles, places_of
-    from service.report import profile_table, taken_line
-    from service.screen import show
+    from service.cli.doctor import list_profiles, places_of
+    from service.cli.report import profile_table, taken_line
+    from service.cli.screen import show
 
     with errors():
         settings = resolve(flags, os.environ)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from service.command import EXIT_USAGE, echo_json, errors, fail
-from service.command import as_json as json_option
+from service.cli.command import EXIT_USAGE, echo_json, errors, fail
+from service.cli.command import as_json as json_option
 
 
 @click.group()

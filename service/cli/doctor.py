@@ -14,6 +14,7 @@ from engine import EngineConfigError
 from engine.parallel.share import share_of
 from engine.probe import Found, Weights
 from engine.schemes import SCHEMES
+from service.cli.report import check_lines, memory_table
 from service.models import catalog
 from service.models.errors import StoreError
 from service.models.fit import Fit, Place, Subject, fit
@@ -21,10 +22,9 @@ from service.models.gpus import KNOWN_GPUS, find_gpu
 from service.models.machine import Check, check_disk, check_machine, check_port, check_store, look
 from service.models.profiles import Profile, precisions, profiles
 from service.models.store import ModelStore
-from service.report import check_lines, memory_table
-from service.resolve import SettingError
 from service.security.errors import SecurityError
-from service.settings import engine_config
+from service.settings.definitions import engine_config
+from service.settings.resolve import SettingError
 
 MEMORY_GIB = (0.1, 10_000.0)  # of a GPU that may be planned for
 

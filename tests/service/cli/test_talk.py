@@ -11,10 +11,10 @@ from typing import cast
 import pytest
 
 from engine.remote import RemoteEngine
+from service.cli.talk import HELP, LocalPartner, RemotePartner, converse, say
 from service.errors import Code, ServiceError, TalkError
 from service.generation import GenerationEvent, GenerationRequest, Generator
 from service.grpc.server import GrpcServer
-from service.talk import HELP, LocalPartner, RemotePartner, converse, say
 from service.text.chat import Conversation, Message
 from tests.service.fakes import Answer, FakeHost, Gate
 

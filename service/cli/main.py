@@ -16,15 +16,15 @@ from typing import Any
 import click
 
 from service.bench.command import bench
-from service.command import EXIT_FAILED, Sectioned, echo_json, errors, fail, fetch, grpc_address, options
-from service.command import as_json as json_option
-from service.key_commands import keys
-from service.model_commands import COMMANDS
+from service.cli.command import EXIT_FAILED, Sectioned, echo_json, errors, fail, fetch, grpc_address, options
+from service.cli.command import as_json as json_option
+from service.cli.keys import keys
+from service.cli.models import COMMANDS
 from service.models.catalog import DEFAULT_MODEL
-from service.parsing import AUTO
-from service.resolve import Resolved, resolve, unknown_variables
 from service.security.exposure import encrypts
-from service.settings import SETTINGS, engine_config, join_address, queue_limits
+from service.settings.definitions import SETTINGS, engine_config, join_address, queue_limits
+from service.settings.parsing import AUTO
+from service.settings.resolve import Resolved, resolve, unknown_variables
 from service.version import VERSION
 
 NIM_NAMES = {
@@ -90,7 +90,7 @@ def _with_profile(settings: dict[str, Resolved], flags: dict[str, str | None]) -
     asked = settings["profile"]
     if asked.value != AUTO:
         return settings
-    from service.doctor import choose
+    from service.cli.doctor import choose
 
     chosen = choose({name: each.value for name, each in settings.items()}).id
     return resolve({**flags, "profile": chosen}, os.environ) | {"profile": Resolved(chosen, asked.source)}
@@ -99,7 +99,7 @@ def _with_profile(settings: dict[str, Resolved], flags: dict[str, str | None]) -
 def _serve(values: dict[str, Any], sample_prompt: str | None) -> None:
     import logging
 
-    from service.doctor import refuse_before_fetching
+    from service.cli.doctor import refuse_before_fetching
     from service.loading import find_in
     from service.logs import configure
     from service.management import Package
@@ -171,8 +171,8 @@ async def _welcome(
     model: str, address: str, http_address: str | None, sample_prompt: str | None, *, keys: bool, tls: bool
 ) -> None:
     """What a person at the terminal wants to know once the model is ready."""
+    from service.cli.talk import RemotePartner, say
     from service.errors import TalkError
-    from service.talk import RemotePartner, say
     from service.text.chat import Message
 
     if sample_prompt:
@@ -244,8 +244,8 @@ def chat(
     if question is not None and not question.strip():
         raise click.UsageError("the question is empty")
     with errors(), asyncio.Runner() as runner:
+        from service.cli.talk import LocalPartner, Partner, RemotePartner, converse, say
         from service.progress import load_progress
-        from service.talk import LocalPartner, Partner, RemotePartner, converse, say
         from service.text.chat import Message
 
         async def connect() -> Partner:
@@ -275,8 +275,8 @@ def _line_reader() -> Callable[[], str]:
 
 
 def _dry_run(settings: dict[str, Resolved], as_json: bool) -> None:
-    from service.dry_run import dry_run
-    from service.screen import show
+    from service.cli.dry_run import dry_run
+    from service.cli.screen import show
 
     found = dry_run(settings)
     if as_json:

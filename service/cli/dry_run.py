@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine import EngineError
-from service.doctor import check_files, list_profiles
+from service.cli.doctor import check_files, list_profiles
+from service.cli.report import profile_table, taken_line
+from service.cli.tables import table
 from service.models.errors import StoreError
 from service.models.profiles import Profile
-from service.report import profile_table, taken_line
-from service.resolve import Resolved
 from service.security.errors import SecurityError
-from service.tables import table
+from service.settings.resolve import Resolved
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

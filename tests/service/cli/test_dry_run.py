@@ -11,16 +11,16 @@ import pytest
 from click.testing import CliRunner, Result
 
 from engine.probe import Found
-from service.cli import main
-from service.settings import SETTINGS
-from tests.service.test_doctor import MACHINE
+from service.cli.main import main
+from service.settings.definitions import SETTINGS
+from tests.service.cli.test_doctor import MACHINE
 
 
 @pytest.fixture(autouse=True)
 def small_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """8 GiB free, and a store with nothing in it."""
     monkeypatch.setenv("NEMOSERVE_CACHE", str(tmp_path))
-    monkeypatch.setattr("service.doctor.look", lambda *_: Found(machine=MACHINE, weights=None))
+    monkeypatch.setattr("service.cli.doctor.look", lambda *_: Found(machine=MACHINE, weights=None))
 
 
 def dry_run(*arguments: str, **environ: str) -> Result:
@@ -92,7 +92,7 @@ def test_it_warns_of_misspelt_variables_beside_its_output() -> None:
 
 def machine_with(monkeypatch: pytest.MonkeyPatch, gib: int) -> None:
     machine = msgspec.structs.replace(MACHINE, free_bytes=gib * 2**30)
-    monkeypatch.setattr("service.doctor.look", lambda *_: Found(machine=machine, weights=None))
+    monkeypatch.setattr("service.cli.doctor.look", lambda *_: Found(machine=machine, weights=None))
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_where_none_fits_each_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch
 
 
 def test_what_does_not_fit_is_not_fetched_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.cli.fetch", None)
+    monkeypatch.setattr("service.cli.main.fetch", None)
     result = CliRunner().invoke(main, ["serve", "mistral-nemo-12b"])
     assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
     assert "GiB short" in result.stderr

@@ -1,6 +1,6 @@
 """Every setting of `nemoserve serve`, once: name, type, default and its reason; flags and help are made of it.
 
-`service.resolve` decides which of flag, variable, file, profile and default has the say.
+`service.settings.resolve` decides which of flag, variable, file, profile and default has the say.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 
 from engine import EngineConfig
 from engine.schemes import KV_PRECISIONS, SCHEMES
-from service import parsing
 from service.admission.limits import QueueLimits
 from service.security.limits import MAX_REQUEST_BYTES
+from service.settings import parsing
 
 PREFIX, ALIAS_PREFIX = "NEMOSERVE_", "NIM_"
 
@@ -24,7 +24,7 @@ class Setting:
     """One setting. `default` None: the program works it out. `why` says how, or why the default is what it is.
 
     Attributes:
-        parse: of `service.parsing`.
+        parse: of `service.settings.parsing`.
         alias: NIM's or OpenTelemetry's variable that means the same.
         metavar: what the value looks like, for the help.
     """

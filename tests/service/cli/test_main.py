@@ -13,10 +13,10 @@ import pytest
 from click.testing import CliRunner
 
 from engine import EngineConfig
-from service.cli import main
+from service.cli.main import main
 from service.ports import Ports
 from service.server import ServerConfig
-from service.settings import SECTIONS
+from service.settings.definitions import SECTIONS
 from tests.service.fakes import FakeHost
 
 NEMOSERVE = Path(sys.executable).parent / "nemoserve"
@@ -89,7 +89,9 @@ def test_a_disk_that_is_full_is_one_line(arguments: list[str], tmp_path: Path) -
 
 def test_help_waits_for_nothing_heavy() -> None:
     heavy = "{'torch', 'grpc', 'httpx', 'rich', 'huggingface_hub', 'tritonclient'}"
-    code = f"import sys, service.cli; sys.exit(str({heavy} & set(sys.modules)) if {heavy} & set(sys.modules) else 0)"
+    code = (
+        f"import sys, service.cli.main; sys.exit(str({heavy} & set(sys.modules)) if {heavy} & set(sys.modules) else 0)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.stderr == ""
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from service.cli.tables import table
 from service.models.fit import Fit, Place, Subject
 from service.models.machine import GIB, Check
 from service.models.profiles import Profile
-from service.tables import table
 
 _PARTS = {
     "weights": "weights",

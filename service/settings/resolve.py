@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from service.models.profiles import settings_of
-from service.parsing import AUTO
 from service.security.errors import SecurityError
 from service.security.exposure import check_exposure
-from service.settings import ALIAS_PREFIX, PREFIX, SETTINGS, Setting
+from service.settings.definitions import ALIAS_PREFIX, PREFIX, SETTINGS, Setting
+from service.settings.parsing import AUTO
 
 # Read where a setting cannot be: before there are settings, by whoever fetches models, and by tests.
 OTHER_VARIABLES = (

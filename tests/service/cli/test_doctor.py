@@ -15,12 +15,12 @@ from click.testing import CliRunner, Result
 
 from engine.errors import CheckpointError, EngineConfigError, EngineDeadError
 from engine.probe import Gpu, Machine, driver_version
-from service.cli import main
+from service.cli.main import main
+from service.cli.tables import table
 from service.models import machine as surroundings
 from service.models.catalog import CATALOG
 from service.models.fit import Place
 from service.models.machine import check_disk, check_machine, check_port, check_store, look
-from service.tables import table
 from tests.tiny_models import write_hf
 
 MACHINE = Machine(
@@ -55,7 +55,7 @@ def answer(*arguments: str, **environ: str) -> Any:
 def test_this_machine_and_a_model_on_its_disk(tmp_path: Path) -> None:
     """A process of its own: neither it nor what it imports may load torch."""
     folder = write_hf(tmp_path / "tiny")
-    program = "import sys; from service.cli import main; main(sys.argv[1:], standalone_mode=False)"
+    program = "import sys; from service.cli.main import main; main(sys.argv[1:], standalone_mode=False)"
     program += "; sys.exit('torch' in sys.modules)"
     command = [sys.executable, "-c", program, "doctor", str(folder), "--json", "--device", "cpu"]
     command += ["--grpc-port", "0", "--http-port", "0", "--http-port", "0"]
@@ -93,7 +93,7 @@ def test_what_is_asked_for_is_what_is_judged() -> None:
 
 
 def test_any_memory_can_be_planned_for_and_nothing_here_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.doctor.look", None)
+    monkeypatch.setattr("service.cli.doctor.look", None)
     found = answer("doctor", "mistral-nemo-12b", "--memory", "48")
     assert (found["fits"], found["checks"]) == (True, [])
     assert found["device"]["free"] == 48 * 2**30 - 600 * 2**20
@@ -253,7 +253,7 @@ def test_profiles_of_every_known_gpu() -> None:
 def test_profiles_of_every_model_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from engine.probe import Found
 
-    monkeypatch.setattr("service.doctor.look", lambda model, device, dtype: Found(machine=MACHINE, weights=None))
+    monkeypatch.setattr("service.cli.doctor.look", lambda model, device, dtype: Found(machine=MACHINE, weights=None))
     text = run("profiles", NEMOSERVE_CACHE=str(tmp_path)).stdout
     assert all(f"{name}/cpu-" in text for name in CATALOG)
     marked = [line.split()[1] for line in text.splitlines() if line.startswith("->  ")]
@@ -271,7 +271,7 @@ def test_profiles_here_are_grouped_and_the_chosen_one_says_why(monkeypatch: pyte
     from engine.probe import Found
 
     machine = msgspec.structs.replace(MACHINE, free_bytes=14 * 2**30)
-    monkeypatch.setattr("service.doctor.look", lambda *_: Found(machine=machine, weights=None))
+    monkeypatch.setattr("service.cli.doctor.look", lambda *_: Found(machine=machine, weights=None))
     here = {"NEMOSERVE_CACHE": str(tmp_path)}
     text = run("profiles", "mistral-nemo-12b", **here).stdout
     assert text.index("\ntight\n") < text.index("cpu-int4-tp1") < text.index("\ndoes not fit\n")
@@ -298,7 +298,7 @@ def test_profiles_here_are_grouped_and_the_chosen_one_says_why(monkeypatch: pyte
 def test_what_keeps_a_server_from_starting_ends_with_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from engine.probe import Found
 
-    monkeypatch.setattr("service.doctor.look", lambda *_: Found(machine=MACHINE, weights=None))
+    monkeypatch.setattr("service.cli.doctor.look", lambda *_: Found(machine=MACHINE, weights=None))
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
         taken = run("doctor", "--grpc-port", port, "--http-port", "0", NEMOSERVE_CACHE=str(tmp_path))
@@ -335,7 +335,7 @@ def test_keys_and_certificates_are_looked_at(monkeypatch: pytest.MonkeyPatch, tm
     from engine.probe import Found
     from tests.service.security.certificates import Authority
 
-    monkeypatch.setattr("service.doctor.look", lambda *_: Found(machine=MACHINE, weights=None))
+    monkeypatch.setattr("service.cli.doctor.look", lambda *_: Found(machine=MACHINE, weights=None))
     authority = Authority(tmp_path / "authority")
 
     def doctor(days: int) -> Result:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from service.models.errors import StoreError
-from service.resolve import SettingError
-from service.settings import SECTIONS, SETTINGS
+from service.settings.definitions import SECTIONS, SETTINGS
+from service.settings.resolve import SettingError
 
 if TYPE_CHECKING:
     from service.models.store import StoredModel

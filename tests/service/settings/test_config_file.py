@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from service.resolve import FILE_BYTES, Resolved, SettingError, resolve
-from service.settings import SETTINGS
+from service.settings.definitions import SETTINGS
+from service.settings.resolve import FILE_BYTES, Resolved, SettingError, resolve
 
 
 @pytest.fixture
