@@ -16,7 +16,10 @@ RUN apt-get update \
 
 FROM base AS build
 WORKDIR /src
-RUN python -m venv /opt/nemoserve
+# the second writes down what was installed in the first: a bill of materials as CycloneDX
+RUN python -m venv /opt/nemoserve \
+    && python -m venv /opt/sbom \
+    && /opt/sbom/bin/pip install --no-cache-dir cyclonedx-bom==7.5.0
 COPY constraints.txt pyproject.toml README.md LICENSE ./
 COPY engine engine
 COPY service service
@@ -26,13 +29,15 @@ FROM build AS build-gpu
 # PyPI's torch for Linux is the one with CUDA; it brings Triton at the version that it needs
 RUN grep -v '^triton==' constraints.txt > pins.txt \
     && /opt/nemoserve/bin/pip install --no-cache-dir --constraint pins.txt '.[server]' \
-    && /opt/nemoserve/bin/pip freeze --exclude nemoserve > /opt/nemoserve/packages.txt
+    && /opt/sbom/bin/cyclonedx-py environment --output-reproducible \
+        --output-file /opt/nemoserve/sbom.json /opt/nemoserve/bin/python
 
 FROM build AS build-cpu
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN /opt/nemoserve/bin/pip install --no-cache-dir --constraint constraints.txt --index-url "${TORCH_INDEX}" torch \
     && /opt/nemoserve/bin/pip install --no-cache-dir --constraint constraints.txt '.[server]' \
-    && /opt/nemoserve/bin/pip freeze --exclude nemoserve > /opt/nemoserve/packages.txt
+    && /opt/sbom/bin/cyclonedx-py environment --output-reproducible \
+        --output-file /opt/nemoserve/sbom.json /opt/nemoserve/bin/python
 
 # What both have in common; group 0 owns what is written, because OpenShift gives out any user with that group.
 FROM base AS runtime

@@ -101,6 +101,13 @@ def check(builder: Builder, folder: Path) -> None:
         builder.run("podman", "rm", "--force", name, check=False)
 
 
+def check_bill(builder: Builder) -> None:
+    """The image lists what is in it."""
+    command = ("podman", "run", "--rm", "--network=host", "--entrypoint=cat", IMAGE, "/opt/nemoserve/sbom.json")
+    names = {each["name"] for each in json.loads(builder.run(*command))["components"]}
+    assert {"torch", "grpcio", "tritonclient", "starlette"} <= names, names
+
+
 def wait(builder: Builder, name: str) -> None:
     limit = time.monotonic() + READY_SECONDS
     while True:
@@ -118,6 +125,7 @@ def main() -> int:
         folder = Path(name)
         builder = Builder(folder)
         builder.build(os.environ.get("BASE") or builder.bootstrap())
+        check_bill(builder)
         check(builder, folder)
         builder.run("buildah", "rmi", "--all", "--force", check=False)
     print("built, ran as a user without rights on a root that cannot be written, answered, and ended with 0")
