@@ -35,7 +35,7 @@ from bench.triton import serving
 from service.security.keys import add_entry, entry_of, new_key
 
 MODEL_FILE = Path(__file__).with_name("triton_model.py")
-OURS, WITH_KEYS = "nemoserve", "nemoserve, keys"
+OURS, WITH_KEYS = "nemoserve", "nemoserve+keys"
 SERVERS = (OURS, WITH_KEYS, TRITON)
 PATHS = ("kserve", "typed", "openai")
 START_SECONDS = 60.0
