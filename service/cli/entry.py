@@ -1,7 +1,7 @@
 """What runs first, before anything heavy is imported.
 
-As process 1 of a container nemoserve gets no signal that it has no handler for, and a pod that is deleted while it starts
-would wait for its whole grace period.
+As process 1 of a container nemoserve gets no signal that it has no handler for, and a pod that is deleted while it
+starts would wait for its whole grace period.
 """
 
 from __future__ import annotations

@@ -125,6 +125,8 @@ def test_where_none_fits_each_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch
 
 def test_what_does_not_fit_is_not_fetched_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("service.cli.main.fetch", None)
+    machine_with(monkeypatch, 4)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     result = CliRunner().invoke(main, ["serve", "mistral-nemo-12b"])
     assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
     assert "GiB short" in result.stderr
