@@ -125,7 +125,7 @@ def test_what_renders_the_chart_stands_alone() -> None:
         ),
         (
             "service.settings.definitions",
-            ("service.settings.resolve", "service.cli.command", "service.cli", "service.server"),
+            ("service.settings.resolve", "service.cli", "service.server"),
         ),
         ("service.settings", ("service.cli", "service.server")),
         ("service.cli.command", ("service.cli.main", "service.cli.models", "service.server")),
@@ -186,7 +186,7 @@ def test_nothing_can_unpickle() -> None:
         "engine",
         "service.host",
         "service.server",
-        "service.cli",
+        "service.cli.main",
         "service.cli.doctor",
         "nemoserve.v1.generation_pb2_grpc",
     ],

@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-import queue
-import re
-import signal
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
@@ -20,45 +13,14 @@ import transformers
 from nemoserve.v1 import generation_pb2 as pb
 from nemoserve.v1 import generation_pb2_grpc as rpc
 
-NEMOSERVE = Path(sys.executable).parent / "nemoserve"
-READY_SECONDS = 90
+import tests.server
+
 STEP_TOKENS = 64
+POLL_SECONDS = 0.01  # without a pause the test takes a core from the engine that it waits for
 
 
-@dataclass
-class ServerProcess:
-    """A running `nemoserve serve`; `lines` is what it has printed so far, stdout and stderr together."""
-
-    process: subprocess.Popen[str]
-    lines: list[str] = field(default_factory=list)
-    address: str = ""
-    http_address: str = ""
-
-    @classmethod
-    def start(cls, *args: str | Path) -> ServerProcess:
-        process = subprocess.Popen(
-            [str(NEMOSERVE), "serve", *map(str, args), "--grpc-port", "0", "--http-port", "0"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        server = cls(process)
-        fresh: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        threading.Thread(target=server._read, args=(fresh,), daemon=True).start()
-        limit = time.monotonic() + READY_SECONDS
-        while not server.address:
-            line = fresh.get(timeout=max(0.0, limit - time.monotonic()))
-            assert line is not None, "the server ended before it was ready:\n" + "".join(server.lines)
-            if found := re.search(r"ready at (127\.0\.0\.1:\d+) \(gRPC\) and https?://(127\.0\.0\.1:\d+)/v1", line):
-                server.address, server.http_address = found[1], found[2]
-        return server
-
-    def _read(self, fresh: queue.SimpleQueue[str | None]) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.lines.append(line)
-            fresh.put(line)
-        fresh.put(None)
+class ServerProcess(tests.server.ServerProcess):
+    """With what the typed API tells of it."""
 
     def channel(self) -> grpc.Channel:
         return grpc.insecure_channel(self.address)
@@ -73,17 +35,8 @@ class ServerProcess:
         limit = time.monotonic() + seconds
         while not check(load := self.load()):
             assert time.monotonic() < limit, f"never saw {condition}: {load}"
+            time.sleep(POLL_SECONDS)
         return load
-
-    def stop(self, seconds: float = 30.0) -> int:
-        """SIGTERM, then the exit code."""
-        self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(seconds)
-
-    def kill(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait(10)
 
 
 @pytest.fixture(scope="session")

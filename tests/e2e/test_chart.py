@@ -10,8 +10,9 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from helm.tools import runs_here
-from tests.e2e.conftest import NEMOSERVE, ServerProcess
+from tests.e2e.conftest import ServerProcess
 from tests.helm.conftest import one, rendered, server
+from tests.server import NEMOSERVE
 
 pytestmark = pytest.mark.skipif(not runs_here(), reason="helm is fetched for Linux on x86-64 alone")
 

@@ -21,7 +21,8 @@ from nemoserve.v1 import generation_pb2 as pb
 from nemoserve.v1 import generation_pb2_grpc as rpc
 
 from bench.measure import children
-from tests.e2e.conftest import NEMOSERVE, ServerProcess
+from tests.e2e.conftest import ServerProcess
+from tests.server import NEMOSERVE
 
 
 def story(tokens: int) -> pb.GenerateRequest:

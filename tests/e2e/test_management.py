@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 from service.version import VERSION
-from tests.e2e.conftest import NEMOSERVE, ServerProcess
+from tests.e2e.conftest import ServerProcess
+from tests.server import NEMOSERVE
 
 
 def get(server: ServerProcess, route: str) -> Any:

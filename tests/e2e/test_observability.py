@@ -18,7 +18,7 @@ from nemoserve.v1 import generation_pb2_grpc as rpc
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.e2e.conftest import NEMOSERVE
+from tests.server import NEMOSERVE
 from tests.service.telemetry.collector import Collector
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"

@@ -17,8 +17,9 @@ from nemoserve.v1 import generation_pb2 as pb
 from nemoserve.v1 import generation_pb2_grpc as rpc
 from tritonclient.utils import InferenceServerException
 
-from tests.e2e.conftest import NEMOSERVE, ServerProcess
+from tests.e2e.conftest import ServerProcess
 from tests.e2e.test_tritonclient import text_of, vllm_inputs
+from tests.server import NEMOSERVE
 from tests.service.security.certificates import Authority
 
 CANARY = "Xylophone quagmire zebra"

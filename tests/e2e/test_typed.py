@@ -10,7 +10,8 @@ import pytest
 from nemoserve.v1 import generation_pb2 as pb
 from nemoserve.v1 import generation_pb2_grpc as rpc
 
-from tests.e2e.conftest import NEMOSERVE, ServerProcess
+from tests.e2e.conftest import ServerProcess
+from tests.server import NEMOSERVE
 
 GREEDY = {"temperature": 0.0}
 

@@ -17,9 +17,8 @@ from service.cli.main import main
 from service.ports import Ports
 from service.server import ServerConfig
 from service.settings.definitions import SECTIONS
+from tests.server import NEMOSERVE
 from tests.service.fakes import FakeHost
-
-NEMOSERVE = Path(sys.executable).parent / "nemoserve"
 
 
 @pytest.mark.parametrize(

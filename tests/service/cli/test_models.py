@@ -6,16 +6,14 @@ import json
 import os
 import pty
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
 from service.cli.main import NIM_NAMES, main
+from tests.server import NEMOSERVE
 from tests.tiny_models import write_hf
-
-NEMOSERVE = Path(sys.executable).parent / "nemoserve"
 
 
 def run(*arguments: str, **environ: str) -> Result:
