@@ -31,6 +31,7 @@ from engine import (
 )
 from engine.request import MAX_CACHE_SALT, validate_request
 from service.errors import from_engine, invalid
+from service.streams import interleave
 from service.text.answer import AnswerReader
 from service.text.chat import Conversation
 from service.text.chat import ToolCallDelta as ToolCallDelta
@@ -193,7 +194,7 @@ class Generator:
         ]
         # Logprobs of the prompt are computed once: the first completion says them, and leaves its pages to the others.
         leads = request.sampling.prompt_logprobs is not None
-        events = completions[0] if request.n == 1 else _interleave(completions, leads=leads)
+        events = completions[0] if request.n == 1 else _together(completions, leads=leads)
         started = False
         try:
             async with aclosing(events):
@@ -348,32 +349,13 @@ def _asked_for(token: int | None, request: GenerationRequest) -> int | None:
     return token if token in request.sampling.stop_token_ids else None
 
 
-async def _interleave(
-    streams: list[AsyncGenerator[GenerationEvent]], *, leads: bool
+async def _together(
+    completions: list[AsyncGenerator[GenerationEvent]], *, leads: bool
 ) -> AsyncGenerator[GenerationEvent]:
-    """Events of several completions as they come; each holds one back at most while the reader is slow.
-
-    Args:
-        leads: the others begin when the first event of the first one is there.
-    """
-    pending: dict[asyncio.Future[GenerationEvent | None], AsyncGenerator[GenerationEvent]] = {}
-    try:
-        if leads:
-            yield await anext(streams[0])
-        pending = {asyncio.ensure_future(anext(stream, None)): stream for stream in streams}
-        while pending:
-            done, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-            for task in [each for each in pending if each in done]:  # of one step the first completion comes first
-                stream = pending.pop(task)
-                if (event := task.result()) is not None:
-                    yield event
-                    pending[asyncio.ensure_future(anext(stream, None))] = stream
-    finally:
-        for task in pending:
-            task.cancel()
-        await asyncio.gather(*pending, return_exceptions=True)
-        for stream in streams:
-            await stream.aclose()
+    """Events of several completions as they come. `leads`: see `interleave`."""
+    async with aclosing(interleave(completions, leads=leads)) as events:
+        async for _, event in events:
+            yield event
 
 
 def _check(ok: bool, field: str, value: object, rule: str) -> None:

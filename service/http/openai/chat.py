@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
@@ -10,7 +9,6 @@ import msgspec
 from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 
-from service.caller import CALLER
 from service.errors import invalid
 from service.generation import Delta, Finished, GenerationRequest, Started, ToolCallDelta
 from service.host import Host
@@ -18,16 +16,13 @@ from service.http.openai.conversation import ChatMessage, ChatTool, NamedTool, c
 from service.http.openai.logprobs import ChatLogprobs, Spelling
 from service.http.openai.parameters import (
     GenerationBody,
-    count_of,
-    deadline_of,
+    generation_of,
     names_of,
     read_parameters,
     sampling_of,
-    stops_of,
 )
-from service.http.openai.run import Usage, fingerprint, finish_reason, request_id_of, run
+from service.http.openai.run import Account, Usage, finish_reason, request_id_of, run, stop_reason
 from service.http.reply import DONE, EventStream, JsonLater, event
-from service.names import adapter_of
 
 
 class ChatBody(GenerationBody, kw_only=True):
@@ -141,7 +136,10 @@ def to_generation(host: Host, body: ChatBody, request: Request) -> GenerationReq
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     if body.max_tokens not in (None, max_tokens):
         raise invalid("max_tokens", f"{body.max_tokens} contradicts max_completion_tokens, which is {max_tokens}")
-    return GenerationRequest(
+    return generation_of(
+        host,
+        body,
+        request,
         request_id=request_id_of(request),
         prompt=conversation_of(
             body.messages,
@@ -152,14 +150,6 @@ def to_generation(host: Host, body: ChatBody, request: Request) -> GenerationReq
         ),
         sampling=sampling_of(body, max_tokens=max_tokens, logprobs=(body.top_logprobs or 0) if body.logprobs else None),
         until_context=max_tokens is None,
-        n=count_of(body),
-        stop=stops_of(body),
-        include_stop=bool(body.include_stop_str_in_output),
-        priority=body.priority or 0,
-        adapter=adapter_of(host, body.model or ""),
-        cache_salt=body.cache_salt or "",
-        tenant=CALLER.get().tenant,
-        deadline=deadline_of(body, request),
     )
 
 
@@ -171,19 +161,13 @@ class _Answer:
         self._events = run(host, [generation], {"prompt": "messages"} | names_of(body))
         self._spelling = Spelling(host, as_ids=bool(body.return_tokens_as_token_ids))
         self._logprobs = bool(body.logprobs)
-        options = body.stream_options
-        self._continuous = bool(options and options.continuous_usage_stats)
-        self._include_usage = bool(options and options.include_usage) or self._continuous
-        self._usage = Usage()
+        self._account = Account(host, body)
         self._id = f"chatcmpl-{generation.request_id}"
-        self._created = int(time.time())
-        self._model = body.model or host.model_name
-        self._fingerprint = fingerprint(host)
 
     async def stream(self) -> AsyncGenerator[bytes]:
         async with aclosing(self._events) as events:
             async for _, each in events:
-                self._usage.count(each)
+                self._account.usage.count(each)
                 match each:
                     case Started():
                         for index in range(self._n):
@@ -192,16 +176,15 @@ class _Answer:
                     case Delta() if each.text or each.tool_calls or (self._logprobs and each.logprobs):
                         yield self._chunk(self._delta(each))
                     case Finished():
-                        stopped = UNSET if each.matched_stop is None else each.matched_stop
                         yield self._chunk(
                             ChunkChoice(
                                 index=each.index,
                                 delta=ChatDelta(),
                                 finish_reason=finish_reason(each),
-                                stop_reason=stopped,
+                                stop_reason=stop_reason(each),
                             )
                         )
-        if self._include_usage:
+        if self._account.tells_usage:
             yield self._chunk(None)
         yield DONE
 
@@ -213,34 +196,22 @@ class _Answer:
 
     def _chunk(self, choice: ChunkChoice | None) -> bytes:
         """An event with one choice, or with the usage alone."""
-        usage: Usage | UnsetType | None = UNSET
-        if self._include_usage:
-            usage = self._usage if choice is None or self._continuous else None
-        return event(
-            ChatChunk(
-                id=self._id,
-                created=self._created,
-                model=self._model,
-                system_fingerprint=self._fingerprint,
-                choices=[] if choice is None else [choice],
-                usage=usage,
-            )
-        )
+        usage = self._account.usage_beside(choice=choice is not None)
+        choices = [] if choice is None else [choice]
+        return event(ChatChunk(id=self._id, choices=choices, usage=usage, **self._account.head))
 
     async def whole(self) -> ChatCompletion:
         choices = [_Choice(index) for index in range(self._n)]
         async with aclosing(self._events) as events:
             async for _, each in events:
-                self._usage.count(each)
+                self._account.usage.count(each)
                 if not isinstance(each, Started):
                     choices[each.index].add(each)
         return ChatCompletion(
             id=self._id,
-            created=self._created,
-            model=self._model,
-            system_fingerprint=self._fingerprint,
             choices=[choice.done(self._spelling if self._logprobs else None) for choice in choices],
-            usage=self._usage,
+            usage=self._account.usage,
+            **self._account.head,
         )
 
 
@@ -268,7 +239,7 @@ class _Choice:
             message=AnswerMessage(content=text if text or not calls else None, tool_calls=calls or UNSET),
             logprobs=None if spelling is None else spelling.chat(logprobs),
             finish_reason=finish_reason(self._end),
-            stop_reason=UNSET if self._end.matched_stop is None else self._end.matched_stop,
+            stop_reason=stop_reason(self._end),
         )
 
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 
 from engine import TokenLogprob
-from service.caller import CALLER
 from service.errors import invalid
 from service.generation import MAX_COMPLETIONS, Delta, Finished, GenerationRequest, Started
 from service.host import Host
@@ -21,15 +19,13 @@ from service.http.openai.logprobs import LegacyLogprobs, LegacyWriter, Spelling
 from service.http.openai.parameters import (
     GenerationBody,
     count_of,
-    deadline_of,
+    generation_of,
     names_of,
     read_parameters,
     sampling_of,
-    stops_of,
 )
-from service.http.openai.run import Usage, fingerprint, finish_reason, request_id_of, run
+from service.http.openai.run import Account, Usage, finish_reason, request_id_of, run, stop_reason
 from service.http.reply import DONE, EventStream, JsonLater, event
-from service.names import adapter_of
 
 INLINE_TOKENS = 4096  # turned into text within a millisecond; more go to a thread
 
@@ -90,21 +86,20 @@ class Completions:
             )
         if body.best_of not in (None, n):
             raise invalid("best_of", f"{body.best_of} must be n ({n}): completions are not ranked")
-        adapter, deadline = adapter_of(self._host, body.model or ""), deadline_of(body, request)
         answer = _Answer(self._host, body, n, request_id_of(request))
+        each = generation_of(
+            self._host,
+            body,
+            request,
+            request_id=answer.request_id,
+            prompt="",
+            sampling=sampling_of(body, **_spelt_otherwise(body)),
+        )
         generations = [
-            GenerationRequest(
-                request_id=answer.request_id if len(prompts) == 1 else f"{answer.request_id}.{number}",
+            replace(
+                each,
+                request_id=each.request_id if len(prompts) == 1 else f"{each.request_id}.{number}",
                 prompt=await self._encoded(prompt, body),
-                sampling=sampling_of(body, **_spelt_otherwise(body)),
-                n=n,
-                stop=stops_of(body),
-                include_stop=bool(body.include_stop_str_in_output),
-                priority=body.priority or 0,
-                adapter=adapter,
-                cache_salt=body.cache_salt or "",
-                tenant=CALLER.get().tenant,
-                deadline=deadline,
             )
             for number, prompt in enumerate(prompts)
         ]
@@ -170,23 +165,16 @@ class _Answer:
         self._spelling = Spelling(host, as_ids=bool(body.return_tokens_as_token_ids))
         self._logprobs = body.logprobs is not None
         self._hides_completion = body.max_tokens == 0
-        options = body.stream_options
-        self._continuous = bool(options and options.continuous_usage_stats)
-        self._include_usage = bool(options and options.include_usage) or self._continuous
-        self._usage = Usage()
-        self._created = int(time.time())
-        self._model = body.model or host.model_name
-        self._fingerprint = fingerprint(host)
+        self._account = Account(host, body)
         self._names = names_of(body)
         self._writers: dict[int, LegacyWriter] = {}
 
     async def stream(self, generations: Sequence[GenerationRequest]) -> AsyncGenerator[bytes]:
         async with aclosing(self._choices(generations)) as choices:
             async for choice in choices:
-                usage = (self._usage if self._continuous else None) if self._include_usage else UNSET
-                yield event(self._completion([choice], usage))
-        if self._include_usage:
-            yield event(self._completion([], self._usage))
+                yield event(self._completion([choice], self._account.usage_beside(choice=True)))
+        if self._account.tells_usage:
+            yield event(self._completion([], self._account.usage_beside(choice=False)))
         yield DONE
 
     async def whole(self, generations: Sequence[GenerationRequest]) -> Completion:
@@ -194,24 +182,17 @@ class _Answer:
         async with aclosing(self._choices(generations)) as choices:
             async for choice in choices:
                 parts[choice.index].append(choice)
-        return self._completion([_joined(each) for each in parts], self._usage)
+        return self._completion([_joined(each) for each in parts], self._account.usage)
 
     def _completion(self, choices: list[CompletionChoice], usage: Usage | UnsetType | None) -> Completion:
-        return Completion(
-            id=f"cmpl-{self.request_id}",
-            created=self._created,
-            model=self._model,
-            system_fingerprint=self._fingerprint,
-            choices=choices,
-            usage=usage,
-        )
+        return Completion(id=f"cmpl-{self.request_id}", choices=choices, usage=usage, **self._account.head)
 
     async def _choices(self, generations: Sequence[GenerationRequest]) -> AsyncGenerator[CompletionChoice]:
         """The pieces of all choices as they come; the last one of each has its finish_reason."""
         async with aclosing(run(self._host, generations, self._names)) as events:
             async for number, each in events:
                 if not (self._hides_completion and isinstance(each, Delta)):
-                    self._usage.count(each)
+                    self._account.usage.count(each)
                 match each:
                     case Started():
                         for index in range(number * self._n, (number + 1) * self._n):
@@ -226,7 +207,7 @@ class _Answer:
                             text="",
                             index=number * self._n + each.index,
                             finish_reason=finish_reason(each),
-                            stop_reason=UNSET if each.matched_stop is None else each.matched_stop,
+                            stop_reason=stop_reason(each),
                         )
 
     def _echoed(self, index: int, echo: Echo, logprobs: list[TokenLogprob]) -> CompletionChoice:

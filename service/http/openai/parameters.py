@@ -14,9 +14,13 @@ import msgspec
 from starlette.requests import Request
 
 from engine import Grammar, SamplingParams
+from service.caller import CALLER
 from service.errors import invalid
-from service.generation import MAX_COMPLETIONS
+from service.generation import MAX_COMPLETIONS, GenerationRequest
+from service.host import Host
 from service.http.body import decode, meant, read_bytes
+from service.names import adapter_of
+from service.text.chat import Conversation
 from service.text.grammar import choice
 
 IGNORED = frozenset(
@@ -145,6 +149,37 @@ def _refuse_unserved(name: str, value: msgspec.Raw) -> None:
     given = decode(bytes(value), object, name)
     if given is not None and given not in harmless:
         raise invalid(name, f"is not served: {reason}")
+
+
+def generation_of(
+    host: Host,
+    body: GenerationBody,
+    request: Request,
+    *,
+    request_id: str,
+    prompt: str | list[int] | Conversation,
+    sampling: SamplingParams,
+    until_context: bool = False,
+) -> GenerationRequest:
+    """The protocol-neutral form of a request.
+
+    Raises:
+        ServiceError: INVALID_ARGUMENT, NOT_FOUND.
+    """
+    return GenerationRequest(
+        request_id=request_id,
+        prompt=prompt,
+        sampling=sampling,
+        until_context=until_context,
+        n=count_of(body),
+        stop=stops_of(body),
+        include_stop=bool(body.include_stop_str_in_output),
+        priority=body.priority or 0,
+        adapter=adapter_of(host, body.model or ""),
+        cache_salt=body.cache_salt or "",
+        tenant=CALLER.get().tenant,
+        deadline=deadline_of(body, request),
+    )
 
 
 def sampling_of(body: GenerationBody, **more: Any) -> SamplingParams:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import secrets
+import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
+from typing import Any
 
 import msgspec
 from starlette.requests import Request
@@ -16,6 +17,8 @@ from service.errors import Code, ServiceError
 from service.generation import Delta, Finished, GenerationEvent, GenerationRequest, Started
 from service.host import Host
 from service.http.openai.conversation import as_written
+from service.http.openai.parameters import GenerationBody
+from service.streams import interleave
 from service.version import VERSION
 
 Events = AsyncGenerator[tuple[int, GenerationEvent]]
@@ -41,6 +44,32 @@ class Usage(msgspec.Struct, kw_only=True):
         elif isinstance(event, Delta):
             self.completion_tokens += len(event.token_ids)
         self.total_tokens = self.prompt_tokens + self.completion_tokens
+
+
+class Account:
+    """What an answer says beside its choices: who made it and, where that is asked for, what it cost so far.
+
+    Attributes:
+        head: members of the answer, or of each event of a stream.
+        usage: counts up while events come.
+    """
+
+    def __init__(self, host: Host, body: GenerationBody) -> None:
+        self.head: dict[str, Any] = {
+            "created": int(time.time()),
+            "model": body.model or host.model_name,
+            "system_fingerprint": fingerprint(host),
+        }
+        self.usage = Usage()
+        options = body.stream_options
+        self._continuous = bool(options and options.continuous_usage_stats)
+        self.tells_usage = bool(options and options.include_usage) or self._continuous
+
+    def usage_beside(self, *, choice: bool) -> Usage | msgspec.UnsetType | None:
+        """What an event has as usage: with a choice in it, or alone."""
+        if not self.tells_usage:
+            return msgspec.UNSET
+        return self.usage if self._continuous or not choice else None
 
 
 def request_id_of(request: Request) -> str:
@@ -78,21 +107,9 @@ async def _run(host: Host, requests: Sequence[GenerationRequest]) -> Events:
             async for event in events:
                 yield 0, _checked(event)
         return
-    pending = {asyncio.ensure_future(anext(stream, None)): number for number, stream in enumerate(streams)}
-    try:
-        while pending:
-            done, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-            for task in [each for each in pending if each in done]:
-                number = pending.pop(task)
-                if (each := task.result()) is not None:
-                    yield number, _checked(each)
-                    pending[asyncio.ensure_future(anext(streams[number], None))] = number
-    finally:
-        for task in pending:
-            task.cancel()
-        await asyncio.gather(*pending, return_exceptions=True)
-        for stream in streams:
-            await stream.aclose()
+    async with aclosing(interleave(streams)) as numbered:
+        async for number, event in numbered:
+            yield number, _checked(event)
 
 
 def _checked(event: GenerationEvent) -> GenerationEvent:
@@ -112,3 +129,8 @@ def finish_reason(event: Finished) -> str:
     if event.tool_calls and event.reason is FinishReason.STOP:
         return "tool_calls"
     return event.reason.value
+
+
+def stop_reason(event: Finished) -> str | int | msgspec.UnsetType:
+    """As in vLLM: the stop string or token that ended the completion."""
+    return msgspec.UNSET if event.matched_stop is None else event.matched_stop
