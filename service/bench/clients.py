@@ -14,6 +14,7 @@ import httpx
 from nemoserve.v1 import generation_pb2 as pb
 from nemoserve.v1 import generation_pb2_grpc as rpc
 
+from service.cli.connection import channel_to, metadata_with
 from service.errors import TalkError
 
 SECONDS = 600.0  # of one request; a long answer of a large model on a CPU takes minutes
@@ -69,11 +70,8 @@ class TypedClient:
     def __init__(self, address: str, model: str, api_key: str | None, tls_ca: Path | None) -> None:
         self.name = address
         self._model = model
-        if tls_ca is None:
-            self._channel = grpc.aio.insecure_channel(address)
-        else:
-            self._channel = grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(tls_ca.read_bytes()))
-        self._metadata = () if api_key is None else (("authorization", f"Bearer {api_key}"),)
+        self._channel = channel_to(address, tls_ca)
+        self._metadata = metadata_with(api_key)
         self._service = rpc.GenerationServiceStub(self._channel)
 
     async def ask(self, ask: Ask) -> Answer:

@@ -6,10 +6,11 @@ import json
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import click
 
+from service.cli.screen import show
 from service.models.errors import StoreError
 from service.settings.definitions import SECTIONS, SETTINGS
 from service.settings.resolve import SettingError
@@ -77,6 +78,27 @@ def grpc_address(ctx: click.Context, parameter: click.Parameter, value: str | No
 
 def echo_json(data: Any) -> None:
     click.echo(json.dumps(data, indent=2))
+
+
+class Report(Protocol):
+    """What a command has found. `failure`: why it ends with 1."""
+
+    @property
+    def failure(self) -> str | None: ...
+
+    def as_json(self) -> Any: ...
+
+    def text(self) -> str: ...
+
+
+def show_report(found: Report, *, as_json: bool) -> None:
+    """Print it and, where it says that something fails, end."""
+    if as_json:
+        echo_json(found.as_json())
+    else:
+        show(found.text())
+    if found.failure:
+        fail(found.failure, EXIT_FAILED)
 
 
 def fetch(model: str) -> StoredModel:

@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from service.bench.command import bench
-from service.cli.command import EXIT_FAILED, Sectioned, echo_json, errors, fail, fetch, grpc_address, options
+from service.cli.command import Sectioned, errors, fetch, grpc_address, options, show_report
 from service.cli.command import as_json as json_option
 from service.cli.keys import keys
 from service.cli.models import COMMANDS
@@ -276,12 +276,5 @@ def _line_reader() -> Callable[[], str]:
 
 def _dry_run(settings: dict[str, Resolved], as_json: bool) -> None:
     from service.cli.dry_run import dry_run
-    from service.cli.screen import show
 
-    found = dry_run(settings)
-    if as_json:
-        echo_json(found.as_json())
-    else:
-        show(found.text())
-    if found.failure:
-        fail(found.failure, EXIT_FAILED)
+    show_report(dry_run(settings), as_json=as_json)

@@ -9,7 +9,16 @@ import os
 
 import click
 
-from service.cli.command import EXIT_FAILED, PLANNED, Sectioned, as_json, echo_json, errors, fail, fetch, options
+from service.cli.command import (
+    PLANNED,
+    Sectioned,
+    as_json,
+    echo_json,
+    errors,
+    fetch,
+    options,
+    show_report,
+)
 from service.cli.tables import table
 from service.models.catalog import CATALOG
 from service.settings.resolve import resolve, resolve_model
@@ -119,17 +128,10 @@ def doctor(gpu: str | None, memory: float | None, as_json: bool, **flags: str | 
     taken, there is no room for what is to be fetched.
     """
     from service.cli.doctor import examine, place_of
-    from service.cli.screen import show
 
     with errors():
         values = {name: each.value for name, each in resolve(flags, os.environ).items()}
-        found = examine(values, place_of(gpu, memory))
-        if as_json:
-            echo_json(found.as_json())
-        else:
-            show(found.text())
-        if found.failure:
-            fail(found.failure, EXIT_FAILED)
+        show_report(examine(values, place_of(gpu, memory)), as_json=as_json)
 
 
 @click.command(

@@ -16,6 +16,7 @@ from nemoserve.v1 import generation_pb2_grpc as rpc
 
 from engine import EngineConfig, FinishReason, LoadProgress, SamplingParams
 from engine.remote import RemoteEngine
+from service.cli.connection import channel_to, metadata_with
 from service.errors import ServiceError, TalkError
 from service.generation import Delta, Finished, GenerationRequest, Generator
 from service.text.chat import Conversation, Message
@@ -58,11 +59,8 @@ class RemotePartner:
         self._address = address
         self._model = model
         self._encrypts = tls_ca is not None
-        if tls_ca is None:
-            self._channel = grpc.aio.insecure_channel(address)
-        else:
-            self._channel = grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(tls_ca.read_bytes()))
-        self._metadata = () if api_key is None else (("authorization", f"Bearer {api_key}"),)
+        self._channel = channel_to(address, tls_ca)
+        self._metadata = metadata_with(api_key)
         self._service = rpc.GenerationServiceStub(self._channel)
         self._sampling = pb.SamplingParameters(max_tokens=max_tokens, temperature=temperature)
 
