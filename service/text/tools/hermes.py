@@ -10,11 +10,12 @@ The tags are control tokens where the vocabulary has them as such, and then only
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-from service.text.chat import Tool, ToolCallDelta
+from service.text.chat import Tool
 from service.text.tools.lark import Rules
-from service.text.tools.spoken import WHITE, CallObject, Outcome, Spoken
+from service.text.tools.reader import Reader
+from service.text.tools.spoken import WHITE, Spoken
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
@@ -48,31 +49,21 @@ class HermesTools:
         return rules.text(each if only_one else f'{each} ("\\n" {each})*')
 
 
-class HermesParser:
+class HermesParser(Reader):
     """See `service.text.tools.format.ToolParser`."""
 
     def __init__(self, controls: Mapping[str, int], spoken: Spoken) -> None:
-        self.spoken = spoken
+        super().__init__(spoken)
         self._markers = {token_id: name for name, token_id in controls.items()}
         self._spelled = tuple(tag for tag in (OPEN, CLOSE) if tag not in controls)
-        self._state: Callable[[str], None] = self._saying
-        self._held: list[str] = []  # what is text if it does not become a call
         self._tag = ""  # the beginning of a tag
-        self._object = CallObject(spoken)
 
-    def push(self, token_id: int, text: str) -> tuple[str, list[ToolCallDelta]]:
+    def _see(self, token_id: int) -> None:
         if (marker := self._markers.get(token_id)) is not None:
             self._mark(marker)
-        if self._state == self._saying and not self._tag and (not self._spelled or "<" not in text):
-            self.spoken.say(text)
-        else:
-            for char in text:
-                self._state(char)
-        return self.spoken.take()
 
-    def finish(self) -> tuple[str, list[ToolCallDelta]]:
-        self._abandon()
-        return self.spoken.take()
+    def _is_plain(self, text: str) -> bool:
+        return not self._tag and (not self._spelled or "<" not in text)
 
     def _mark(self, tag: str) -> None:
         """A tag is complete."""
@@ -87,12 +78,12 @@ class HermesParser:
             self.spoken.say(tag)
 
     def _abandon(self) -> None:
-        """What was begun ends here."""
-        if self._state == self._in_object:
-            self._object.abandon()
-        elif self._state != self._after or self._tag:
+        """What was begun ends here, a tag's beginning with it."""
+        if self._tag and self._state != self._in_object:
             self.spoken.say("".join(self._held) + self._tag)
-        self._held, self._tag, self._state = [], "", self._saying
+            self._held = []
+        super()._abandon()
+        self._tag = ""
 
     # -- states: each takes the next character -----------------------------------------------------------------
 
@@ -103,29 +94,16 @@ class HermesParser:
     def _opening(self, char: str) -> None:
         """After <tool_call>."""
         if char == "{":
-            self._object = CallObject(self.spoken, "".join(self._held))
-            self._held, self._state = [], self._in_object
-            self._object.step(char)
+            self._begin_object(char)
             return
         self._held.append(char)
         if char not in WHITE:
             self._abandon()
 
-    def _in_object(self, char: str) -> None:
-        match self._object.step(char):
-            case Outcome.CALL:
-                self._state = self._after
-            case Outcome.NO_CALL:
-                self._state = self._saying
-
     def _after(self, char: str) -> None:
         """Between calls white space is layout, unless text comes."""
-        if self._spells(char):
-            return
-        self._held.append(char)
-        if char not in WHITE:
-            self.spoken.say("".join(self._held))
-            self._held, self._state = [], self._saying
+        if not self._spells(char):
+            self._hold(char, WHITE)
 
     def _spells(self, char: str) -> bool:
         """Take the character if it may be part of a tag, or shows that what stood before it is none."""

@@ -14,12 +14,13 @@ from __future__ import annotations
 import re
 import secrets
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-from service.text.chat import Tool, ToolCallDelta
+from service.text.chat import Tool
 from service.text.check import FUNCTION_NAME
 from service.text.tools.lark import Rules
-from service.text.tools.spoken import WHITE, CallObject, JsonValue, Outcome, Place, Spoken
+from service.text.tools.reader import Reader, State
+from service.text.tools.spoken import WHITE, JsonValue, Place, Spoken
 
 CALLS, CALL_ID, ARGS = "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"
 _ID = re.compile(r"[a-zA-Z0-9]{9}")
@@ -65,33 +66,23 @@ class MistralTools:
         return rules.text(call if only_one else f"{call}+")
 
 
-class MistralParser:
+class MistralParser(Reader):
     """See `service.text.tools.format.ToolParser`."""
 
     def __init__(self, markers: Mapping[int, str], spoken: Spoken) -> None:
-        self.spoken = spoken
+        super().__init__(spoken)
         self._markers = markers
-        self._state: Callable[[str], None] = self._saying
-        self._held: list[str] = []  # what is text if it does not become a call
         self._head: list[str] = []  # of the name, or the id
         self._name = ""
         self._in_list = False
-        self._object = CallObject(spoken)
         self._value = JsonValue()
 
-    def push(self, token_id: int, text: str) -> tuple[str, list[ToolCallDelta]]:
+    def _see(self, token_id: int) -> None:
         if (marker := self._markers.get(token_id)) is not None:
             self._mark(marker)
-        if self._state == self._saying:
-            self.spoken.say(text)
-        else:
-            for char in text:
-                self._state(char)
-        return self.spoken.take()
 
-    def finish(self) -> tuple[str, list[ToolCallDelta]]:
-        self._abandon()
-        return self.spoken.take()
+    def _behind_object(self) -> State:
+        return self._between if self._in_list else self._after
 
     def _mark(self, marker: str) -> None:
         if marker == CALLS:
@@ -108,22 +99,11 @@ class MistralParser:
         else:
             self._no_call(marker)
 
-    def _abandon(self) -> None:
-        """What was begun ends here."""
-        if self._state == self._in_object:
-            self._object.abandon()
-        elif self._state != self._after:
-            self.spoken.say("".join(self._held))
-        self._held, self._state = [], self._saying
-
     def _no_call(self, text: str) -> None:
         self._abandon()
         self.spoken.say(text)
 
     # -- states: each takes the next character -----------------------------------------------------------------
-
-    def _saying(self, char: str) -> None:
-        self.spoken.say(char)
 
     def _opening(self, char: str) -> None:
         """After [TOOL_CALLS]: a list, an object, or a name."""
@@ -150,18 +130,6 @@ class MistralParser:
                 self._held.append(char)
         else:
             self._no_call(char)
-
-    def _begin_object(self, char: str) -> None:
-        self._object, self._held = CallObject(self.spoken, "".join(self._held)), []
-        self._state = self._in_object
-        self._object.step(char)
-
-    def _in_object(self, char: str) -> None:
-        match self._object.step(char):
-            case Outcome.CALL:
-                self._state = self._between if self._in_list else self._after
-            case Outcome.NO_CALL:
-                self._state = self._saying
 
     def _in_name(self, char: str) -> None:
         if char == "{" and self._take_name():
@@ -197,11 +165,7 @@ class MistralParser:
 
     def _after(self, char: str) -> None:
         """Between calls white space is layout, unless text comes."""
-        if char in WHITE:
-            self._held.append(char)
-        else:
-            self.spoken.say("".join(self._held) + char)
-            self._held, self._state = [], self._saying
+        self._hold(char, WHITE)
 
     # -- steps between them ------------------------------------------------------------------------------------
 
