@@ -10,23 +10,19 @@ from prometheus_client.core import CounterMetricFamily, Metric
 
 from engine import EngineInfo, EngineStats
 from engine.costs import BATCH_TOKENS
-from engine.histogram import Histogram
 from service.telemetry.families import counter, counters, distribution, gauge, histograms
-from service.telemetry.numbers import ModelNumbers, kv_usage
+from service.telemetry.numbers import COUNTERS, HISTOGRAMS, ModelNumbers, kv_usage
 
-COUNTERS: tuple[tuple[str, Callable[[ModelNumbers], int]], ...] = (
-    ("prompt_tokens", lambda of: of.prompt_tokens),
-    ("generation_tokens", lambda of: of.generated_tokens),
-)
-HISTOGRAMS: tuple[tuple[str, str, Callable[[ModelNumbers], Histogram]], ...] = (
-    ("time_to_first_token", "time_to_first_token", lambda of: of.first_token),
-    ("inter_token_latency", "inter_token_latency", lambda of: of.between_tokens),
-    ("e2e_request_latency", "request_duration", lambda of: of.duration),
-    ("request_queue_time", "queue_time", lambda of: of.queue),
-    ("request_prefill_time", "request_prefill", lambda of: of.prefill),
-    ("request_decode_time", "request_decode", lambda of: of.decode),
-)
-"""vLLM's name, ours, and where the values are."""
+COUNTED = ("prompt_tokens", "generation_tokens")  # vLLM's names are ours
+TIMED = {
+    "time_to_first_token": "time_to_first_token",
+    "inter_token_latency": "inter_token_latency",
+    "e2e_request_latency": "request_duration",
+    "request_queue_time": "queue_time",
+    "request_prefill_time": "request_prefill",
+    "request_decode_time": "request_decode",
+}
+"""vLLM's name -> ours."""
 T = TypeVar("T")
 
 
@@ -54,10 +50,12 @@ def vllm(model: str, stats: EngineStats, models: Mapping[str, ModelNumbers]) -> 
         ("spec_decode_num_accepted_tokens", "nemoserve_accepted_draft_tokens_total.", stats.accepted_draft_tokens),
     ):
         yield counter(f"vllm:{name}_total", help, total, model_name=model)
-    for name, count in COUNTERS:
+    for name in COUNTED:
+        _, count = COUNTERS[name]
         yield counters(f"vllm:{name}_total", f"nemoserve_{name}_total.", "model_name", _each(models, count))
     yield _success(models)
-    for name, ours, values in HISTOGRAMS:
+    for name, ours in TIMED.items():
+        _, values = HISTOGRAMS[ours]
         yield histograms(f"vllm:{name}_seconds", f"nemoserve_{ours}_seconds.", "model_name", _each(models, values))
     yield distribution("vllm:iteration_tokens_total", "nemoserve_batch_tokens.", BATCH_TOKENS, stats.batch_tokens)
 

@@ -11,7 +11,7 @@ outcomes are ours.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
@@ -19,32 +19,15 @@ from prometheus_client.exposition import choose_encoder
 
 from engine import EngineInfo, EngineStats
 from engine.costs import BATCH_TOKENS, STEP_SECONDS
-from engine.histogram import Histogram
 from service.errors import ServiceError
 from service.host import Cause, Host, Phase
 from service.telemetry import aliases
 from service.telemetry.families import counter, counters, distribution, gauge, histograms
-from service.telemetry.numbers import OUTCOMES, ModelNumbers, kv_usage
+from service.telemetry.numbers import COUNTERS, HISTOGRAMS, OUTCOMES, ModelNumbers, kv_usage
 from service.version import VERSION
 
 OTHER = "_OTHER"  # OpenTelemetry's word for a value that is not known beforehand
 MAX_MODELS = 64  # that have series of their own, LoRA adapters that came and went included
-
-
-COUNTERS: tuple[tuple[str, str, Callable[[ModelNumbers], int]], ...] = (
-    ("prompt_tokens", "Tokens of prompts whose first token was made.", lambda of: of.prompt_tokens),
-    ("generation_tokens", "Tokens that were generated.", lambda of: of.generated_tokens),
-    ("prefix_cache_hit_tokens", "Of the prompts' tokens those that were found computed.", lambda of: of.cached_tokens),
-)
-HISTOGRAMS: tuple[tuple[str, str, Callable[[ModelNumbers], Histogram]], ...] = (
-    ("time_to_first_token", "From a request's arrival to its first token.", lambda of: of.first_token),
-    ("inter_token_latency", "From token to token of a completion.", lambda of: of.between_tokens),
-    ("queue_time", "From a request's arrival to its first step.", lambda of: of.queue),
-    ("request_prefill", "From a request's first step to its first token.", lambda of: of.prefill),
-    ("request_decode", "From a request's first token to its end.", lambda of: of.decode),
-    ("request_duration", "From the arrival of a request that got a token to its end.", lambda of: of.duration),
-)
-"""Of each model: names between `nemoserve_` and `_total` or `_seconds`, what they mean, and where they are."""
 
 
 class Metrics:
@@ -143,9 +126,9 @@ class Metrics:
         rejected = {reason.value: count for reason, count in queue.refused.items()} | self.rejected
         yield counters("nemoserve_requests_rejected_total", "Requests refused, by why.", "reason", rejected)
         yield counter("nemoserve_slow_readers_total", "Requests ended, for nobody took them.", queue.slow_readers)
-        for name, help, count in COUNTERS:
+        for name, (help, count) in COUNTERS.items():
             yield counters(f"nemoserve_{name}_total", help, "model", {each: count(of) for each, of in models.items()})
-        for name, help, values in HISTOGRAMS:
+        for name, (help, values) in HISTOGRAMS.items():
             found = {each: values(of) for each, of in models.items()}
             yield histograms(f"nemoserve_{name}_seconds", help, "model", found)
 

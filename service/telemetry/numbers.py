@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from engine import EngineStats
@@ -46,6 +47,22 @@ class ModelNumbers:
     outcomes: Counter[str] = field(default_factory=Counter)
     waiting: int = 0
     running: int = 0
+
+
+COUNTERS: Mapping[str, tuple[str, Callable[[ModelNumbers], int]]] = {
+    "prompt_tokens": ("Tokens of prompts whose first token was made.", lambda of: of.prompt_tokens),
+    "generation_tokens": ("Tokens that were generated.", lambda of: of.generated_tokens),
+    "prefix_cache_hit_tokens": ("Of the prompts' tokens those that were found computed.", lambda of: of.cached_tokens),
+}
+HISTOGRAMS: Mapping[str, tuple[str, Callable[[ModelNumbers], Histogram]]] = {
+    "time_to_first_token": ("From a request's arrival to its first token.", lambda of: of.first_token),
+    "inter_token_latency": ("From token to token of a completion.", lambda of: of.between_tokens),
+    "queue_time": ("From a request's arrival to its first step.", lambda of: of.queue),
+    "request_prefill": ("From a request's first step to its first token.", lambda of: of.prefill),
+    "request_decode": ("From a request's first token to its end.", lambda of: of.decode),
+    "request_duration": ("From the arrival of a request that got a token to its end.", lambda of: of.duration),
+}
+"""By the name between `nemoserve_` and `_total` or `_seconds`: what it means, and where it is."""
 
 
 def kv_usage(stats: EngineStats) -> float:
