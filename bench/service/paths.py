@@ -37,19 +37,24 @@ class Path(Protocol):
         """Of one message; "" for those that bring none."""
 
 
-@dataclass(frozen=True, slots=True)
-class KServe:
-    """`ModelStreamInfer`, the tensors of Triton's vLLM backend."""
+class OverGrpc:
+    """What RPCs have in common."""
 
-    model: str
-    title: str = "ModelStreamInfer"
-    http: bool = False
+    http = False
 
     def reader(self) -> Reader:
         return GrpcReader()
 
     def open(self) -> bytes:
         return greeting()
+
+
+@dataclass(frozen=True)
+class KServe(OverGrpc):
+    """`ModelStreamInfer`, the tensors of Triton's vLLM backend."""
+
+    model: str
+    title: str = "ModelStreamInfer"
 
     def request(self, authority: str, tokens: int, headers: Mapping[str, str]) -> bytes:
         message = kserve.ModelInferRequest(model_name=self.model, id="1")
@@ -72,18 +77,11 @@ class KServe:
         return contents[0][LENGTH_BYTES:].decode() if contents else ""
 
 
-@dataclass(frozen=True, slots=True)
-class Typed:
+@dataclass(frozen=True)
+class Typed(OverGrpc):
     """`nemoserve.v1.GenerationService/Generate`."""
 
     title: str = "Generate"
-    http: bool = False
-
-    def reader(self) -> Reader:
-        return GrpcReader()
-
-    def open(self) -> bytes:
-        return greeting()
 
     def request(self, authority: str, tokens: int, headers: Mapping[str, str]) -> bytes:
         sampling = typed.SamplingParameters(max_tokens=tokens, ignore_eos=True)
