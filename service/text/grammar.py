@@ -1,4 +1,4 @@
-"""What the text side has to say about grammars: the vocabulary that they are over, and how they name tokens in it."""
+"""What the text side has to say about grammars: the vocabulary that they are over, and choices."""
 
 from __future__ import annotations
 
@@ -20,13 +20,6 @@ def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
             data = name.encode()
         tokens.append(data)
     return Vocabulary(tokens=tokens, special=special)
-
-
-def control_token(tokenizer: Tokenizer, name: str) -> str | None:
-    """How a lark grammar names the control token `name`, None if there is none: by its id, because llguidance takes
-    `<[TOOL_CALLS]>` for a list of ids."""
-    token = tokenizer.control_id(name)
-    return None if token is None else f"<[{token}]>"
 
 
 def choice(texts: Sequence[str]) -> Grammar:

@@ -26,6 +26,7 @@ class Rules:
         self._arguments: dict[str, str] = {}
 
     def token(self, token_id: int) -> str:
+        """A control token goes by its id: llguidance takes `<[TOOL_CALLS]>` for a list of ids."""
         return f"<[{token_id}]>"
 
     def literal(self, text: str) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from engine import Grammar
-from service.text.grammar import choice, control_token, vocabulary
+from service.text.grammar import choice, vocabulary
+from service.text.tools.lark import Rules
 from tests.service.fake_engine import EOS, toy_text
 
 
@@ -17,8 +18,10 @@ def test_ordinary_tokens_have_their_bytes_and_control_tokens_their_names() -> No
 
 def test_control_tokens_are_named_by_their_ids() -> None:
     tokenizer = toy_text().tokenizer
-    assert control_token(tokenizer, "</s>") == f"<[{EOS}]>"
-    assert control_token(tokenizer, "[TOOL_CALLS]") is None
+    token = tokenizer.control_id("</s>")
+    assert token is not None
+    assert Rules().token(token) == f"<[{EOS}]>"
+    assert tokenizer.control_id("[TOOL_CALLS]") is None
 
 
 def test_a_choice_is_between_the_texts_as_they_stand() -> None:
