@@ -20,7 +20,7 @@ setup: $(STAMP)  ## create .venv with everything in it
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(PY) || python3 -m venv $(VENV)
-	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[server,dev]'
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[server,autoscaler,dev]'
 	$(PY) -m helm.tools
 	@touch $@
 

@@ -1,0 +1,1 @@
+"""How many replicas, and why: the policy of the operator."""
