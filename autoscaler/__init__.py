@@ -1,4 +1,4 @@
-"""The operator: it keeps as many replicas of a workload as their queue needs. Imports neither torch nor engine nor service.
+"""The operator: as many replicas of a workload as its queue needs. Imports neither torch nor engine nor service.
 
 fleet ──► policy ──► decision          pure: what was seen goes in, how many replicas and why comes out
   ▲                     │
