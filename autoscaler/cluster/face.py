@@ -64,7 +64,7 @@ class WatchEvent:
 
 
 class Cluster(Protocol):
-    """One namespace of a cluster. Every method raises ClusterError, and none waits longer than the time it was given."""
+    """One namespace of a cluster. Every method raises ClusterError, and none waits longer than it was given."""
 
     namespace: str
 
@@ -82,4 +82,4 @@ class Cluster(Protocol):
         """JSON merge patch; 409 where it names a resourceVersion that is not the newest."""
 
     def watch(self, kind: Kind, resource_version: str, label_selector: str = "") -> AsyncIterator[WatchEvent]:
-        """Changes from there on; ends when the server ends it, raises ClusterError with `expired` for too old a start."""
+        """Changes from there on; ends when the server ends it. ClusterError with `expired`: the start is too old."""
