@@ -1,0 +1,35 @@
+"""The rivals, by their published formulas and defaults, as policies of the same kind as ours.
+
+Each file names its source, has the published defaults in a frozen dataclass `Parameters`, and says where it differs.
+All of them see the same replicas as ours at the times at which they look, and none waits for Prometheus.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from autoscaler.decision import Policy
+from autoscaler.settings import Settings
+from autoscaler.simulate.baselines import dynamo, hpa, keda, kpa, ray, static, wva
+from autoscaler.simulate.baselines.signals import filled
+
+P = TypeVar("P")
+# Parameters by name (those that are left out are the published ones), the limits and promises of the workload, and
+# how long a replica takes to start on average: what an operator of the policy knows.
+Factory = Callable[[Mapping[str, Any], Settings, float], Policy]
+
+
+def _factory(parameters: type[P], policy: Callable[[P, Settings, float], Policy]) -> Factory:
+    return lambda values, settings, cold_start: policy(filled(parameters, values), settings, cold_start)
+
+
+BASELINES: Mapping[str, Factory] = {
+    "static": _factory(static.Parameters, static.Static),
+    "hpa": _factory(hpa.Parameters, hpa.Hpa),
+    "keda": _factory(keda.Parameters, keda.Keda),
+    "kpa": _factory(kpa.Parameters, kpa.Kpa),
+    "wva": _factory(wva.Parameters, wva.Wva),
+    "dynamo": _factory(dynamo.Parameters, dynamo.Dynamo),
+    "ray": _factory(ray.Parameters, ray.RayServe),
+}
