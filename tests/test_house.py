@@ -85,6 +85,11 @@ def test_the_autoscaler_stands_alone() -> None:
     assert offenders(modules("autoscaler"), "torch", "engine", "service") == []
 
 
+def test_the_operator_runs_without_what_simulates_it() -> None:
+    operator = {name: path for name, path in modules("autoscaler").items() if not within(name, "autoscaler.simulate")}
+    assert offenders(operator, "autoscaler.simulate", "numpy", "numba") == []
+
+
 def test_nobody_imports_bench_or_tests() -> None:
     assert offenders(modules("engine", "service", "autoscaler", "helm"), "bench", "tests") == []
 
