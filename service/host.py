@@ -9,6 +9,7 @@ from typing import Protocol
 
 from engine import AdapterInfo, EngineInfo, EngineStats
 from service.admission import AdmissionStats
+from service.errors import ServiceError
 from service.generation import GenerationEvent, GenerationRequest
 from service.text.chat import Conversation
 
@@ -175,3 +176,11 @@ class Host(Protocol):
     @property
     def text_ends(self) -> tuple[int | None, int | None]:
         """Ids of the tokens that begin and end a text; None where the model has none or does not expect it."""
+
+
+def info_of(host: Host) -> EngineInfo | None:
+    """None while there is no engine."""
+    try:
+        return host.info
+    except ServiceError:
+        return None

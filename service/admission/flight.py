@@ -18,6 +18,7 @@ class Flight(Ticket):
     waited: seconds from its arrival to its turn.
     used: tokens that its tenant's allowance was charged with.
     entering: its prompt is being encoded.
+    accepted: it has joined, and was not refused.
     with_engine: completions, by index, that the engine has been handed and has not ended.
     started: it has had an event.
     returned: it has been with an engine that died.
@@ -31,6 +32,7 @@ class Flight(Ticket):
     waited: float = 0.0
     used: float = 0.0
     entering: bool = True
+    accepted: bool = False
     with_engine: set[int] = field(default_factory=set)
     started: bool = False
     returned: bool = False

@@ -76,6 +76,7 @@ class Admission:
         self._length = Mean(EXPECTED_TOKENS)
         self._random = random.Random()
         self._expired = self._slow_readers = 0
+        self._arrived = self._arrived_tokens = self._finished = 0
 
     # -- the gate ----------------------------------------------------------------------------------------------
 
@@ -172,6 +173,9 @@ class Admission:
         turn = self._wait(flight)
         if flight in self._queue:
             self._check_bounds(flight)
+        flight.accepted = True
+        self._arrived += 1
+        self._arrived_tokens += prompt_tokens
         await self._turn(flight, turn)
 
     async def join_again(self, flight: Flight) -> None:
@@ -210,6 +214,7 @@ class Admission:
         if flight.left:
             return
         flight.left = True
+        self._finished += flight.accepted
         new_tokens = 0
         if delivery is not None:
             new_tokens = delivery.tokens
@@ -239,6 +244,9 @@ class Admission:
             queued_tokens=self._queue.tokens,
             oldest_queued_seconds=0.0 if oldest is None else self._clock() - oldest.arrived,
             handed=sum(len(flight.with_engine) for flight in self._handed),
+            arrived=self._arrived,
+            arrived_tokens=self._arrived_tokens,
+            finished=self._finished,
             refused={reason: self._refused[reason] for reason in Refusal},
             expired=self._expired,
             slow_readers=self._slow_readers,

@@ -26,6 +26,8 @@ class AdmissionStats:
         queued, queued_tokens: accepted requests that the engine has not been handed, and the tokens of their prompts.
         oldest_queued_seconds: age of the oldest of them.
         handed: completions that the engine has been handed and has not ended.
+        arrived, arrived_tokens: requests that were accepted, each once, and the tokens of their prompts.
+        finished: of those, whatever ended them.
         refused: requests by reason; every reason is there.
         expired: ended by their deadline after they had begun.
         slow_readers: ended because nobody took their events.
@@ -35,6 +37,9 @@ class AdmissionStats:
     queued_tokens: int = 0
     oldest_queued_seconds: float = 0.0
     handed: int = 0
+    arrived: int = 0
+    arrived_tokens: int = 0
+    finished: int = 0
     refused: Mapping[Refusal, int] = field(default_factory=dict)
     expired: int = 0
     slow_readers: int = 0

@@ -18,8 +18,9 @@ from service.caller import CALLER
 from service.errors import ServiceError, invalid
 from service.generation import Delta, Finished, GenerationEvent, GenerationRequest, Started
 from service.grpc.status import Context, abort, deadline_of, metadata_value
-from service.host import Host, Phase
+from service.host import Host, Phase, info_of
 from service.names import MAX_REQUEST_ID, adapter_of, is_request_id
+from service.telemetry.telemetry import Telemetry
 from service.text.chat import Conversation, Message, Tool, ToolCall
 from service.text.check import MAX_MESSAGES, check_counts
 from service.version import VERSION
@@ -52,8 +53,9 @@ INLINE_TOKENS = 4096  # turned into text within a millisecond; more go to a thre
 class GenerationServicer(rpc.GenerationServiceServicer):
     """See generation.proto for the contract."""
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, telemetry: Telemetry | None = None) -> None:
         self._host = host
+        self._telemetry = telemetry  # measures what load there was
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
         try:
@@ -173,8 +175,8 @@ class GenerationServicer(rpc.GenerationServiceServicer):
         )
 
     def _load(self) -> pb.Load:
-        status, stats = self._host.status, self._host.stats
-        return pb.Load(
+        status, stats, queue = self._host.status, self._host.stats, self._host.queue
+        load = pb.Load(
             phase=PHASES[status.phase],
             progress=status.progress,
             eta_seconds=status.eta_seconds or 0.0,
@@ -200,7 +202,17 @@ class GenerationServicer(rpc.GenerationServiceServicer):
             prefix_cache_hit_tokens=stats.prefix_cache_hit_tokens,
             preemptions=stats.preemptions,
             detail=status.detail,
+            arrived_requests=queue.arrived,
+            arrived_prompt_tokens=queue.arrived_tokens,
+            finished_requests=queue.finished,
         )
+        if (info := info_of(self._host)) is not None:
+            load.kv_page_tokens, load.max_step_tokens = info.page_size, info.max_batch_tokens
+        if self._telemetry is not None:
+            waits = self._telemetry.first_tokens
+            load.time_to_first_token.bounds.extend(waits.bounds)
+            load.time_to_first_token.counts.extend(waits.counts)
+        return load
 
 
 def to_generation(

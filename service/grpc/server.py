@@ -71,7 +71,7 @@ class GrpcServer:
         self._health = health.aio.HealthServicer()
         self._health_task: asyncio.Task[None] | None = None
         self._going_away: asyncio.Task[None] | None = None
-        generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(host), self._server)  # type: ignore[no-untyped-call,unused-ignore]
+        generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(host, telemetry), self._server)  # type: ignore[no-untyped-call,unused-ignore]
         loras = LoraModels(host, host.loras) if host.loras else None
         kserve = KServeServicer(llm_models(host), loras, host.control)
         service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(kserve, self._server)

@@ -19,11 +19,11 @@ from prometheus_client.exposition import choose_encoder
 
 from engine import EngineInfo, EngineStats
 from engine.costs import BATCH_TOKENS, STEP_SECONDS
-from service.errors import ServiceError
-from service.host import Cause, Host, Phase
+from engine.histogram import Histogram
+from service.host import Cause, Host, Phase, info_of
 from service.telemetry import aliases
 from service.telemetry.families import counter, counters, distribution, gauge, histograms
-from service.telemetry.numbers import COUNTERS, HISTOGRAMS, OUTCOMES, ModelNumbers, kv_usage
+from service.telemetry.numbers import COUNTERS, HISTOGRAMS, OUTCOMES, ModelNumbers, kv_usage, together
 from service.version import VERSION
 
 OTHER = "_OTHER"  # OpenTelemetry's word for a value that is not known beforehand
@@ -61,18 +61,15 @@ class Metrics:
         name = model if served and len(self._models) < MAX_MODELS else OTHER
         return self._models.setdefault(name, ModelNumbers())
 
+    @property
+    def first_tokens(self) -> Histogram:
+        """Seconds from arrival to first token, of all models together."""
+        return together([each.first_token for each in self._models.values()])
+
     def exposition(self, accept: str = "") -> tuple[bytes, str]:
         """The text of all metrics, and its content type: Prometheus' or OpenMetrics', as the Accept header asks."""
         encode, content_type = choose_encoder(accept)
         return encode(self.registry), content_type
-
-    @property
-    def _info(self) -> EngineInfo | None:
-        """None while there is no engine."""
-        try:
-            return self._host.info
-        except ServiceError:
-            return None
 
     # -- what the registry asks --------------------------------------------------------------------------------
 
@@ -82,7 +79,7 @@ class Metrics:
 
     def collect(self) -> Iterator[Metric]:
         host, stats = self._host, self._host.stats
-        info = self._info
+        info = info_of(host)
         yield from self._server()
         yield from _load(stats)
         yield from self._requests()
@@ -125,6 +122,12 @@ class Metrics:
         queue = self._host.queue
         rejected = {reason.value: count for reason, count in queue.refused.items()} | self.rejected
         yield counters("nemoserve_requests_rejected_total", "Requests refused, by why.", "reason", rejected)
+        for name, help, total in (
+            ("requests_arrived", "Requests that were accepted, to wait or to run.", queue.arrived),
+            ("prompt_tokens_arrived", "Tokens of the prompts of accepted requests.", queue.arrived_tokens),
+            ("requests_finished", "Accepted requests that ended, whatever ended them.", queue.finished),
+        ):
+            yield counter(f"nemoserve_{name}_total", help, total)
         yield counter("nemoserve_slow_readers_total", "Requests ended, for nobody took them.", queue.slow_readers)
         for name, (help, count) in COUNTERS.items():
             yield counters(f"nemoserve_{name}_total", help, "model", {each: count(of) for each, of in models.items()})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from engine import EngineStats
@@ -29,6 +29,15 @@ def token_latencies() -> Histogram:
 
 def _latencies() -> Histogram:
     return Histogram(_LATENCIES)
+
+
+def together(latencies: Iterable[Histogram]) -> Histogram:
+    """Of several that have the buckets of requests."""
+    total = _latencies()
+    for each in latencies:
+        total.counts = [a + b for a, b in zip(total.counts, each.counts, strict=True)]
+        total.sum += each.sum
+    return total
 
 
 @dataclass(slots=True)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from engine import EngineStats
+from engine.histogram import Histogram
 from service.host import Host
 from service.names import is_request_id
 from service.telemetry.access import log_call
@@ -37,6 +38,11 @@ class Telemetry:
     def stats(self) -> EngineStats:
         """The load now, for reports to balancers."""
         return self._host.stats
+
+    @property
+    def first_tokens(self) -> Histogram:
+        """Seconds from arrival to first token, of all requests that had one."""
+        return self.metrics.first_tokens
 
     def open(
         self,

@@ -997,6 +997,12 @@ class Load(google.protobuf.message.Message):
     PREFIX_CACHE_HIT_TOKENS_FIELD_NUMBER: builtins.int
     PREEMPTIONS_FIELD_NUMBER: builtins.int
     DETAIL_FIELD_NUMBER: builtins.int
+    ARRIVED_REQUESTS_FIELD_NUMBER: builtins.int
+    ARRIVED_PROMPT_TOKENS_FIELD_NUMBER: builtins.int
+    FINISHED_REQUESTS_FIELD_NUMBER: builtins.int
+    TIME_TO_FIRST_TOKEN_FIELD_NUMBER: builtins.int
+    KV_PAGE_TOKENS_FIELD_NUMBER: builtins.int
+    MAX_STEP_TOKENS_FIELD_NUMBER: builtins.int
     phase: Global___Phase.ValueType
     progress: builtins.float
     """While loading: between 0 and 1."""
@@ -1034,6 +1040,21 @@ class Load(google.protobuf.message.Message):
     preemptions: builtins.int
     detail: builtins.str
     """While loading: what is being done, such as "download", "read weights", "warm up"; failed: why."""
+    arrived_requests: builtins.int
+    """Counters from the start of the server, which an engine that is started again does not set back. A request arrives
+    when it is admitted, whether it goes to the engine at once or waits in the queue: its prompt has been read, and it
+    was not refused. Refused ones are in the metric nemoserve_requests_rejected_total alone.
+    """
+    arrived_prompt_tokens: builtins.int
+    finished_requests: builtins.int
+    """Of those that arrived, whatever ended them; a deadline that passed in the queue too. The rest is queued or running."""
+    kv_page_tokens: builtins.int
+    """Tokens that a KV page holds, and most that a step computes; 0 until the model is loaded."""
+    max_step_tokens: builtins.int
+    @property
+    def time_to_first_token(self) -> Global___Histogram:
+        """Seconds from the arrival at the server's door to the first token, of requests that had one, since the server's start."""
+
     def __init__(
         self,
         *,
@@ -1062,7 +1083,38 @@ class Load(google.protobuf.message.Message):
         prefix_cache_hit_tokens: builtins.int = ...,
         preemptions: builtins.int = ...,
         detail: builtins.str = ...,
+        arrived_requests: builtins.int = ...,
+        arrived_prompt_tokens: builtins.int = ...,
+        finished_requests: builtins.int = ...,
+        time_to_first_token: Global___Histogram | None = ...,
+        kv_page_tokens: builtins.int = ...,
+        max_step_tokens: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["capacity", b"capacity", "decode_tokens_per_second", b"decode_tokens_per_second", "detail", b"detail", "engine_version", b"engine_version", "eta_seconds", b"eta_seconds", "generated_tokens", b"generated_tokens", "kv_pages_total", b"kv_pages_total", "kv_pages_used", b"kv_pages_used", "oldest_queued_seconds", b"oldest_queued_seconds", "phase", b"phase", "preemptions", b"preemptions", "prefill_tokens_per_second", b"prefill_tokens_per_second", "prefix_cache_hit_tokens", b"prefix_cache_hit_tokens", "prefix_cache_query_tokens", b"prefix_cache_query_tokens", "progress", b"progress", "prompt_tokens", b"prompt_tokens", "queued_requests", b"queued_requests", "queued_tokens", b"queued_tokens", "running_requests", b"running_requests", "seconds_per_context_token", b"seconds_per_context_token", "seconds_per_decode_row", b"seconds_per_decode_row", "seconds_per_prefill_token", b"seconds_per_prefill_token", "started_at", b"started_at", "step_base_seconds", b"step_base_seconds", "steps", b"steps"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["time_to_first_token", b"time_to_first_token"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["arrived_prompt_tokens", b"arrived_prompt_tokens", "arrived_requests", b"arrived_requests", "capacity", b"capacity", "decode_tokens_per_second", b"decode_tokens_per_second", "detail", b"detail", "engine_version", b"engine_version", "eta_seconds", b"eta_seconds", "finished_requests", b"finished_requests", "generated_tokens", b"generated_tokens", "kv_page_tokens", b"kv_page_tokens", "kv_pages_total", b"kv_pages_total", "kv_pages_used", b"kv_pages_used", "max_step_tokens", b"max_step_tokens", "oldest_queued_seconds", b"oldest_queued_seconds", "phase", b"phase", "preemptions", b"preemptions", "prefill_tokens_per_second", b"prefill_tokens_per_second", "prefix_cache_hit_tokens", b"prefix_cache_hit_tokens", "prefix_cache_query_tokens", b"prefix_cache_query_tokens", "progress", b"progress", "prompt_tokens", b"prompt_tokens", "queued_requests", b"queued_requests", "queued_tokens", b"queued_tokens", "running_requests", b"running_requests", "seconds_per_context_token", b"seconds_per_context_token", "seconds_per_decode_row", b"seconds_per_decode_row", "seconds_per_prefill_token", b"seconds_per_prefill_token", "started_at", b"started_at", "step_base_seconds", b"step_base_seconds", "steps", b"steps", "time_to_first_token", b"time_to_first_token"]) -> None: ...
 
 Global___Load: typing_extensions.TypeAlias = Load
+
+@typing.final
+class Histogram(google.protobuf.message.Message):
+    """Values by size. counts[i] of them are at most bounds[i], and greater than the bound before; the last of counts, which
+    has one more than bounds, are greater than all. Bounds ascend.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    BOUNDS_FIELD_NUMBER: builtins.int
+    COUNTS_FIELD_NUMBER: builtins.int
+    @property
+    def bounds(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]: ...
+    @property
+    def counts(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        bounds: collections.abc.Iterable[builtins.float] | None = ...,
+        counts: collections.abc.Iterable[builtins.int] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bounds", b"bounds", "counts", b"counts"]) -> None: ...
+
+Global___Histogram: typing_extensions.TypeAlias = Histogram

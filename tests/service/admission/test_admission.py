@@ -289,3 +289,39 @@ async def test_a_tenant_may_not_ask_for_a_better_class_than_its_best() -> None:
         here.ask("w", tenant="b", priority=-9)
         ends = await here.end()
         assert not [each for each in ends.values() if isinstance(each, BaseException)]
+
+
+# -- what has arrived --------------------------------------------------------------------------------------------------
+
+
+async def test_what_is_accepted_has_arrived_whether_it_waits_or_runs_and_what_is_refused_has_not() -> None:
+    async with scene(QueueLimits(max_requests=2)) as here:
+        await here.fill()
+        await here.ask_in_turn("ab", prompt=[1] * 10)
+        error = await refused(here.ask("one too many"))
+        assert error.code is Code.RESOURCE_EXHAUSTED
+        queue = here.model.queue
+        assert (queue.arrived, queue.finished) == (HANDED + 2, 0)
+        tokens = sum(len(request.prompt_token_ids) for request in here.engine.requests)
+        assert queue.arrived_tokens == tokens + 20
+        here.tasks.pop("a").cancel()
+        await until(lambda: here.model.queue.finished == 1)
+        await here.end()
+        queue = here.model.queue
+        assert (queue.arrived, queue.finished, queue.arrived_tokens) == (HANDED + 2, HANDED + 2, tokens + 20)
+
+
+async def test_completions_of_one_request_arrive_once() -> None:
+    async with scene() as here:
+        here.ask("three", prompt=[1] * 10, n=3)
+        await here.end()
+        assert (here.model.queue.arrived, here.model.queue.arrived_tokens) == (1, 10)
+
+
+async def test_too_many_tokens_have_not_arrived() -> None:
+    async with scene(QueueLimits(max_tokens=15)) as here:
+        await here.fill()
+        before = here.model.queue.arrived_tokens
+        await here.ask_in_turn("a", prompt=[1] * 10)
+        assert (await refused(here.ask("too long", prompt=[1] * 10))).code is Code.RESOURCE_EXHAUSTED
+        assert (here.model.queue.arrived, here.model.queue.arrived_tokens) == (HANDED + 1, before + 10)

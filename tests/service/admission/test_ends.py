@@ -117,6 +117,7 @@ async def test_a_thousand_cancellations_at_random_moments_leave_nothing(seed: in
         await asyncio.gather(*cancelled, *here.tasks.values(), return_exceptions=True)
         assert here.model.queue.refused[Refusal.DEADLINE_IN_QUEUE] > 0
         assert len(here.reached) > 100
+        assert 100 < here.model.queue.arrived == here.model.queue.finished < 1500
 
 
 async def test_one_that_is_cancelled_while_its_turn_comes_gives_its_place_back() -> None:
@@ -192,6 +193,7 @@ async def test_what_had_no_token_and_what_waits_runs_on_the_next_engine() -> Non
         last.gate.allow(100)
         for name in "ijk":
             assert ends(await here.tasks[name]) == {0: FinishReason.LENGTH}
+        assert here.model.queue.arrived == here.model.queue.finished == 13  # nobody has arrived twice
 
 
 async def test_who_waits_learns_that_there_will_be_no_engine() -> None:

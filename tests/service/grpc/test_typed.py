@@ -18,7 +18,7 @@ from service.text.check import MAX_MESSAGES, MAX_TOOLS
 from service.version import VERSION
 from tests.service.fake_engine import BOS, END, INFO, PADDING, FakeEngine, toy_text
 from tests.service.fakes import FakeHost, Gate
-from tests.service.grpc.ports import Port, refusal, served, serving
+from tests.service.grpc.ports import Port, drained, refusal, served, serving
 
 
 @pytest.fixture
@@ -441,7 +441,28 @@ async def test_the_load_is_that_of_the_engine(engine: FakeEngine, port: Port) ->
         prefill_tokens_per_second=100.0,
         decode_tokens_per_second=10.0,
         engine_version=VERSION,
+        kv_page_tokens=INFO.page_size,
+        max_step_tokens=INFO.max_batch_tokens,
     )
+
+
+async def test_the_load_counts_what_arrived_and_what_ended(engine: FakeEngine, port: Port) -> None:
+    engine.gate = Gate()
+    waiting = port.typed.Generate(ask(max_tokens=3))
+    await engine.until(lambda: len(engine.requests) == 1)
+    load = (await port.typed.GetLoad(pb.GetLoadRequest())).load
+    assert (load.arrived_requests, load.finished_requests) == (1, 0)
+    assert load.arrived_prompt_tokens == len(engine.requests[0].prompt_token_ids)
+    engine.gate.allow(3)
+    await drained(waiting)
+    load = (await port.typed.GetLoad(pb.GetLoadRequest())).load
+    assert (load.arrived_requests, load.finished_requests) == (1, 1)
+
+
+async def test_a_server_without_a_model_has_no_sizes() -> None:
+    async with serving(ServedModel("toy")) as port:
+        load = (await port.typed.GetLoad(pb.GetLoadRequest())).load
+    assert (load.kv_page_tokens, load.max_step_tokens, load.arrived_requests) == (0, 0, 0)
 
 
 async def test_watch_load_follows_a_server_through_its_life() -> None:

@@ -57,6 +57,10 @@ async def test_counters_agree_with_what_clients_saw(running: Observed) -> None:
     assert scrape.value("nemoserve_inter_token_latency_seconds_count", model="toy") == gaps
     for name in ("time_to_first_token", "queue_time", "request_duration", "request_prefill", "request_decode"):
         assert scrape.value(f"nemoserve_{name}_seconds_count", model="toy") == len(asks)
+    load = (await running.port.typed.GetLoad(pb.GetLoadRequest())).load
+    assert scrape.value("nemoserve_requests_arrived_total") == load.arrived_requests == len(asks)
+    assert scrape.value("nemoserve_requests_finished_total") == load.finished_requests == len(asks)
+    assert scrape.value("nemoserve_prompt_tokens_arrived_total") == load.arrived_prompt_tokens == prompt
     assert len(outcomes) == 2
     for outcome, count in outcomes.items():
         assert scrape.value("nemoserve_requests_total", model="toy", outcome=outcome) == count
@@ -146,6 +150,20 @@ async def test_not_even_those_of_methods_that_somebody_without_rights_calls() ->
     assert {(dict(labels)["method"], dict(labels)["code"]): n for labels, n in counted.items()} == {
         (OTHER, "permission_denied"): 10
     }
+
+
+async def test_the_load_has_the_histogram_of_the_time_to_the_first_token(running: Observed) -> None:
+    other = running.telemetry.metrics.of("another model")
+    other.first_token.add(2.0)
+    other.first_token.add(1e6)
+    await drained(running.port.typed.Generate(ask()))
+    told = (await running.port.typed.GetLoad(pb.GetLoadRequest())).load.time_to_first_token
+    assert len(told.counts) == len(told.bounds) + 1
+    assert list(told.bounds) == sorted(told.bounds)
+    assert (sum(told.counts), told.counts[-1], told.counts[list(told.bounds).index(2.0)]) == (3, 1, 1)
+    buckets = running.scrape().values("nemoserve_time_to_first_token_seconds_bucket")
+    at_most_5 = sum(count for labels, count in buckets.items() if ("le", "5.0") in labels)
+    assert at_most_5 == sum(n for bound, n in zip(told.bounds, told.counts, strict=False) if bound <= 5) == 2
 
 
 async def test_gauges_are_those_of_the_engine_when_somebody_looks(running: Observed) -> None:
