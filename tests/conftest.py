@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cluster", action="store_true", help="the contract of API servers, of KUBECONFIG's too")
     parser.addoption("--full-dose", action="store_true", help="faults as docs/reliability.md says: minutes each")
 
 

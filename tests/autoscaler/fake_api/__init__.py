@@ -1,0 +1,17 @@
+"""A kube-apiserver of our own, in memory, on loopback: real HTTP for the real client and the real kubectl.
+
+    server ── access ── machinery ── store ──► watching
+      │                 │     │
+    discovery,      resources schema ── cel        workloads: what a Deployment's controller and nodes do to it
+    table, faults
+
+It keeps the semantics that a controller depends on: uid, resourceVersion, generation, 409 on what is stale, PUT, the
+three patches, /status and /scale, selectors, watches that expire, schemas with their CEL rules, RBAC.
+`tests/autoscaler/test_cluster_contract.py` says the same of it and of a real cluster. What it does not have, it refuses
+(server-side apply, pagination, `deletecollection`, binding, eviction, admission webhooks).
+"""
+
+from tests.autoscaler.fake_api.faults import Fault
+from tests.autoscaler.fake_api.server import Call, FakeApi
+
+__all__ = ["Call", "FakeApi", "Fault"]

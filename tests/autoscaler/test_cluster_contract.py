@@ -1,0 +1,595 @@
+"""What an API server does, as the operator depends on it: the same of our fake, and, with --cluster, of a real one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autoscaler.cluster import objects
+from autoscaler.cluster.face import (
+    DEPLOYMENTS,
+    EVENTS,
+    LEASES,
+    PODS,
+    QUEUE_AUTOSCALERS,
+    STATEFUL_SETS,
+    ClusterError,
+    Json,
+    Kind,
+    WatchEvent,
+)
+from tests.autoscaler import api_under_test
+from tests.autoscaler.api_under_test import Api
+
+ROLES = Kind("rbac.authorization.k8s.io", "v1", "roles")
+BINDINGS = Kind("rbac.authorization.k8s.io", "v1", "rolebindings")
+ACCOUNTS = Kind("", "v1", "serviceaccounts")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    servers = ["fake", "cluster"] if metafunc.config.getoption("--cluster") else ["fake"]
+    metafunc.parametrize("server", servers)
+
+
+@pytest.fixture
+async def api(server: str, tmp_path: Path) -> AsyncIterator[Api]:
+    async with api_under_test.fake(tmp_path) if server == "fake" else api_under_test.real() as ready:
+        yield ready
+
+
+def workload(name: str = "nemo", replicas: int | None = 2, kind: str = "Deployment", **more: Any) -> Json:
+    """One whose pods no node takes."""
+    labels = {"app": name}
+    gates = [{"name": "nemoserve.dev/never"}]
+    pod = {"containers": [{"name": "server", "image": "nowhere.invalid/server"}], "schedulingGates": gates}
+    spec: Json = {"selector": {"matchLabels": labels}, "template": {"metadata": {"labels": labels}, "spec": pod}}
+    if replicas is not None:
+        spec["replicas"] = replicas
+    if kind == "StatefulSet":
+        spec["serviceName"] = name
+    return {"kind": kind, "apiVersion": "apps/v1", "metadata": {"name": name, "labels": labels}, "spec": spec | more}
+
+
+def scaler(name: str = "nemo", **spec: Any) -> Json:
+    target = {"kind": "Deployment", "name": name}
+    return {"metadata": {"name": name}, "spec": {"scaleTargetRef": target, "maxReplicas": 4} | spec}
+
+
+def lease(name: str = "lock", **spec: Any) -> Json:
+    return {"metadata": {"name": name}, "spec": {"holderIdentity": "a", "leaseDurationSeconds": 15} | spec}
+
+
+def pod(name: str, **labels: str) -> Json:
+    spec = workload()["spec"]["template"]["spec"]
+    return {"metadata": {"name": name, "labels": labels}, "spec": spec}
+
+
+async def taken(watch: AsyncIterator[WatchEvent]) -> list[WatchEvent]:
+    """All of a watch, until the server ends it."""
+    return [event async for event in watch]
+
+
+# -- objects ---------------------------------------------------------------------------------------------------
+
+
+async def test_a_new_object_gets_uid_version_generation_and_time(api: Api) -> None:
+    created = await api.cluster.create(DEPLOYMENTS, workload())
+    meta = created["metadata"]
+    assert meta["uid"]
+    assert meta["resourceVersion"]
+    assert meta["generation"] == 1
+    assert objects.seconds(meta["creationTimestamp"])
+    assert meta["namespace"] == api.namespace
+    assert (await api.cluster.get(DEPLOYMENTS, "nemo"))["metadata"]["uid"] == meta["uid"]
+
+
+async def test_a_generated_name_begins_as_asked(api: Api) -> None:
+    created = await api.cluster.create(LEASES, {"metadata": {"generateName": "lock-"}, "spec": {}})
+    assert created["metadata"]["name"].startswith("lock-")
+    assert len(created["metadata"]["name"]) == len("lock-") + 5
+
+
+async def test_what_is_there_is_not_created_again(api: Api) -> None:
+    await api.cluster.create(LEASES, lease())
+    with pytest.raises(ClusterError, match=r'leases\.coordination\.k8s\.io "lock" already exists') as refused:
+        await api.cluster.create(LEASES, lease())
+    assert (refused.value.code, refused.value.reason) == (409, "AlreadyExists")
+
+
+async def test_what_is_not_there_is_not_found(api: Api) -> None:
+    with pytest.raises(ClusterError, match=r'deployments\.apps "nemo" not found') as refused:
+        await api.cluster.get(DEPLOYMENTS, "nemo")
+    assert refused.value.not_found
+    answer = await api.call("POST", api.path(LEASES, namespace="no-such-namespace"), lease())
+    assert (answer.code, answer.reason) == (404, "NotFound")
+    answer = await api.call("GET", f"/apis/apps/v1/namespaces/{api.namespace}/nothings")
+    assert answer.code == 404
+
+
+async def test_a_dry_run_stores_nothing(api: Api) -> None:
+    answer = await api.call("POST", api.path(LEASES) + "?dryRun=All", lease())
+    assert answer.code == 201
+    assert objects.items(await api.cluster.list(LEASES)) == []
+
+
+# -- versions and generations ----------------------------------------------------------------------------------
+
+
+async def test_each_change_has_a_version_of_its_own_and_no_change_has_none(api: Api) -> None:
+    first = await api.cluster.create(LEASES, lease())
+    second = await api.cluster.patch(LEASES, "lock", {"spec": {"holderIdentity": "b"}})
+    same = await api.cluster.patch(LEASES, "lock", {"spec": {"holderIdentity": "b"}})
+    versions = [each["metadata"]["resourceVersion"] for each in (first, second, same)]
+    assert versions[0] != versions[1] == versions[2]
+
+
+async def test_a_stale_put_is_a_conflict(api: Api) -> None:
+    first = await api.cluster.create(LEASES, lease())
+    await api.cluster.replace(LEASES, "lock", first | lease(holderIdentity="b") | {"metadata": first["metadata"]})
+    with pytest.raises(ClusterError, match="the object has been modified") as refused:
+        await api.cluster.replace(LEASES, "lock", first)
+    assert (refused.value.code, refused.value.reason) == (409, "Conflict")
+    assert (await api.cluster.get(LEASES, "lock"))["spec"]["holderIdentity"] == "b"
+
+
+async def test_a_put_without_a_version_is_taken_of_deployments_and_refused_of_leases_and_custom_resources(
+    api: Api,
+) -> None:
+    await api.cluster.create(DEPLOYMENTS, workload())
+    assert (await api.cluster.replace(DEPLOYMENTS, "nemo", workload(replicas=3)))["spec"]["replicas"] == 3
+    for kind, body in ((LEASES, lease("nemo")), (QUEUE_AUTOSCALERS, scaler())):
+        await api.cluster.create(kind, body)
+        with pytest.raises(ClusterError, match="must be specified for an update") as refused:
+            await api.cluster.replace(kind, "nemo", body)
+        assert refused.value.code == 422
+
+
+async def test_a_put_creates_a_lease_and_nothing_else(api: Api) -> None:
+    answer = await api.call("PUT", api.path(LEASES, "lock"), lease())
+    assert answer.code == 201
+    answer = await api.call("PUT", api.path(DEPLOYMENTS, "nemo"), workload())
+    assert answer.code == 404
+
+
+async def test_a_patch_that_names_a_stale_version_or_another_uid_is_a_conflict(api: Api) -> None:
+    first = await api.cluster.create(LEASES, lease())
+    version = first["metadata"]["resourceVersion"]
+    second = await api.cluster.patch(
+        LEASES, "lock", {"metadata": {"resourceVersion": version}, "spec": {"holderIdentity": "b"}}
+    )
+    assert second["spec"]["holderIdentity"] == "b"
+    for meta in ({"resourceVersion": version}, {"uid": "11111111-1111-1111-1111-111111111111"}):
+        with pytest.raises(ClusterError) as refused:
+            await api.cluster.patch(LEASES, "lock", {"metadata": meta, "spec": {"holderIdentity": "c"}})
+        assert refused.value.conflict
+    assert (await api.cluster.patch(LEASES, "lock", {"spec": {"holderIdentity": "d"}}))["spec"]["holderIdentity"] == "d"
+
+
+async def test_a_generation_counts_changes_of_what_is_wanted_alone(api: Api) -> None:
+    await api.cluster.create(QUEUE_AUTOSCALERS, scaler())
+    labelled = await api.cluster.patch(QUEUE_AUTOSCALERS, "nemo", {"metadata": {"labels": {"a": "b"}}})
+    assert labelled["metadata"]["generation"] == 1
+    seen = await api.cluster.patch(QUEUE_AUTOSCALERS, "nemo", {"status": {"desired": 2}}, "status")
+    assert seen["metadata"]["generation"] == 1
+    changed = await api.cluster.patch(QUEUE_AUTOSCALERS, "nemo", {"spec": {"maxReplicas": 5}})
+    assert changed["metadata"]["generation"] == 2
+
+
+# -- status and scale ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "body"), [(DEPLOYMENTS, workload()), (QUEUE_AUTOSCALERS, scaler())])
+async def test_status_and_spec_change_each_through_its_own_door(api: Api, kind: Kind, body: Json) -> None:
+    field = "maxReplicas" if kind is QUEUE_AUTOSCALERS else "replicas"
+    before = (await api.cluster.create(kind, body | {"status": {"replicas": 7}}))["spec"][field]
+    assert (await api.cluster.get(kind, "nemo")).get("status", {}).get("replicas") != 7
+    patch = {"spec": {field: 9}, "status": {"replicas": 8, "observedGeneration": 1}}
+    by_status = await api.cluster.patch(kind, "nemo", patch, "status")
+    assert (by_status["spec"][field], by_status["status"]["replicas"]) == (before, 8)
+    by_spec = await api.cluster.patch(kind, "nemo", {"spec": {field: 9}, "status": {"replicas": 7}})
+    assert by_spec["spec"][field] == 9
+    assert by_spec["status"]["replicas"] != 7
+
+
+async def test_kinds_without_a_subresource_have_none(api: Api) -> None:
+    await api.cluster.create(LEASES, lease())
+    for subresource in ("status", "scale"):
+        assert (await api.call("GET", api.path(LEASES, "lock", subresource))).code == 404
+
+
+@pytest.mark.parametrize("kind", [DEPLOYMENTS, STATEFUL_SETS])
+async def test_a_workload_is_scaled_by_its_subresource(api: Api, kind: Kind) -> None:
+    await api.cluster.create(kind, workload(kind="Deployment" if kind is DEPLOYMENTS else "StatefulSet"))
+    found = await api.cluster.get(kind, "nemo", "scale")
+    assert (found["kind"], found["apiVersion"]) == ("Scale", "autoscaling/v1")
+    assert objects.scale(found).replicas == 2
+    assert objects.scale(found).selector == "app=nemo"
+
+    patched = await api.cluster.patch(kind, "nemo", {"spec": {"replicas": 3}}, "scale")
+    assert (patched["kind"], patched["spec"]) == ("Scale", {"replicas": 3})
+    put = await api.call(
+        "PUT", api.path(kind, "nemo", "scale"), patched | {"metadata": {"name": "nemo"}, "spec": {"replicas": 4}}
+    )
+    assert put.code == 200
+    workload_now = await api.cluster.get(kind, "nemo")
+    assert workload_now["spec"]["replicas"] == 4
+    assert workload_now["metadata"]["generation"] == 3
+    assert workload_now["spec"]["template"]["spec"]["containers"][0]["name"] == "server"
+
+
+async def test_a_scale_of_zero_has_no_replicas_in_it(api: Api) -> None:
+    await api.cluster.create(DEPLOYMENTS, workload())
+    await api.cluster.patch(DEPLOYMENTS, "nemo", {"spec": {"replicas": 0}}, "scale")
+    found = await api.cluster.get(DEPLOYMENTS, "nemo", "scale")
+    assert "replicas" not in found["spec"]
+    assert objects.scale(found).replicas == 0
+
+
+async def test_a_stale_or_negative_scale_is_refused(api: Api) -> None:
+    await api.cluster.create(DEPLOYMENTS, workload())
+    stale = objects.scale(await api.cluster.get(DEPLOYMENTS, "nemo", "scale"))
+    await api.cluster.patch(DEPLOYMENTS, "nemo", {"spec": {"replicas": 3}})
+    with pytest.raises(ClusterError) as refused:
+        await api.cluster.patch(DEPLOYMENTS, "nemo", objects.scale_patch(stale, 1), "scale")
+    assert (refused.value.code, refused.value.reason) == (409, "Conflict")
+    with pytest.raises(ClusterError) as refused:
+        await api.cluster.patch(DEPLOYMENTS, "nemo", {"spec": {"replicas": -1}}, "scale")
+    assert refused.value.code == 422
+    assert (await api.cluster.get(DEPLOYMENTS, "nemo"))["spec"]["replicas"] == 3
+
+
+async def test_a_custom_resource_is_scaled_at_the_paths_of_its_definition(api: Api) -> None:
+    await api.cluster.create(QUEUE_AUTOSCALERS, scaler())
+    with pytest.raises(ClusterError, match="does not exist") as refused:
+        await api.cluster.get(QUEUE_AUTOSCALERS, "nemo", "scale")
+    assert refused.value.code == 500
+    patched = await api.cluster.patch(QUEUE_AUTOSCALERS, "nemo", {"spec": {"replicas": 3}}, "scale")
+    assert patched["spec"] == {"replicas": 3}
+    await api.cluster.patch(QUEUE_AUTOSCALERS, "nemo", {"status": {"replicas": 2, "selector": "app=nemo"}}, "status")
+    found = await api.cluster.get(QUEUE_AUTOSCALERS, "nemo", "scale")
+    assert objects.scale(found) == objects.Scale(3, 2, "app=nemo", found["metadata"]["resourceVersion"])
+    assert (await api.cluster.get(QUEUE_AUTOSCALERS, "nemo"))["spec"]["replicas"] == 3
+
+
+# -- patches ---------------------------------------------------------------------------------------------------
+
+
+async def test_a_merge_patch_replaces_lists_and_removes_what_is_null(api: Api) -> None:
+    body = workload()
+    body["metadata"]["annotations"] = {"keep": "1", "drop": "2"}
+    await api.cluster.create(DEPLOYMENTS, body)
+    container = {"name": "other", "image": "nowhere.invalid/other"}
+    patch = {
+        "metadata": {"annotations": {"drop": None}},
+        "spec": {"template": {"spec": {"containers": [container]}}},
+    }
+    patched = await api.cluster.patch(DEPLOYMENTS, "nemo", patch)
+    assert "drop" not in patched["metadata"]["annotations"]
+    assert [each["name"] for each in patched["spec"]["template"]["spec"]["containers"]] == ["other"]
+
+
+async def test_a_strategic_patch_merges_containers_by_name(api: Api) -> None:
+    await api.cluster.create(DEPLOYMENTS, workload())
+    for container in (
+        {"name": "server", "env": [{"name": "A", "value": "1"}]},
+        {"name": "other", "image": "x.invalid/y"},
+    ):
+        patch = {"spec": {"template": {"spec": {"containers": [container]}}}}
+        answer = await api.patch(api.path(DEPLOYMENTS, "nemo"), patch, "strategic-merge-patch")
+        assert answer.code == 200, answer.body
+    found = {each["name"]: each for each in answer.body["spec"]["template"]["spec"]["containers"]}
+    assert set(found) == {"server", "other"}
+    assert found["server"]["image"] == "nowhere.invalid/server"
+    assert found["server"]["env"] == [{"name": "A", "value": "1"}]
+    drop = {"spec": {"template": {"spec": {"containers": [{"name": "other", "$patch": "delete"}]}}}}
+    answer = await api.patch(api.path(DEPLOYMENTS, "nemo"), drop, "strategic-merge-patch")
+    assert [each["name"] for each in answer.body["spec"]["template"]["spec"]["containers"]] == ["server"]
+
+
+async def test_a_custom_resource_has_no_strategic_patch(api: Api) -> None:
+    await api.cluster.create(QUEUE_AUTOSCALERS, scaler())
+    answer = await api.patch(api.path(QUEUE_AUTOSCALERS, "nemo"), {"spec": {}}, "strategic-merge-patch")
+    assert (answer.code, answer.reason) == (415, "UnsupportedMediaType")
+
+
+async def test_a_json_patch_is_done_whole_or_not_at_all(api: Api) -> None:
+    await api.cluster.create(LEASES, lease())
+    path = api.path(LEASES, "lock")
+    replace = {"op": "replace", "path": "/spec/holderIdentity", "value": "b"}
+    answer = await api.patch(
+        path, [replace, {"op": "test", "path": "/spec/leaseDurationSeconds", "value": 1}], "json-patch"
+    )
+    assert answer.code == 422
+    assert (await api.cluster.get(LEASES, "lock"))["spec"]["holderIdentity"] == "a"
+    label = {"op": "add", "path": "/metadata/labels", "value": {"a/b": "c"}}
+    answer = await api.patch(path, [replace, label, {"op": "remove", "path": "/metadata/labels/a~1b"}], "json-patch")
+    assert (answer.code, answer.body["spec"]["holderIdentity"]) == (200, "b")
+    assert not answer.body["metadata"].get("labels")
+
+
+# -- selectors and lists ---------------------------------------------------------------------------------------
+
+
+async def test_a_list_is_filtered_by_labels_and_fields(api: Api) -> None:
+    for name, labels in (("a", {"app": "x", "tier": "1"}), ("b", {"app": "x"}), ("c", {"app": "y"})):
+        await api.cluster.create(LEASES, lease(name) | {"metadata": {"name": name, "labels": labels}})
+    wanted = {
+        "": "abc",
+        "app=x": "ab",
+        "app==x,tier=1": "a",
+        "app!=x": "c",
+        "app in (x, y)": "abc",
+        "tier notin (1)": "bc",
+        "tier": "a",
+        "!tier": "bc",
+        "app=z": "",
+    }
+    for selector, names in wanted.items():
+        found = objects.items(await api.cluster.list(LEASES, selector))
+        assert "".join(each["metadata"]["name"] for each in found) == names, selector
+    answer = await api.call("GET", api.path(LEASES) + "?fieldSelector=metadata.name%3Db")
+    assert [each["metadata"]["name"] for each in answer.body["items"]] == ["b"]
+    answer = await api.call("GET", api.path(LEASES) + "?fieldSelector=spec.holderIdentity%3Da")
+    assert answer.code == 400
+    assert (await api.call("GET", api.path(LEASES) + "?labelSelector=a%20b%20c")).code == 400
+
+
+async def test_items_of_a_typed_list_have_no_kind(api: Api) -> None:
+    await api.cluster.create(LEASES, lease())
+    await api.cluster.create(QUEUE_AUTOSCALERS, scaler())
+    listed = await api.cluster.list(LEASES)
+    assert (listed["kind"], listed["apiVersion"]) == ("LeaseList", "coordination.k8s.io/v1")
+    assert "kind" not in listed["items"][0]
+    assert (await api.cluster.list(QUEUE_AUTOSCALERS))["items"][0]["kind"] == "QueueAutoscaler"
+
+
+# -- watches ---------------------------------------------------------------------------------------------------
+
+
+async def test_a_watch_goes_on_from_a_list_and_ends_when_its_time_is_over(api: Api) -> None:
+    await api.cluster.create(LEASES, lease("before"))
+    version = (await api.cluster.list(LEASES))["metadata"]["resourceVersion"]
+    await api.cluster.create(LEASES, lease("after"))
+    await api.cluster.patch(LEASES, "after", {"spec": {"holderIdentity": "b"}})
+    await api.call("DELETE", api.path(LEASES, "after"))
+    events = await taken(api.cluster.watch(LEASES, version))
+    seen = [(each.type, each.object["metadata"]["name"]) for each in events if each.type != "BOOKMARK"]
+    assert seen == [("ADDED", "after"), ("MODIFIED", "after"), ("DELETED", "after")]
+    versions = [int(each.object["metadata"]["resourceVersion"]) for each in events]
+    assert versions == sorted(versions)
+    assert versions[0] > int(version)
+
+
+async def test_a_watch_sees_what_happens_while_it_lasts(api: Api) -> None:
+    version = (await api.cluster.list(LEASES))["metadata"]["resourceVersion"]
+    watching = asyncio.ensure_future(anext(aiter(api.cluster.watch(LEASES, version))))
+    await api.cluster.create(LEASES, lease())
+    while (event := await watching).type == "BOOKMARK":  # on a slow machine
+        watching = asyncio.ensure_future(anext(aiter(api.cluster.watch(LEASES, version))))
+    assert (event.type, event.object["metadata"]["name"]) == ("ADDED", "lock")
+    assert event.object["kind"] == "Lease"
+
+
+async def test_a_bookmark_tells_a_version_to_go_on_from(api: Api) -> None:
+    version = (await api.cluster.list(LEASES))["metadata"]["resourceVersion"]
+    await api.cluster.create(QUEUE_AUTOSCALERS, scaler())
+    events = await taken(api.cluster.watch(LEASES, version))
+    assert {each.type for each in events} == {"BOOKMARK"}
+    assert events[0].object["kind"] == "Lease"
+    await api.cluster.create(LEASES, lease())
+    again = await taken(api.cluster.watch(LEASES, events[-1].object["metadata"]["resourceVersion"]))
+    assert [each.type for each in again if each.type != "BOOKMARK"] == ["ADDED"]
+
+
+async def test_what_ceases_to_match_a_watch_is_deleted_from_it_and_what_begins_to_is_added(api: Api) -> None:
+    await api.cluster.create(PODS, pod("a", serves="nemo"))
+    version = (await api.cluster.list(PODS, "serves=nemo"))["metadata"]["resourceVersion"]
+    await api.cluster.patch(PODS, "a", {"metadata": {"labels": {"serves": None}}})
+    await api.cluster.patch(PODS, "a", {"metadata": {"labels": {"other": "1"}}})
+    await api.cluster.patch(PODS, "a", {"metadata": {"labels": {"serves": "nemo"}}})
+    events = [each for each in await taken(api.cluster.watch(PODS, version, "serves=nemo")) if each.type != "BOOKMARK"]
+    assert [each.type for each in events] == ["DELETED", "ADDED"]
+
+
+async def test_a_watch_from_too_long_ago_has_expired(api: Api) -> None:
+    await api.cluster.create(LEASES, lease())
+    if api.fake is not None:
+        api.fake.store.compact()
+    with pytest.raises(ClusterError) as refused:
+        await taken(api.cluster.watch(LEASES, "1"))
+    assert refused.value.expired
+    assert refused.value.reason == "Expired"
+
+
+async def test_a_version_of_the_future_is_refused(api: Api) -> None:
+    version = int((await api.cluster.list(LEASES))["metadata"]["resourceVersion"]) + 1_000_000_000
+    answer = await api.call("GET", api.path(LEASES) + f"?resourceVersion={version}")
+    assert (answer.code, answer.reason) == (504, "Timeout")
+
+
+# -- the end of objects ----------------------------------------------------------------------------------------
+
+
+async def test_a_deletion_may_name_what_it_means(api: Api) -> None:
+    created = await api.cluster.create(LEASES, lease())
+    other = {"preconditions": {"uid": "11111111-1111-1111-1111-111111111111"}}
+    assert (await api.call("DELETE", api.path(LEASES, "lock"), other)).code == 409
+    same = {"preconditions": {"uid": created["metadata"]["uid"]}}
+    answer = await api.call("DELETE", api.path(LEASES, "lock"), same)
+    assert (answer.code, answer.body["status"]) == (200, "Success")
+    assert (await api.call("DELETE", api.path(LEASES, "lock"))).code == 404
+
+
+async def test_a_finalizer_keeps_an_object_until_it_is_taken_off(api: Api) -> None:
+    body = scaler() | {"metadata": {"name": "nemo", "finalizers": ["nemoserve.dev/test"]}}
+    await api.cluster.create(QUEUE_AUTOSCALERS, body)
+    assert (await api.call("DELETE", api.path(QUEUE_AUTOSCALERS, "nemo"))).code == 200
+    assert (await api.cluster.get(QUEUE_AUTOSCALERS, "nemo"))["metadata"]["deletionTimestamp"]
+    await api.cluster.patch(QUEUE_AUTOSCALERS, "nemo", {"metadata": {"finalizers": None}})
+    with pytest.raises(ClusterError) as refused:
+        await api.cluster.get(QUEUE_AUTOSCALERS, "nemo")
+    assert refused.value.not_found
+
+
+async def test_a_pod_that_no_node_has_is_gone_at_once(api: Api) -> None:
+    await api.cluster.create(PODS, pod("a"))
+    assert (await api.call("DELETE", api.path(PODS, "a"))).code == 200
+    assert (await api.call("GET", api.path(PODS, "a"))).code == 404
+
+
+# -- what is checked -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ({"minReplicas": 5}, "minReplicas must be at most maxReplicas"),
+        ({"minReplicas": 0}, "minReplicas is 0 only where scaleToZero.enabled is true"),
+        ({"maxReplicas": "four"}, "spec.maxReplicas in body must be of type integer"),
+        ({"maxReplicas": 0}, "spec.maxReplicas in body should be greater than or equal to 1"),
+        ({"scaleTargetRef": {"kind": "Pod", "name": "nemo"}}, 'Unsupported value: "Pod"'),
+        ({"scaleTargetRef": {"kind": "Deployment"}}, "spec.scaleTargetRef.name: Required value"),
+        ({"scaleTargetRef": {"kind": "Deployment", "name": "A B"}}, "should match"),
+        ({"target": {"queueWaitSeconds": 1, "queuedTokensPerReplica": 1}}, "either queueWaitSeconds or"),
+        (
+            {"schedules": [{"cron": "0 8 * * *", "durationSeconds": 60, "minReplicas": 9}]},
+            "minReplicas of every schedule",
+        ),
+    ],
+)
+async def test_a_custom_resource_that_its_definition_forbids_is_refused(api: Api, spec: Json, said: str) -> None:
+    with pytest.raises(ClusterError) as refused:
+        await api.cluster.create(QUEUE_AUTOSCALERS, scaler(**spec))
+    assert (refused.value.code, refused.value.reason) == (422, "Invalid")
+    assert said in str(refused.value)
+
+
+async def test_a_custom_resource_gets_defaults_and_loses_what_is_unknown(api: Api) -> None:
+    created = await api.cluster.create(QUEUE_AUTOSCALERS, scaler(colour="blue"))
+    assert created["spec"]["minReplicas"] == 1
+    assert created["spec"]["target"]["ttftSeconds"] == 2
+    assert "colour" not in created["spec"]
+    path = api.path(QUEUE_AUTOSCALERS) + "?fieldValidation=Strict"
+    answer = await api.call("POST", path, scaler("other", colour="blue"))
+    assert (answer.code, answer.reason) == (400, "BadRequest")
+    assert 'unknown field "spec.colour"' in answer.body["message"]
+
+
+async def test_times_of_leases_need_their_microseconds(api: Api) -> None:
+    at = objects.micro_timestamp(1_790_000_000.25)
+    created = await api.cluster.create(LEASES, lease(renewTime=at, acquireTime=at))
+    assert objects.lease(created).renewed_at == 1_790_000_000.25
+    with pytest.raises(ClusterError) as refused:
+        await api.cluster.patch(LEASES, "lock", {"spec": {"renewTime": objects.timestamp(1_790_000_000)}})
+    assert refused.value.code == 400
+    with pytest.raises(ClusterError) as refused:
+        await api.cluster.patch(LEASES, "lock", {"spec": {"leaseDurationSeconds": 0}})
+    assert refused.value.code == 422
+
+
+async def test_a_lease_may_be_nobodys(api: Api) -> None:
+    await api.cluster.create(LEASES, lease())
+    freed = await api.cluster.patch(LEASES, "lock", {"spec": {"holderIdentity": "", "leaseDurationSeconds": 1}})
+    assert objects.lease(freed).holder == ""
+
+
+def event(**fields: Any) -> Json:
+    whole = {
+        "metadata": {"generateName": "nemo."},
+        "eventTime": objects.micro_timestamp(1_790_000_000),
+        "reportingController": "nemoserve.dev/autoscaler",
+        "reportingInstance": "autoscaler-0",
+        "action": "Scale",
+        "reason": "ScaledOut",
+        "type": "Normal",
+        "note": "2 -> 3",
+    }
+    return whole | fields
+
+
+async def test_an_event_is_checked(api: Api) -> None:
+    regarding = {"kind": "Deployment", "apiVersion": "apps/v1", "name": "nemo", "namespace": api.namespace}
+    assert (await api.cluster.create(EVENTS, event(regarding=regarding)))["note"] == "2 -> 3"
+    for wrong in (
+        {"note": "x" * 1025},
+        {"type": "Grave"},
+        {"action": ""},
+        {"reason": ""},
+        {"reportingInstance": ""},
+        {"regarding": regarding | {"namespace": "default"}},
+    ):
+        with pytest.raises(ClusterError) as refused:
+            await api.cluster.create(EVENTS, event(**({"regarding": regarding} | wrong)))
+        assert refused.value.code == 422, wrong
+
+
+async def test_a_workload_whose_selector_misses_its_pods_is_refused_and_a_selector_stays(api: Api) -> None:
+    body = workload()
+    body["spec"]["template"]["metadata"] = {"labels": {"app": "other"}}
+    with pytest.raises(ClusterError, match="does not match template") as refused:
+        await api.cluster.create(DEPLOYMENTS, body)
+    assert refused.value.code == 422
+    await api.cluster.create(DEPLOYMENTS, workload())
+    with pytest.raises(ClusterError) as refused:
+        await api.cluster.patch(DEPLOYMENTS, "nemo", {"spec": {"selector": {"matchLabels": {"tier": "1"}}}})
+    assert refused.value.code == 422
+
+
+async def test_a_deletion_cost_is_a_number(api: Api) -> None:
+    await api.cluster.create(PODS, pod("a"))
+    marked = await api.cluster.patch(PODS, "a", {"metadata": {"annotations": {objects.DELETION_COST: "-1000"}}})
+    assert objects.pod(marked).deletion_cost == -1000
+    with pytest.raises(ClusterError) as refused:
+        await api.cluster.patch(PODS, "a", {"metadata": {"annotations": {objects.DELETION_COST: "cheap"}}})
+    assert refused.value.code == 422
+
+
+# -- who may -----------------------------------------------------------------------------------------------------
+
+
+async def grant(api: Api, *rules: Json) -> str:
+    """Token of an account that may do just that."""
+    await api.cluster.create(ACCOUNTS, {"metadata": {"name": "operator"}})
+    await api.cluster.create(ROLES, {"metadata": {"name": "operator"}, "rules": list(rules)})
+    subject = {"kind": "ServiceAccount", "name": "operator", "namespace": api.namespace}
+    role = {"apiGroup": ROLES.group, "kind": "Role", "name": "operator"}
+    await api.cluster.create(BINDINGS, {"metadata": {"name": "operator"}, "subjects": [subject], "roleRef": role})
+    answer = await api.call("POST", api.path(ACCOUNTS, "operator", "token"), {"spec": {}})
+    assert answer.code == 201, answer.body
+    return str(answer.body["status"]["token"])
+
+
+async def test_an_account_does_what_its_role_says_and_no_more(api: Api) -> None:
+    await api.cluster.create(DEPLOYMENTS, workload())
+    await api.cluster.create(LEASES, lease())
+    await api.cluster.create(LEASES, lease("other"))
+    token = await grant(
+        api,
+        {"apiGroups": ["apps"], "resources": ["deployments/scale"], "verbs": ["get", "patch"]},
+        {"apiGroups": ["coordination.k8s.io"], "resources": ["leases"], "verbs": ["get"], "resourceNames": ["lock"]},
+    )
+    for method, path, code in (
+        ("GET", api.path(DEPLOYMENTS, "nemo", "scale"), 200),
+        ("GET", api.path(DEPLOYMENTS, "nemo"), 403),
+        ("PUT", api.path(DEPLOYMENTS, "nemo", "scale"), 403),
+        ("GET", api.path(LEASES, "lock"), 200),
+        ("GET", api.path(LEASES, "other"), 403),
+        ("GET", api.path(LEASES), 403),
+        ("GET", api.path(LEASES, "missing"), 403),  # who may not ask is not told whether it is there
+    ):
+        answer = await api.call(method, path, {} if method == "PUT" else None, token=token)
+        assert answer.code == code, (method, path, answer.body)
+    refused = await api.call("GET", api.path(DEPLOYMENTS, "nemo"), token=token)
+    assert refused.reason == "Forbidden"
+    user = f"system:serviceaccount:{api.namespace}:operator"
+    said = f'deployments.apps "nemo" is forbidden: User "{user}" cannot get resource "deployments" in API group "apps"'
+    assert refused.body["message"].startswith(f'{said} in the namespace "{api.namespace}"')
+
+
+async def test_a_token_that_nobody_has_is_refused(api: Api) -> None:
+    answer = await api.call("GET", api.path(LEASES), token="nonsense")
+    assert (answer.code, answer.reason) == (401, "Unauthorized")
