@@ -3,6 +3,7 @@ every result, so that measured figures and arithmetic are never taken for one an
 
 The file is JSON: `step_cost` with the four coefficients of `autoscaler.fleet.StepCost`, `max_batch_size` (requests that
 run at the same time), `max_step_tokens` (budget of a step), `kv_tokens` (that the KV pages hold), `model`, `machine`.
+`bench.step_costs` writes such files from what the engine fits to its own steps; their other fields are not read.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 from autoscaler.fleet import StepCost
 
 ARITHMETIC = Path(__file__).parent / "curves" / "h100-arithmetic.json"
+MEASURED = Path(__file__).parents[2] / "bench" / "results"  # in a checkout: step-costs-*.json, by `bench.step_costs`
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,17 @@ def read_curve(path: str | Path) -> Curve:
     try:
         cost = StepCost(**{name: float(value) for name, value in data["step_cost"].items()})
         limits = {name: int(data[name]) for name in ("max_batch_size", "max_step_tokens", "kv_tokens")}
-        return Curve(path.name, str(data["model"]), str(data["machine"]), cost, **limits)
+        return Curve(path.name, str(data["model"]), machine(data["machine"]), cost, **limits)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not the figures of a replica: {error}") from error
+
+
+def machine(value: Any) -> str:
+    """In words: a result file of `bench` has a CPU and its cores, another one has the words."""
+    return f"{value['cores']} cores of {value['cpu']}" if isinstance(value, dict) else str(value)
+
+
+def default_curve() -> Curve:
+    """The first measured one of the checkout, else arithmetic."""
+    measured = sorted(MEASURED.glob("step-costs-*.json"))
+    return read_curve(measured[0] if measured else ARITHMETIC)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from autoscaler.simulate.curve import Curve
+
+GPU_PREFILL_SECONDS = 3e-5  # of a prompt token, for a 12B model in FP8 on an H100: arithmetic, as in curves/
+
 
 @dataclass(frozen=True, slots=True)
 class Slo:
@@ -11,6 +15,15 @@ class Slo:
 
     ttft_seconds: float = 2.0  # from arrival to first token
     itl_seconds: float = 0.06  # mean between two tokens of one request
+
+    @classmethod
+    def suited_to(cls, curve: Curve) -> Slo:
+        """The above where a replica computes a prompt token within 30 µs; as many times longer as it takes longer.
+
+        A fleet of CPUs cannot keep the promise of one of GPUs, however many there are.
+        """
+        slowness = max(curve.step_cost.per_prefill_token / GPU_PREFILL_SECONDS, 1.0)
+        return cls(cls().ttft_seconds * slowness, cls().itl_seconds * slowness)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from autoscaler.decision import Policy
@@ -44,14 +46,11 @@ def score(world: World, trace: Trace, curve: Curve, slo: Slo, options: WorldOpti
     requests = world.engines.requests
     kinds = violations(requests, slo)
     bad = np.logical_or.reduce(kinds)
-    scored = requests["arrival"] >= options.warmup
+    scored = slice(int(np.searchsorted(trace.arrival_s, options.warmup)), None)
     horizon = options.cold_start_seconds + options.node_delay_seconds
+    unscalable = bad & after_jumps(trace, curve, slo, horizon)
     late, slow, lost, unfinished = (float(kind[scored].mean()) for kind in kinds)
-    some = requests[scored]
-    started, answered = some[np.isfinite(some["started"])], some[np.isfinite(some["first_token"])]
-    waits, firsts = started["started"] - started["arrival"], answered["first_token"] - answered["arrival"]
-    done = some[np.isfinite(some["first_token"]) & np.isfinite(some["finished"]) & (some["output"] > 1)]
-    gaps = (done["finished"] - done["first_token"]) / np.maximum(done["output"] - 1, 1)
+    waits, firsts, gaps = latencies(requests[scored])
     lives = world.lives
     return Result(
         policy=name,
@@ -60,13 +59,13 @@ def score(world: World, trace: Trace, curve: Curve, slo: Slo, options: WorldOpti
         seed=seed,
         slo=slo,
         options=options,
-        scored_requests=int(scored.sum()),
+        scored_requests=len(bad[scored]),
         violations=float(bad[scored].mean()),
         late_first_token=late,
         slow_tokens=slow,
         lost=lost,
         unfinished=unfinished,
-        unscalable=float((bad & after_jumps(trace, curve, slo, horizon))[scored].mean()),
+        unscalable=float(unscalable[scored].mean()),
         wait_p50=percentile(waits, 50),
         wait_p99=percentile(waits, 99),
         ttft_p50=percentile(firsts, 50),
@@ -83,6 +82,18 @@ def score(world: World, trace: Trace, curve: Curve, slo: Slo, options: WorldOpti
         lives=lives,
         requests=requests,
     )
+
+
+def latencies(requests: Any) -> tuple[Any, Any, Any]:
+    """Waits until the prompt was computed, waits until the first token, mean times between tokens; of those that had
+    them."""
+    columns = (requests[name] for name in ("arrival", "started", "first_token", "finished"))
+    arrival, started, first, finished = (np.ascontiguousarray(column) for column in columns)
+    several = requests["output"] > 1
+    with np.errstate(invalid="ignore"):  # the difference of two that never came
+        gaps = (finished - first) / np.maximum(requests["output"] - 1, 1)
+    waits, firsts = started - arrival, first - arrival
+    return waits[np.isfinite(waits)], firsts[np.isfinite(firsts)], gaps[several & np.isfinite(gaps)]
 
 
 def timeline(world: World, trace: Trace, curve: Curve, slo: Slo, bad: np.ndarray) -> Timeline:

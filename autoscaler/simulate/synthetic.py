@@ -12,7 +12,11 @@ Rate = Callable[[Any, dict[str, str], np.random.Generator], Any]
 
 def number(options: dict[str, str], name: str, default: float, lowest: float = 0.0) -> float:
     """Take an option out."""
-    value = float(options.pop(name, default))
+    text = options.pop(name, default)
+    try:
+        value = float(text)
+    except ValueError:
+        raise ValueError(f"{name} is {text!r}: not a number") from None
     if not (lowest <= value < np.inf):
         raise ValueError(f"{name} is {value:g}; it must be at least {lowest:g}")
     return value

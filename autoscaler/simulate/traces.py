@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from autoscaler.simulate.servegen import draw
-from autoscaler.simulate.synthetic import KINDS, make
+from autoscaler.simulate.synthetic import KINDS, make, number
 
 RECORDED = {"azure": "azure2023_conv", "azure-code": "azure2023_code", "mooncake": "mooncake_conversation"}
 RECORDED |= {"mooncake-synthetic": "mooncake_synthetic"}
@@ -56,6 +56,12 @@ class Trace:
     def duration_s(self) -> float:
         return float(self.arrival_s[-1])
 
+    def within(self, tokens: int) -> Trace:
+        """Without the requests that have more, prompt and answer together: a server refuses those."""
+        fits = self.input_tokens + self.output_tokens <= tokens
+        columns = self.arrival_s, self.input_tokens, self.output_tokens, self.cached_tokens
+        return self if fits.all() else Trace(self.name, *(column[fits] for column in columns))
+
 
 def trace(name: str, arrival: Any, input_tokens: Any, output_tokens: Any, cached: Any = None) -> Trace:
     """From arrays in any order."""
@@ -73,9 +79,9 @@ def load_trace(name: str, folder: Path | None = None, seed: int = 0) -> Trace:
     kind, _, rest = name.partition(":")
     options = parse_options(name, rest)
     try:
-        seed = int(options.pop("seed", seed))
+        seed = int(number(options, "seed", seed))
         if kind in RECORDED:
-            blocks = int(options.pop("cache_tokens", CACHE_TOKENS)) // BLOCK_TOKENS
+            blocks = int(number(options, "cache_tokens", CACHE_TOKENS)) // BLOCK_TOKENS
             made = read_csv(in_folder(folder, f"{RECORDED[kind]}.csv.gz", name), blocks)
         elif kind.startswith("servegen-"):
             model = kind.removeprefix("servegen-")
@@ -87,7 +93,7 @@ def load_trace(name: str, folder: Path | None = None, seed: int = 0) -> Trace:
             return read_csv(Path(name))
         else:
             raise ValueError(f"neither a file nor one of {', '.join([*RECORDED, 'servegen-*', *KINDS])}")
-        made = scale(made, float(options.pop("times", 1)), np.random.default_rng(seed))
+        made = scale(made, number(options, "times", 1), np.random.default_rng(seed))
         if options:
             raise ValueError(f"unknown option {sorted(options)[0]!r}")
     except ValueError as error:
@@ -99,7 +105,7 @@ def parse_options(name: str, rest: str) -> dict[str, str]:
     """`12` or `name=value,name=value`."""
     if not rest:
         return {}
-    if "=" not in rest:
+    if rest.replace(".", "", 1).isdigit():
         return {"times": rest}
     options: dict[str, str] = {}
     for part in rest.split(","):
