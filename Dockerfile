@@ -1,5 +1,5 @@
 # syntax=docker/dockerfile:1
-# Targets: `server` (NVIDIA GPUs) and `server-cpu`.
+# Targets: `server` (NVIDIA GPUs), `server-cpu`, and `autoscaler`, the operator, which has neither torch nor a compiler.
 #
 #   make image IMAGE=registry.example.com/nemoserve
 #
@@ -39,7 +39,20 @@ RUN /opt/nemoserve/bin/pip install --no-cache-dir --constraint constraints.txt -
     && /opt/sbom/bin/cyclonedx-py environment --output-reproducible \
         --output-file /opt/nemoserve/sbom.json /opt/nemoserve/bin/python
 
-# What both have in common; group 0 owns what is written, because OpenShift gives out any user with that group.
+# Without the simulator, and bytecode but of what is imported; pip's own is not needed again.
+FROM ${PYTHON_IMAGE} AS build-autoscaler
+WORKDIR /src
+RUN python -m venv /opt/nemoserve \
+    && python -m venv /opt/sbom \
+    && /opt/sbom/bin/pip install --no-cache-dir cyclonedx-bom==7.5.0
+COPY constraints.txt pyproject.toml README.md LICENSE ./
+COPY autoscaler autoscaler
+COPY proto proto
+RUN /opt/nemoserve/bin/pip install --no-cache-dir --no-compile --constraint constraints.txt '.[autoscaler]' \
+    && /opt/sbom/bin/cyclonedx-py environment --output-reproducible \
+        --output-file /opt/nemoserve/sbom.json /opt/nemoserve/bin/python
+
+# What both servers have in common; group 0 owns what is written, because OpenShift gives out any user with that group.
 FROM base AS runtime
 ARG VERSION=0.1.0
 ARG REVISION=unknown
@@ -70,3 +83,20 @@ FROM runtime AS server
 ENV NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 COPY --from=build-gpu /opt/nemoserve /opt/nemoserve
+
+FROM ${PYTHON_IMAGE} AS autoscaler
+ARG VERSION=0.1.0
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="nemoserve-autoscaler" \
+      org.opencontainers.image.description="Operator that keeps as many nemoserve replicas as their queues need" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}"
+ENV PATH=/opt/nemoserve/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1
+COPY --from=build-autoscaler /opt/nemoserve /opt/nemoserve
+USER 1000:0
+EXPOSE 8000 8001 9090
+STOPSIGNAL SIGTERM
+ENTRYPOINT ["nemoserve-autoscaler"]

@@ -11,7 +11,7 @@ LABELS   = --build-arg VERSION=$(VERSION) --build-arg REVISION=$(shell git rev-p
 SAMPLE := Explain in two sentences what an inference server does.
 
 .PHONY: run setup test test-slow check format proto bench soak faults triton-diff clients-test clean help
-.PHONY: chart-readme manifests image image-cpu image-test cluster-test
+.PHONY: chart-readme manifests image image-cpu image-autoscaler image-test cluster-test
 
 run: setup  ## pull the embedded model, serve it, stream one answer, keep serving until Ctrl-C
 	$(VENV)/bin/nemoserve serve --sample-prompt "$(SAMPLE)"
@@ -57,7 +57,10 @@ image:  ## build the image for NVIDIA GPUs: IMAGE=registry.example.com/nemoserve
 image-cpu:  ## the same without CUDA
 	$(BUILDER) build --target server-cpu --tag $(IMAGE):$(VERSION)-cpu $(LABELS) .
 
-image-test: setup  ## build the image for CPUs with Debian's buildah, run it as the chart does, ask it; needs root
+image-autoscaler:  ## build the operator's image
+	$(BUILDER) build --target autoscaler --tag $(IMAGE):$(VERSION)-autoscaler $(LABELS) .
+
+image-test: setup  ## build the images for CPUs and of the operator with Debian's buildah, run them as the chart does; needs root
 	$(PY) -m tests.image
 
 cluster-test: setup  ## install, upgrade, roll back and uninstall in the cluster of KUBECONFIG; IMAGE=…/nemoserve:0.1.0-cpu

@@ -3,6 +3,8 @@
     deploy/base/                  the chart with its defaults, a file for each kind
     deploy/overlays/NAME/         values.yaml is what a person wrote; the rest follows from it: patches to what differs
                                   from the base, and resources.yaml with what the base does not have
+    deploy/components/NAME/       the same, to be added to any overlay
+    deploy/crds/                  what an administrator of the cluster applies, once
 
 An overlay is exactly what the chart renders with its values: the tests let kustomize build it and compare.
 """
@@ -15,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from helm.chart import Object, objects, render
+from helm.chart import CHART, Object, objects, render
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
 HEADER = "# Written by `make manifests` from helm/nemoserve; edit that, or patch this from an overlay of your own.\n"
@@ -23,17 +25,28 @@ OF_HELM = ("helm.sh/chart", "helm.sh/resource-policy", "app.kubernetes.io/manage
 
 
 def overlays() -> list[str]:
-    return sorted(path.parent.name for path in (DEPLOY / "overlays").glob("*/values.yaml"))
+    return _folders("overlays")
 
 
-def manifests(values: Path | None = None) -> list[Object]:
-    """What the chart renders, without what means something to helm alone; kubectl says the namespace."""
-    found = objects(render("helm4", values, "--no-hooks", "--skip-tests", release="nemoserve"))
+def components() -> list[str]:
+    return _folders("components")
+
+
+def _folders(kind: str) -> list[str]:
+    return sorted(path.parent.name for path in (DEPLOY / kind).glob("*/values.yaml"))
+
+
+def manifests(*values: Path) -> list[Object]:
+    """What the chart renders, without what means something to helm alone; kubectl or kustomize says the namespace."""
+    more = [argument for path in values for argument in ("--values", str(path))]
+    found = objects(render("helm4", None, *more, "--no-hooks", "--skip-tests", release="nemoserve"))
     for each in found:
         for kept in ("labels", "annotations"):
             said = {key: value for key, value in each["metadata"].pop(kept, {}).items() if key not in OF_HELM}
             if said:
                 each["metadata"][kept] = said
+        for subject in each.get("subjects", ()):
+            del subject["namespace"]
     return found
 
 
@@ -44,17 +57,27 @@ def files() -> dict[Path, str]:
     for kind in sorted({each["kind"] for each in base}):
         written[DEPLOY / "base" / f"{kind.lower()}.yaml"] = _dump([each for each in base if each["kind"] == kind])
     names = [path.name for path in written]
-    written[DEPLOY / "base" / "kustomization.yaml"] = _dump([_kustomization({"resources": names})])
+    written[DEPLOY / "base" / "kustomization.yaml"] = _dump([_kustomization({"resources": names}, "base")])
     for name in overlays():
-        folder = DEPLOY / "overlays" / name
-        wanted = manifests(folder / "values.yaml")
-        patches, more = list(_patches(base, wanted)), [each for each in wanted if _key(each) not in map(_key, base)]
-        resources = ["../../base"]
-        if more:
-            written[folder / "resources.yaml"] = _dump(more)
-            resources.append("resources.yaml")
-        content = {"resources": resources, **({"patches": patches} if patches else {})}
-        written[folder / "kustomization.yaml"] = _dump([_kustomization(content)])
+        written |= _variant(DEPLOY / "overlays" / name, base, {"resources": ["../../base"]})
+    for name in components():
+        written |= _variant(DEPLOY / "components" / name, base, {})
+    definition = CHART / "files" / "queueautoscaler.yaml"
+    written[DEPLOY / "crds" / definition.name] = _dump(objects(definition.read_text()))
+    return written
+
+
+def _variant(folder: Path, base: list[Object], content: dict[str, list[Any]]) -> dict[Path, str]:
+    """Its files: how the chart with the values of this folder differs from the base."""
+    wanted = manifests(folder / "values.yaml")
+    patches, more = list(_patches(base, wanted)), [each for each in wanted if _key(each) not in map(_key, base)]
+    written = {}
+    if more:
+        written[folder / "resources.yaml"] = _dump(more)
+        content = {"resources": [*content.get("resources", []), "resources.yaml"]}
+    if patches:
+        content = {**content, "patches": patches}
+    written[folder / "kustomization.yaml"] = _dump([_kustomization(content, folder.parent.name)])
     return written
 
 
@@ -93,12 +116,17 @@ def _key(each: Object) -> tuple[str, str]:
     return each["kind"], each["metadata"]["name"]
 
 
-def _kustomization(content: dict[str, Any]) -> Object:
+def _kustomization(content: dict[str, Any], kind: str) -> Object:
+    if kind == "components":
+        return {"apiVersion": "kustomize.config.k8s.io/v1alpha1", "kind": "Component", **content}
     return {"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization", **content}
 
 
 class _Dumper(yaml.SafeDumper):
-    """Texts of several lines as blocks, lists indented."""
+    """Texts of several lines as blocks, lists indented, nothing by reference."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
     def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
         super().increase_indent(flow, False)

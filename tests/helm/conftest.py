@@ -10,6 +10,7 @@ from helm.chart import Object, objects, render, value_sets
 from helm.tools import HELMS, runs_here
 
 SETS = value_sets()
+COMPONENT = "app.kubernetes.io/component"
 
 
 @cache
@@ -29,8 +30,12 @@ def one(found: list[Object], kind: str, name: str | None = None) -> Object:
 
 def workload(found: list[Object]) -> Object:
     """The Deployment or StatefulSet of the servers."""
-    [each] = [each for each in found if each["kind"] in ("Deployment", "StatefulSet")]
+    [each] = [each for each in workloads(found) if each["metadata"]["labels"][COMPONENT] == "server"]
     return each
+
+
+def workloads(found: list[Object]) -> list[Object]:
+    return [each for each in found if each["kind"] in ("Deployment", "StatefulSet")]
 
 
 def server(found: list[Object]) -> Object:
@@ -40,7 +45,7 @@ def server(found: list[Object]) -> Object:
 
 
 def pod_specs(found: list[Object]) -> list[Object]:
-    """Of every pod that the release brings: servers, the Job's, the test's."""
+    """Of every pod that the release brings: servers, the operator's, the Job's, the test's."""
     specs = [each["spec"]["template"]["spec"] for each in found if "template" in each.get("spec", {})]
     return specs + [each["spec"] for each in found if each["kind"] == "Pod"]
 

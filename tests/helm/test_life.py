@@ -83,15 +83,16 @@ def test_the_startup_budget_follows_the_model() -> None:
 
 @pytest.mark.parametrize("name", SETS)
 def test_a_rollout_is_not_given_up_while_a_server_starts(name: str) -> None:
-    for each in of_kind(rendered(name), "Deployment"):
-        assert each["spec"]["progressDeadlineSeconds"] > budget(rendered(name))
+    found = rendered(name)
+    if workload(found)["kind"] == "Deployment":
+        assert workload(found)["spec"]["progressDeadlineSeconds"] > budget(found)
 
 
 @pytest.mark.parametrize("name", SETS)
 def test_probes_ask_for_what_they_mean(name: str) -> None:
     container = server(rendered(name))
     for probe, health in (("startupProbe", "ready"), ("readinessProbe", "ready"), ("livenessProbe", "live")):
-        if name in ("keys-tls", "pod-monitor"):
+        if name in ("keys-tls", "pod-monitor", "scale-to-zero"):
             assert container[probe]["httpGet"] == {
                 "path": f"/v1/health/{health}",
                 "port": "http-openai",
@@ -156,12 +157,24 @@ def test_what_the_config_says_rolls_the_pods() -> None:
     assert len(sums) == 2
 
 
-@pytest.mark.parametrize(("name", "kind"), [("hpa", "HorizontalPodAutoscaler"), ("keda", "ScaledObject")])
-def test_who_scales_has_the_say_over_replicas(name: str, kind: str) -> None:
+SCALERS = {
+    "autoscaling": "QueueAutoscaler",
+    "autoscaling-volumes": "QueueAutoscaler",
+    "scale-to-zero": "QueueAutoscaler",
+    "hpa": "HorizontalPodAutoscaler",
+    "keda": "ScaledObject",
+}
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_who_scales_has_the_say_over_replicas(name: str) -> None:
     found = rendered(name)
-    assert "replicas" not in workload(found)["spec"]
-    assert one(found, kind)["spec"]["scaleTargetRef"]["name"] == workload(found)["metadata"]["name"]
-    assert len(of_kind(found, "HorizontalPodAutoscaler") + of_kind(found, "ScaledObject")) == 1
+    scalers = [each for each in found if each["kind"] in SCALERS.values()]
+    assert [each["kind"] for each in scalers] == ([SCALERS[name]] if name in SCALERS else [])
+    assert ("replicas" in workload(found)["spec"]) == (not scalers)
+    for each in scalers:
+        target = each["spec"]["scaleTargetRef"]
+        assert (target["kind"], target["name"]) == (workload(found)["kind"], workload(found)["metadata"]["name"])
 
 
 @pytest.mark.parametrize("name", ["ingress", "gateway"])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
-from helm.chart import objects
-from helm.manifests import DEPLOY, difference, files, manifests, overlays
+import pytest
+import yaml
+
+from helm.chart import CHART, objects, of_kind
+from helm.manifests import DEPLOY, components, difference, files, manifests, overlays
 from helm.tools import run
 
 
@@ -23,6 +26,33 @@ def test_kustomize_makes_of_an_overlay_what_the_chart_does(name: str) -> None:
     done = run("kubectl", "kustomize", folder)
     assert done.returncode == 0, done.stderr
     assert objects(done.stdout) == manifests(folder / "values.yaml")
+
+
+@pytest.mark.parametrize("component", components())
+@pytest.mark.parametrize("overlay", overlays())
+def test_a_component_goes_with_every_overlay(overlay: str, component: str, tmp_path: Path) -> None:
+    (tmp_path / "deploy").symlink_to(DEPLOY)
+    chosen = {"resources": [f"deploy/overlays/{overlay}"], "components": [f"deploy/components/{component}"]}
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(chosen))
+    done = run("kubectl", "kustomize", tmp_path, "--load-restrictor=LoadRestrictionsNone")
+    assert done.returncode == 0, done.stderr
+    values = DEPLOY / "overlays" / overlay / "values.yaml", DEPLOY / "components" / component / "values.yaml"
+    assert objects(done.stdout) == manifests(*values)
+
+
+def test_who_has_the_rights_is_of_the_namespace_that_kustomize_says(tmp_path: Path) -> None:
+    """kubectl's --namespace does not reach into a RoleBinding."""
+    (tmp_path / "deploy").symlink_to(DEPLOY)
+    chosen = {"namespace": "prod", "resources": ["deploy/base"], "components": ["deploy/components/autoscaler"]}
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(chosen))
+    done = run("kubectl", "kustomize", tmp_path, "--load-restrictor=LoadRestrictionsNone")
+    [binding] = of_kind(objects(done.stdout), "RoleBinding")
+    assert [subject["namespace"] for subject in binding["subjects"]] == ["prod"]
+
+
+def test_the_definition_is_that_of_the_chart() -> None:
+    [definition] = objects((DEPLOY / "crds" / "queueautoscaler.yaml").read_text())
+    assert definition == yaml.safe_load((CHART / "files" / "queueautoscaler.yaml").read_text())
 
 
 def test_the_base_builds() -> None:

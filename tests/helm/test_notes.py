@@ -29,7 +29,7 @@ def test_the_request_that_is_shown_is_whole(name: str) -> None:
     words = shlex.split(command.replace("\\\n", " "))
     body = yaml.safe_load(words[words.index("-d") + 1])
     assert body["messages"]
-    keys = name in ("keys-tls", "gateway", "pod-monitor")
+    keys = name in ("keys-tls", "gateway", "pod-monitor", "scale-to-zero")
     assert ("authorization: Bearer $NEMOSERVE_API_KEY" in words) == keys
     service = one([each for each in rendered(name) if "headless" not in each["metadata"]["name"]], "Service")
     ports = {port["name"]: port["port"] for port in service["spec"]["ports"]}
@@ -56,3 +56,9 @@ def test_what_is_easily_overlooked_is_told() -> None:
     assert "Nobody is asked for a key" not in notes("keys-tls")
     assert "networkPolicy.from" in notes("pod-monitor")
     assert "networkPolicy.from" not in notes("monitoring")
+
+
+def test_who_has_the_operator_is_told_what_to_look_at() -> None:
+    assert "kubectl -n serving get qas nemo-nemoserve\n" in notes("autoscaling")
+    assert "qas" not in notes("hpa")
+    assert "only says how many" in notes("autoscaling-volumes")

@@ -82,7 +82,7 @@ def test_secrets_are_made_as_the_chart_reads_them(tmp_path: Path) -> None:
 
 
 def test_every_alert_has_its_line() -> None:
-    [group] = one(rendered("monitoring"), "PrometheusRule")["spec"]["groups"]
+    [group] = one(rendered("scale-to-zero"), "PrometheusRule")["spec"]["groups"]
     assert re.findall(r"^\| `(Nemoserve\w+)`", PAGE.read_text(), re.MULTILINE) == [
         rule["alert"] for rule in group["rules"]
     ]

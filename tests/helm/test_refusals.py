@@ -42,6 +42,21 @@ REFUSED = {
     "autoscaling.kind=both": "kind",
     "autoscaling.enabled=true,autoscaling.kind=keda": "prometheusAddress",
     "autoscaling.minReplicas=5": "autoscaling.maxReplicas",
+    "autoscaling.minReplicas=0": "minReplicas",
+    "autoscaling.kind=hpa,autoscaling.minReplicas=0,autoscaling.scaleToZero.enabled=true": "minReplicas",
+    "autoscaling.kind=hpa,autoscaling.scaleToZero.enabled=true": "scaleToZero",
+    "autoscaling.kind=hpa,autoscaling.dryRun=true": "dryRun",
+    "autoscaling.kind=keda,autoscaling.behavior.scaleOut.maxStep=1": "behavior",
+    "autoscaling.enabled=true,autoscaling.prometheusAddress=http://prometheus": "prometheusAddress",
+    "autoscaling.enabled=true,autoscaling.metrics[0].type=Pods": "metrics",
+    "autoscaling.behavior.scaleIn.maxStep=1": "windowSeconds",
+    "autoscaling.behavior.scaleout.maxStep=1": "scaleout",
+    "autoscaling.target.queueWaitSeconds=1,autoscaling.target.queuedTokensPerReplica=1": "target",
+    "autoscaling.target.queueWaitSeconds=3": "autoscaling.target.ttftSeconds",
+    "autoscaling.schedules[0].cron=0 8 * *,autoscaling.schedules[0].minReplicas=1": "cron",
+    "autoscaling.schedules[0].cron=0 8 * * *,autoscaling.schedules[0].durationSeconds=60": "minReplicas",
+    "autoscaling.operator.replicas=0": "replicas",
+    "autoscaling.enabled=true,security.apiKeysSecret.name=keys": "apiKeySecret",
     "drain.lameDuckSeconds=30": "drain.timeoutSeconds",
     "multiNode.enabled=true": "LeaderWorkerSets and MPIJobs are not supported; use gpu.count",
 }
@@ -57,6 +72,14 @@ def test_a_contradiction_or_typo_is_refused(helm: str, values: str, named: str) 
 
 def test_keys_are_enough_to_be_published() -> None:
     render(HELMS[-1], SETS["keys-tls"])
+
+
+def test_a_schedule_has_no_more_servers_than_there_may_be() -> None:
+    schedule = "autoscaling.schedules[0].cron=0 8 * * *,autoscaling.schedules[0].durationSeconds=60"
+    with pytest.raises(
+        RenderError, match=r"autoscaling\.schedules.* 5 must be at most the 4 of autoscaling\.maxReplicas"
+    ):
+        render(HELMS[-1], None, "--set", f"{schedule},autoscaling.schedules[0].minReplicas=5")
 
 
 @pytest.mark.parametrize("helm", HELMS)

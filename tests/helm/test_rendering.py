@@ -12,9 +12,9 @@ from helm.tools import HELMS, run
 from tests.helm.conftest import SETS, rendered, rendering
 
 KUBERNETES = ("1.31", "1.37")
-CUSTOM = {"HTTPRoute", "GRPCRoute", "ServiceMonitor", "PodMonitor", "PrometheusRule", "ScaledObject"}
+CUSTOM = {"HTTPRoute", "GRPCRoute", "ServiceMonitor", "PodMonitor", "PrometheusRule", "ScaledObject", "QueueAutoscaler"}
 GOLDEN = Path(__file__).parent / "golden"
-IN_REVIEW = ("default", "h100", "keys-tls", "volume-per-server", "monitoring")
+IN_REVIEW = ("default", "h100", "keys-tls", "volume-per-server", "monitoring", "scale-to-zero")
 
 
 def test_there_are_sets_for_the_common_scenarios() -> None:
@@ -91,7 +91,7 @@ def immutable(found: list[Object]) -> dict[str, object]:
     return fields
 
 
-@pytest.mark.parametrize("name", ["default", "h100", "volume-per-server"])
+@pytest.mark.parametrize("name", ["default", "h100", "volume-per-server", "autoscaling"])
 def test_an_upgrade_changes_nothing_that_cannot_be_changed(name: str, tmp_path: Path) -> None:
     """Of chart, image and model; a Job that would change is another Job."""
     later = tmp_path / "nemoserve"

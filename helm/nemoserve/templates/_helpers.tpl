@@ -27,6 +27,20 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 app.kubernetes.io/component: server
 {{- end -}}
 
+{{- /* Every server is born with it. The operator takes it from those that drain, and bears it while it holds requests. */ -}}
+{{- define "nemoserve.servesLabel" -}}
+nemoserve.dev/serves: {{ include "nemoserve.fullname" . }}
+{{- end -}}
+
+{{- /* What Services choose: not all at once, a release of before may have pods without the label (nemoserve.checks). */ -}}
+{{- define "nemoserve.endpointLabels" -}}
+{{- if include "nemoserve.hasOperator" . }}{{ include "nemoserve.servesLabel" . }}{{ else }}{{ include "nemoserve.selectorLabels" . }}{{ end -}}
+{{- end -}}
+
+{{- define "nemoserve.hasOperator" -}}
+{{- if and .Values.autoscaling.enabled (eq .Values.autoscaling.kind "queue") }}true{{ end -}}
+{{- end -}}
+
 {{- define "nemoserve.labels" -}}
 {{ include "nemoserve.releaseLabels" . }}
 app.kubernetes.io/part-of: nemoserve
@@ -44,13 +58,18 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end -}}
 
 {{- define "nemoserve.image" -}}
-{{- with .Values.image -}}
+{{- include "nemoserve.imageOf" (list . .Values.image (ternary "-cpu" "" (eq .Values.gpu.product "none"))) -}}
+{{- end -}}
+
+{{- define "nemoserve.imageOf" -}}
+{{- $root := index . 0 -}}
+{{- $suffix := index . 2 -}}
+{{- with index . 1 -}}
+{{- $repository := default $root.Values.image.repository .repository -}}
 {{- if .digest -}}
-{{- printf "%s@%s" .repository .digest -}}
-{{- else if .tag -}}
-{{- printf "%s:%s" .repository .tag -}}
+{{- printf "%s@%s" $repository .digest -}}
 {{- else -}}
-{{- printf "%s:%s%s" .repository $.Chart.AppVersion (ternary "-cpu" "" (eq $.Values.gpu.product "none")) -}}
+{{- printf "%s:%s" $repository (default (print $root.Chart.AppVersion $suffix) .tag) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}
@@ -183,7 +202,18 @@ read at the least speeds. Models without a name or a size count as the largest t
 {{- if gt (float64 .Values.drain.lameDuckSeconds) (float64 .Values.drain.timeoutSeconds) -}}
 {{- fail (printf "drain.lameDuckSeconds: %v must be at most the %v of drain.timeoutSeconds, which include it" .Values.drain.lameDuckSeconds .Values.drain.timeoutSeconds) -}}
 {{- end -}}
-{{- if gt (int .Values.autoscaling.minReplicas) (int .Values.autoscaling.maxReplicas) -}}
-{{- fail (printf "autoscaling.minReplicas: %v must be at most the %v of autoscaling.maxReplicas" .Values.autoscaling.minReplicas .Values.autoscaling.maxReplicas) -}}
+{{- with .Values.autoscaling -}}
+{{- if gt (int .minReplicas) (int .maxReplicas) -}}
+{{- fail (printf "autoscaling.minReplicas: %v must be at most the %v of autoscaling.maxReplicas" .minReplicas .maxReplicas) -}}
 {{- end -}}
+{{- range .schedules -}}
+{{- if gt (int .minReplicas) (int $.Values.autoscaling.maxReplicas) -}}
+{{- fail (printf "autoscaling.schedules: minReplicas: %v must be at most the %v of autoscaling.maxReplicas" .minReplicas $.Values.autoscaling.maxReplicas) -}}
+{{- end -}}
+{{- end -}}
+{{- if gt (float64 (default 0 .target.queueWaitSeconds)) (float64 .target.ttftSeconds) -}}
+{{- fail (printf "autoscaling.target.queueWaitSeconds: %v must be at most the %v of autoscaling.target.ttftSeconds, which include it" .target.queueWaitSeconds .target.ttftSeconds) -}}
+{{- end -}}
+{{- end -}}
+{{- include "nemoserve.operatorChecks" . -}}
 {{- end -}}

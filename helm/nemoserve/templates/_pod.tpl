@@ -4,6 +4,7 @@
 metadata:
   labels:
     {{- include "nemoserve.selectorLabels" . | nindent 4 }}
+    {{- include "nemoserve.servesLabel" . | nindent 4 }}
     {{- with .Values.podLabels }}
     {{- toYaml . | nindent 4 }}
     {{- end }}
