@@ -12,6 +12,8 @@ three patches, /status and /scale, selectors, watches that expire, schemas with 
 """
 
 from tests.autoscaler.fake_api.faults import Fault
+from tests.autoscaler.fake_api.nodes import Container
 from tests.autoscaler.fake_api.server import Call, FakeApi
+from tests.autoscaler.fake_api.workloads import Workloads, endpoints
 
-__all__ = ["Call", "FakeApi", "Fault"]
+__all__ = ["Call", "Container", "FakeApi", "Fault", "Workloads", "endpoints"]

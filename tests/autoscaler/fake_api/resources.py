@@ -93,6 +93,7 @@ def built_in() -> tuple[Resource, ...]:
         Resource("", "v1", "configmaps", "ConfigMap", ("cm",)),
         Resource("apps", "v1", "deployments", "Deployment", ("deploy",), check=_check_workload, **apps),
         Resource("apps", "v1", "statefulsets", "StatefulSet", ("sts",), check=_check_workload, **apps),
+        Resource("apps", "v1", "replicasets", "ReplicaSet", ("rs",), check=_check_workload, **apps),
         Resource("autoscaling", "v2", "horizontalpodautoscalers", "HorizontalPodAutoscaler", ("hpa",), status=True),
         Resource("coordination.k8s.io", "v1", "leases", "Lease", unconditional=False, upsert=True, check=_check_lease),
         Resource("events.k8s.io", "v1", "events", "Event", ("ev",), fields=("reason", "type"), check=_check_event),

@@ -215,6 +215,14 @@ class FakeApi:
         found = self.store.list(self.machinery.resource(kind.group, kind.plural), namespace)
         return [*filter(selectors.labels(label_selector), found)]
 
+    async def until(self, so: Callable[[], bool], seconds: float = 10.0) -> None:
+        """Wait until what is stored makes it so. Raises TimeoutError."""
+        with self.store.changed() as changed:
+            async with asyncio.timeout(seconds):
+                while not so():
+                    changed.clear()
+                    await changed.wait()
+
     def writes(self, user: str = "", resource: str = "") -> list[Call]:
         """Changes that were granted, oldest first."""
         return [

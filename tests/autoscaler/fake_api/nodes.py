@@ -1,0 +1,190 @@
+"""A scheduler, and nodes that run pods: each pod that a workload owns gets a node and an address of its own.
+
+Pending ─ room ─► on a node: Running ─ its program says so ─► Ready ─ deleted ─► stopping ─ program ended ─► gone
+   └─ none: Unschedulable               └─ program ended by itself: CrashLoopBackOff, and again    └─ grace over: killed
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from autoscaler.cluster import objects
+from autoscaler.cluster.objects import condition
+from tests.autoscaler.fake_api.errors import Json
+from tests.autoscaler.fake_api.server import FakeApi
+
+ENDED = ("Failed", "Succeeded")
+NO_ROOM = "0/{} nodes are available: {} Insufficient nvidia.com/gpu."
+CLOSE_SECONDS = 10.0  # that programs have to end when all is over
+
+
+@dataclass
+class Container:
+    """What a pod's program is told, and tells.
+
+    Attributes:
+        ip: an address of the loopback that nothing else has.
+        stopping: the pod is being deleted: the SIGTERM.
+    """
+
+    pod: Json
+    ip: str
+    report: Callable[[bool], None]
+    stopping: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def ready(self, is_ready: bool = True) -> None:
+        """What the readiness probe finds."""
+        self.report(is_ready)
+
+
+# From a container's start to its end; cancelled when the pod's grace is over: the SIGKILL. One that ends, or raises,
+# before `stopping` has crashed.
+Program = Callable[[Container], Awaitable[None]]
+
+
+async def idle(container: Container) -> None:
+    """Ready at once, and gone at once."""
+    container.ready()
+    await container.stopping.wait()
+
+
+@dataclass
+class _Life:
+    stopping: asyncio.Event
+    task: asyncio.Task[None]
+    killer: asyncio.TimerHandle | None = None
+
+
+class Nodes:
+    """Attributes:
+    room: pods that there are nodes for; None: always one more.
+    """
+
+    def __init__(self, api: FakeApi, program: Program, room: int | None, restart_seconds: float) -> None:
+        self.room = room
+        self._api = api
+        self._program = program
+        self._restart_seconds = restart_seconds
+        self._pods = api.machinery.resource("", "pods")
+        self._lives: dict[str, _Life] = {}  # by uid
+        self._placed = 0
+
+    def look(self) -> None:
+        """Place who waits, start who is placed, stop who is deleted."""
+        self._schedule()
+        self._run_pods()
+
+    async def close(self) -> None:
+        """Stop all programs. Raises what was wrong here, not with them."""
+        lives = list(self._lives.values())
+        for life in lives:
+            life.stopping.set()
+        if lives:
+            await asyncio.wait({life.task for life in lives}, timeout=CLOSE_SECONDS)
+        for life in lives:
+            life.task.cancel()
+        for result in await asyncio.gather(*(life.task for life in lives), return_exceptions=True):
+            if isinstance(result, Exception):
+                raise result
+
+    def _schedule(self) -> None:
+        pods = [pod for pod in self._api.store.list(self._pods) if objects.owner(pod)]
+        taken = sum("nodeName" in pod["spec"] and pod["status"].get("phase") not in ENDED for pod in pods)
+        waiting = [pod for pod in pods if "nodeName" not in pod["spec"] and "schedulingGates" not in pod["spec"]]
+        for pod in sorted(waiting, key=_created):
+            if self.room is None or taken < self.room:
+                taken += 1
+                self._placed += 1
+                placed = pod | {"spec": pod["spec"] | {"nodeName": f"node-{self._placed}"}}
+                self._report(placed, PodScheduled=(True, ""))
+            else:
+                self._report(pod, PodScheduled=(False, "Unschedulable", NO_ROOM.format(self.room, self.room)))
+
+    def _run_pods(self) -> None:
+        for pod in self._api.store.list(self._pods):
+            meta = pod["metadata"]
+            life = self._lives.get(meta["uid"])
+            if (
+                life is None
+                and objects.owner(pod)
+                and "nodeName" in pod["spec"]
+                and pod["status"].get("phase") not in ENDED
+            ):
+                stopping = asyncio.Event()
+                task = asyncio.create_task(self._live(pod, stopping), name=meta["name"])
+                self._lives[meta["uid"]] = _Life(stopping, task)
+            elif life is not None and "deletionTimestamp" in meta and life.killer is None:
+                life.stopping.set()
+                loop = asyncio.get_running_loop()
+                life.killer = loop.call_later(meta["deletionGracePeriodSeconds"], life.task.cancel)
+        present = {pod["metadata"]["uid"] for pod in self._api.store.list(self._pods)}
+        for uid, life in self._lives.items():  # deleted by force
+            if uid not in present and not life.stopping.is_set():
+                life.stopping.set()
+                life.task.cancel()
+
+    async def _live(self, pod: Json, stopping: asyncio.Event) -> None:
+        uid = pod["metadata"]["uid"]
+        number = int(pod["spec"]["nodeName"].removeprefix("node-"))
+        ip = f"127.77.{number // 250}.{number % 250 + 1}"
+        restarts = 0
+        try:
+            while not stopping.is_set():
+                tell = partial(self._tell, pod, ip, restarts, {"running": {"startedAt": self._api.machinery.now()}})
+                tell(False)
+                with suppress(Exception):
+                    await self._program(Container(pod, ip, tell, stopping))
+                if stopping.is_set():
+                    break
+                restarts += 1
+                self._tell(pod, ip, restarts, {"waiting": {"reason": "CrashLoopBackOff"}}, False)
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(stopping.wait(), self._restart_seconds)
+        finally:
+            life = self._lives.pop(uid)
+            if life.killer is not None:
+                life.killer.cancel()
+            if (now := self._present(pod)) is not None and "deletionTimestamp" in now["metadata"]:
+                meta = now["metadata"]
+                self._api.machinery.delete(self._pods, meta["namespace"], meta["name"], {"gracePeriodSeconds": 0})
+
+    def _tell(self, pod: Json, ip: str, restarts: int, state: Json, is_ready: bool) -> None:
+        now = self._present(pod)
+        if now is None:
+            return
+        names = [each["name"] for each in pod["spec"]["containers"]]
+        statuses = [{"name": name, "ready": is_ready, "restartCount": restarts, "state": state} for name in names]
+        status = {"phase": "Running", "podIP": ip, "containerStatuses": statuses}
+        status["startTime"] = now["status"].get("startTime") or self._api.machinery.now()
+        reason = "" if is_ready else "ContainersNotReady"
+        self._report(now | {"status": now["status"] | status}, Ready=(is_ready, reason))
+
+    def _report(self, pod: Json, **conditions: tuple[Any, ...]) -> None:
+        """Store the pod with these conditions, unless it is stored like that."""
+        pod = copy.deepcopy(pod)
+        listed = pod["status"].setdefault("conditions", [])
+        for kind, (is_so, reason, *message) in conditions.items():
+            old = condition(pod, kind)
+            new = {"type": kind, "status": str(is_so), "reason": reason, "message": "".join(message)}
+            same = old.get("status") == new["status"]
+            new["lastTransitionTime"] = old["lastTransitionTime"] if same else self._api.machinery.now()
+            if old:
+                listed[listed.index(old)] = new
+            else:
+                listed.append(new)
+        if pod != self._present(pod):
+            self._api.store.put(self._pods, pod)
+
+    def _present(self, pod: Json) -> Json | None:
+        found = self._api.store.find(self._pods, pod["metadata"]["namespace"], pod["metadata"]["name"])
+        return found if found is not None and found["metadata"]["uid"] == pod["metadata"]["uid"] else None
+
+
+def _created(pod: Json) -> tuple[str, str]:
+    return pod["metadata"]["creationTimestamp"], pod["metadata"]["name"]
