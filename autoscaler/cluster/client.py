@@ -32,7 +32,8 @@ NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 MERGE_PATCH = "application/merge-patch+json"
 # The largest object that etcd takes is 1.5 MB of its own encoding; nothing that is longer can be an event.
 MAX_EVENT_BYTES = 16 * 2**20
-BROKEN = (TimeoutError, OSError, aiohttp.ClientError)  # no answer, or half of one
+# No answer, or half of one; ConfigException: a token file that is being exchanged
+BROKEN = (TimeoutError, OSError, aiohttp.ClientError, ConfigException)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ class Limits:
 
     connect: float = 2.0
     call: float = 5.0  # from the call to the last byte of the answer, reading the credentials anew included
-    watch: float = 60.0  # then the server ends a watch
+    watch: int = 60  # then the server ends a watch; it counts whole seconds
     watch_grace: float = 10.0  # and if it does not within this, the connection is given up
 
 
@@ -64,28 +65,36 @@ async def connect(
     """
     configuration = Configuration()
     own = await _sign_in(configuration, kubeconfig)
-    async with ApiClient(configuration) as api:
+    try:
+        api = ApiClient(configuration)
+    except OSError as error:  # of certificates
+        raise _unusable(kubeconfig, error) from error
+    async with api:
         api.user_agent = "nemoserve-autoscaler"
         yield ApiCluster(api, namespace or own, kubeconfig, limits or Limits())
 
 
 async def _sign_in(configuration: Configuration, kubeconfig: str | None) -> str:
     """Write address and credentials into `configuration`; returns the namespace that goes with them."""
+    load: Any = load_kube_config  # untyped
     try:
         if kubeconfig is None:
             return _pod_sign_in(configuration)
-        load: Any = load_kube_config  # untyped
         loader = await load(kubeconfig, client_configuration=configuration, persist_config=False)
         return str(loader.current_context["context"].get("namespace") or "default")
-    except (ConfigException, OSError, TypeError, KeyError) as error:  # TypeError: of a file that is no kubeconfig
-        where = "this pod's service account" if kubeconfig is None else kubeconfig
-        raise ClusterError(0, "InvalidConfiguration", f"cannot use {where}: {error}") from error
+    except Exception as error:  # whatever a broken file makes of its reader
+        raise _unusable(kubeconfig, error) from error
 
 
 def _pod_sign_in(configuration: Configuration) -> str:
     load: Any = load_incluster_config  # untyped
     load(configuration)
     return NAMESPACE_FILE.read_text().strip()
+
+
+def _unusable(kubeconfig: str | None, error: Exception) -> ClusterError:
+    what = "this pod's service account" if kubeconfig is None else kubeconfig
+    return ClusterError(0, "InvalidConfiguration", f"cannot use {what}: {error}")
 
 
 class ApiCluster:
@@ -117,18 +126,18 @@ class ApiCluster:
         return await self._call("PATCH", path, body=dict(patch), content_type=MERGE_PATCH)
 
     async def watch(self, kind: Kind, resource_version: str, label_selector: str = "") -> AsyncIterator[WatchEvent]:
-        seconds = self._limits.watch
         query = [
             ("watch", "true"),
             ("allowWatchBookmarks", "true"),
             ("resourceVersion", resource_version),
-            ("timeoutSeconds", str(max(1, round(seconds)))),
+            ("timeoutSeconds", str(self._limits.watch)),
             *_selected(label_selector),
         ]
         path = self._path(kind)
         try:
             async with asyncio.timeout(self._limits.call):
-                response = await self._send("GET", path, query, total=seconds + self._limits.watch_grace)
+                total = self._limits.watch + self._limits.watch_grace
+                response = await self._send("GET", path, query, total=total)
             async with response:
                 async for line in _lines(response.content):
                     yield _event(line)

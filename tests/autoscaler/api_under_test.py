@@ -115,7 +115,7 @@ async def _signed_in(kubeconfig: Path, fake: FakeApi | None) -> AsyncIterator[Ap
     namespace = f"nemoserve-{uuid.uuid4().hex[:8]}"
     configuration = Configuration()
     await load_kube_config(str(kubeconfig), client_configuration=configuration, persist_config=False)
-    limits = Limits(call=20.0, watch=1.0 if fake else 5.0)
+    limits = Limits(call=20.0, watch=1 if fake else 5)
     async with (
         ApiClient(configuration) as client,
         connect(str(kubeconfig), namespace=namespace, limits=limits) as cluster,

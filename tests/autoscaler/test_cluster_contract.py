@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -24,6 +23,7 @@ from autoscaler.cluster.face import (
 )
 from tests.autoscaler import api_under_test
 from tests.autoscaler.api_under_test import Api
+from tests.autoscaler.bodies import event, lease, pod, scaler, workload
 
 ROLES = Kind("rbac.authorization.k8s.io", "v1", "roles")
 BINDINGS = Kind("rbac.authorization.k8s.io", "v1", "rolebindings")
@@ -39,33 +39,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 async def api(server: str, tmp_path: Path) -> AsyncIterator[Api]:
     async with api_under_test.fake(tmp_path) if server == "fake" else api_under_test.real() as ready:
         yield ready
-
-
-def workload(name: str = "nemo", replicas: int | None = 2, kind: str = "Deployment", **more: Any) -> Json:
-    """One whose pods no node takes."""
-    labels = {"app": name}
-    gates = [{"name": "nemoserve.dev/never"}]
-    pod = {"containers": [{"name": "server", "image": "nowhere.invalid/server"}], "schedulingGates": gates}
-    spec: Json = {"selector": {"matchLabels": labels}, "template": {"metadata": {"labels": labels}, "spec": pod}}
-    if replicas is not None:
-        spec["replicas"] = replicas
-    if kind == "StatefulSet":
-        spec["serviceName"] = name
-    return {"kind": kind, "apiVersion": "apps/v1", "metadata": {"name": name, "labels": labels}, "spec": spec | more}
-
-
-def scaler(name: str = "nemo", **spec: Any) -> Json:
-    target = {"kind": "Deployment", "name": name}
-    return {"metadata": {"name": name}, "spec": {"scaleTargetRef": target, "maxReplicas": 4} | spec}
-
-
-def lease(name: str = "lock", **spec: Any) -> Json:
-    return {"metadata": {"name": name}, "spec": {"holderIdentity": "a", "leaseDurationSeconds": 15} | spec}
-
-
-def pod(name: str, **labels: str) -> Json:
-    spec = workload()["spec"]["template"]["spec"]
-    return {"metadata": {"name": name, "labels": labels}, "spec": spec}
 
 
 async def taken(watch: AsyncIterator[WatchEvent]) -> list[WatchEvent]:
@@ -495,20 +468,6 @@ async def test_a_lease_may_be_nobodys(api: Api) -> None:
     await api.cluster.create(LEASES, lease())
     freed = await api.cluster.patch(LEASES, "lock", {"spec": {"holderIdentity": "", "leaseDurationSeconds": 1}})
     assert objects.lease(freed).holder == ""
-
-
-def event(**fields: Any) -> Json:
-    whole = {
-        "metadata": {"generateName": "nemo."},
-        "eventTime": objects.micro_timestamp(1_790_000_000),
-        "reportingController": "nemoserve.dev/autoscaler",
-        "reportingInstance": "autoscaler-0",
-        "action": "Scale",
-        "reason": "ScaledOut",
-        "type": "Normal",
-        "note": "2 -> 3",
-    }
-    return whole | fields
 
 
 async def test_an_event_is_checked(api: Api) -> None:

@@ -38,6 +38,7 @@ class Store:
     """Attributes:
     version: of the newest change.
     compacted: changes up to this one are forgotten.
+    unwatched: nobody watches any more.
     """
 
     def __init__(self) -> None:
@@ -46,6 +47,7 @@ class Store:
         self._items: dict[tuple[str, str], dict[tuple[str, str], Json]] = {}
         self._changes: deque[Change] = deque()
         self._watchers: set[asyncio.Event] = set()
+        self.unwatched = asyncio.Event()
 
     def find(self, resource: Resource, namespace: str, name: str) -> Json | None:
         return self._of(resource).get((namespace, name))
@@ -103,10 +105,13 @@ class Store:
         """An event that is set at each change, until it is cleared."""
         event = asyncio.Event()
         self._watchers.add(event)
+        self.unwatched.clear()
         try:
             yield event
         finally:
             self._watchers.remove(event)
+            if not self._watchers:
+                self.unwatched.set()
 
     def _of(self, resource: Resource) -> dict[tuple[str, str], Json]:
         return self._items.setdefault((resource.group, resource.plural), {})
