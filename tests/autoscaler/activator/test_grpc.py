@@ -1,0 +1,459 @@
+"""RPCs through the activator: held, handed over, and passed on exactly."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import grpc
+import pytest
+
+from autoscaler.activator import HoldLimits
+from tests.autoscaler.activator.scene import METHOD, FakeReplica, error_of, grpc_scene, hints, until
+
+
+async def test_an_rpc_is_held_until_there_is_a_replica_and_then_answered() -> None:
+    async with grpc_scene() as here:
+        answer = here.start(here.call(b"Hi"))
+        await asyncio.wait_for(here.room.wake.wait(), 10)
+        assert (here.room.held_requests, here.room.held_bytes) == (1, 2)
+        assert not answer.done()
+        async with here.replica() as replica:
+            assert await answer == [b"r0:Hi"]
+        assert replica.calls == [METHOD]
+        assert here.room.outcomes == {"answered": 1}
+
+
+async def test_the_second_request_wakes_nobody_again() -> None:
+    async with grpc_scene() as here:
+        here.start(here.call(b"1"))
+        await here.held(1)
+        here.room.wake.clear()
+        here.start(here.call(b"2"))
+        await here.held(2)
+        assert not here.room.wake.is_set()
+
+
+@pytest.mark.parametrize("kind", ["unary_unary", "unary_stream", "stream_unary", "stream_stream"])
+async def test_all_kinds_of_methods_pass(kind: str) -> None:
+    async def one_answer(replica: FakeReplica, context: Any) -> None:
+        got = []
+        while (message := await context.read()) is not grpc.aio.EOF:
+            got.append(message)
+        for message in [b"+".join(got)] if kind.endswith("unary") else got:
+            await context.write(message)
+
+    async with grpc_scene() as here, here.replica(rpc=one_answer):
+        method: Any = getattr(here.channel, kind)(METHOD)
+        sent = [b"a", b"b"]
+        call = method(b"a", timeout=10) if kind.startswith("unary") else method(iter(sent), timeout=10)
+        answer = [await call] if kind.endswith("unary") else [each async for each in call]
+        expected = [b"a"] if kind.startswith("unary") else sent
+        assert answer == ([b"+".join(expected)] if kind.endswith("unary") else expected)
+
+
+async def test_metadata_goes_both_ways_and_hop_by_hop_does_not() -> None:
+    async def told(replica: FakeReplica, context: Any) -> None:
+        await context.read()
+        await context.send_initial_metadata((("x-first", "1"), ("x-data-bin", b"\x00\xff")))
+        await context.write(b"answer")
+        context.set_trailing_metadata((("x-last", "2"), ("x-last", "3")))
+
+    async with grpc_scene() as here, here.replica(rpc=told) as replica:
+        sent = (("authorization", "Bearer key"), ("x-request-id", "r"), ("x-some-bin", b"\x01\xfe"))
+        call = here.stream(metadata=sent)
+        await call.write(b"question")
+        assert await call.read() == b"answer"
+        assert tuple(await call.initial_metadata()) == (("x-first", "1"), ("x-data-bin", b"\x00\xff"))
+        assert await call.read() is grpc.aio.EOF
+        assert tuple(await call.trailing_metadata()) == (("x-last", "2"), ("x-last", "3"))
+        [metadata] = replica.metadata
+        assert dict(sent).items() <= metadata.items()
+        assert metadata.keys() - dict(sent) == {"user-agent"}  # of the activator's own connection
+
+
+@pytest.mark.parametrize("after", [0, 2])
+async def test_statuses_come_through_exactly(after: int) -> None:
+    trailing = (("x-why", "because"), ("grpc-status-details-bin", b"\x00\x01\xff"))
+    repeated = () if after else (grpc.StatusCode.UNAVAILABLE,)
+    codes = [code for code in grpc.StatusCode if code is not grpc.StatusCode.OK and code not in repeated]
+
+    async def fails(replica: FakeReplica, context: Any) -> None:
+        number = int(await context.read())
+        for _ in range(after):
+            await context.write(b"part")
+        await context.abort(codes[number], "prompt: „é“ 100 % wrong", trailing)
+
+    async with grpc_scene() as here, here.replica(rpc=fails) as replica:
+        for number, code in enumerate(codes):
+            call = here.stream(timeout=10)
+            await call.write(b"%d" % number)
+            assert [await call.read() for _ in range(after)] == [b"part"] * after
+            assert await call.code() is code
+            assert await call.details() == "prompt: „é“ 100 % wrong"
+            assert tuple(await call.trailing_metadata()) == trailing
+        assert len(replica.calls) == len(codes)
+
+
+async def test_nothing_is_sent_before_the_replica_answers() -> None:
+    gate = asyncio.Event()
+
+    async def waits(replica: FakeReplica, context: Any) -> None:
+        await context.read()
+        await gate.wait()
+        await context.write(b"answer")
+
+    async with grpc_scene() as here:
+        call = here.stream()
+        await call.write(b"question")
+        head = here.start(call.initial_metadata())
+        await here.held(1)
+        async with here.replica(rpc=waits) as replica:
+            await until(lambda: replica.running == 1)
+            await asyncio.wait({head}, timeout=0.1)
+            assert not head.done()
+            gate.set()
+            assert await call.read() == b"answer"
+
+
+async def test_a_bidirectional_stream_flows_both_ways() -> None:
+    async with grpc_scene() as here:
+        call = here.stream()
+        await call.write(b"0")
+        await here.held(1)
+        async with here.replica():
+            assert await call.read() == b"r0:0"
+            for number in range(1, 20):
+                await call.write(b"%d" % number)
+                assert await call.read() == b"r0:%d" % number
+            await call.done_writing()
+            assert await call.read() is grpc.aio.EOF
+            assert here.room.held_bytes == 0
+
+
+async def test_an_idle_stream_asks_for_no_replica() -> None:
+    async with grpc_scene() as here:
+        idle = here.stream()
+        started = here.start(idle.read())
+        await until(lambda: len(here.room._entered) == 1)
+        assert not here.room.wake.is_set()
+        assert here.room.held_requests == 0
+        await idle.write(b"now")
+        await here.held(1)
+        assert here.room.wake.is_set()
+        async with here.replica():
+            assert await started == b"r0:now"
+
+
+async def test_a_deadline_that_passes_in_the_room_is_told_and_never_forwarded() -> None:
+    async with grpc_scene() as here:
+        error = await error_of(here.call(b"late", timeout=0.2))
+        assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        await here.held(0)
+        async with here.replica() as replica:
+            assert await here.call(b"next") == [b"r0:next"]
+        assert replica.messages == [b"next"]
+
+
+async def test_the_deadline_goes_on_to_the_replica() -> None:
+    async with grpc_scene() as here, here.replica() as replica:
+        await here.call(b"x", timeout=15)
+        [remaining] = replica.remaining
+        assert remaining is not None
+        assert 5 < remaining < 16
+
+
+async def test_without_a_deadline_hold_seconds_ends_the_wait() -> None:
+    async with grpc_scene(HoldLimits(hold_seconds=0.2)) as here:
+        error = await error_of(here.call(b"x", timeout=None))
+        assert error.code() is grpc.StatusCode.UNAVAILABLE
+        assert error.details() == "no replica took the request within 0.2 s; retry later"
+        assert int(hints(error)["retry-after-ms"]) >= 1000
+        assert here.room.outcomes == {"timeout": 1}
+
+
+async def test_cancelling_in_the_room_frees_the_place_at_once() -> None:
+    async with grpc_scene() as here:
+        call = here.stream()
+        await call.write(b"x" * 1000)
+        await here.held(1)
+        call.cancel()
+        await here.held(0)
+        await until(lambda: here.room.held_bytes == 0)
+        async with here.replica() as replica:
+            assert await here.call(b"next") == [b"r0:next"]
+        assert replica.messages == [b"next"]
+        assert here.room.outcomes == {"cancelled": 1, "answered": 1}
+
+
+@pytest.mark.parametrize("answered", [False, True])
+async def test_cancelling_later_cancels_at_the_replica(answered: bool) -> None:
+    async def endless(replica: FakeReplica, context: Any) -> None:
+        await context.read()
+        if answered:
+            await context.write(b"first")
+        await asyncio.Event().wait()
+
+    async with grpc_scene() as here, here.replica(rpc=endless) as replica:
+        call = here.stream()
+        await call.write(b"x")
+        if answered:
+            await call.read()
+        await until(lambda: replica.running == 1)
+        call.cancel()
+        await until(lambda: replica.cancelled == 1)
+
+
+async def test_a_full_room_refuses_at_once_with_a_hint() -> None:
+    async with grpc_scene(HoldLimits(max_requests=2)) as here:
+        here.start(here.call(b"1"))
+        here.start(here.call(b"2"))
+        await here.held(2)
+        here.room.progress("reading weights", 0.4, eta=20)
+        error = await error_of(here.call(b"3"))
+        assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert error.details() == "2 requests wait for a replica, and there is no place for more; retry later"
+        assert 19_000 < int(hints(error)["retry-after-ms"]) <= 30_000
+        assert hints(error)["grpc-retry-pushback-ms"] == hints(error)["retry-after-ms"]
+        assert here.room.outcomes == {"full": 1}
+
+
+async def test_a_room_full_of_bytes_refuses() -> None:
+    async with grpc_scene(HoldLimits(max_bytes=1000, max_request_bytes=1000)) as here:
+        here.start(here.call(b"x" * 800))
+        await here.held(1)
+        error = await error_of(here.call(b"x" * 300))
+        assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "requests of 800 bytes wait for a replica, and there is no place for 300 more" in str(error.details())
+        assert (here.room.held_requests, here.room.held_bytes) == (1, 800)
+
+
+async def test_big_messages_pass_and_too_big_ones_are_refused() -> None:
+    async with grpc_scene(HoldLimits(max_request_bytes=8 * 2**20)) as here:
+        big = b"x" * (8 * 2**20 - 100)
+
+        async def size(replica: FakeReplica, context: Any) -> None:
+            await context.write(await context.read())
+
+        async with here.replica(rpc=size) as replica:
+            # The replica's limit is 4 MiB: what it says comes through.
+            error = await error_of(here.call(big))
+            assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert len(replica.calls) == 1
+            assert await here.call(b"y" * 3 * 2**20) == [b"y" * 3 * 2**20]
+        here.room.serve(())
+        error = await error_of(here.call(b"x" * (8 * 2**20 + 100)))
+        assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert here.room.held_requests == 0
+
+
+async def test_two_hundred_held_requests_are_each_answered_exactly_once() -> None:
+    async with grpc_scene() as here:
+        answers = [here.start(here.call(b"%d" % number)) for number in range(200)]
+        await here.held(200)
+        async with here.replica(capacity=8) as replica:
+            got = await asyncio.gather(*answers)
+        assert got == [[b"r0:%d" % number] for number in range(200)]
+        assert sorted(replica.messages, key=int) == [b"%d" % number for number in range(200)]
+        assert replica.most <= 16
+        assert here.room.outcomes == {"answered": 200}
+
+
+async def test_requests_are_handed_over_in_their_order() -> None:
+    async with grpc_scene() as here:
+        for number in range(10):
+            here.start(here.call(b"%d" % number))
+            await here.held(number + 1)
+        async with here.replica(capacity=1) as replica:
+            await asyncio.gather(*here.tasks)
+        # Two at a time go to a replica that runs one, and the two may overtake each other.
+        assert [int(message) // 2 for message in replica.messages] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4] or all(
+            abs(int(message) - place) <= 1 for place, message in enumerate(replica.messages)
+        )
+
+
+async def test_a_replica_that_is_full_gets_the_request_again_when_it_said() -> None:
+    refusals = 3
+
+    async def full_at_first(replica: FakeReplica, context: Any) -> None:
+        await context.read()
+        if len(replica.calls) <= refusals:
+            trailing = (("retry-after-ms", "30"), ("grpc-retry-pushback-ms", "30"))
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full", trailing)
+        await context.write(b"answer")
+
+    async with grpc_scene() as here, here.replica(rpc=full_at_first) as replica:
+        assert await here.call(b"x") == [b"answer"]
+        assert len(replica.calls) == refusals + 1
+
+
+async def test_a_replica_that_stays_full_is_quoted_at_the_end() -> None:
+    async def full(replica: FakeReplica, context: Any) -> None:
+        await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full", (("retry-after-ms", "20"),))
+
+    async with grpc_scene(HoldLimits(hold_seconds=0.3)) as here, here.replica(rpc=full) as replica:
+        error = await error_of(here.call(b"x", timeout=None))
+        assert (error.code(), error.details()) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full")
+        assert hints(error) == {"retry-after-ms": "20"}
+        assert len(replica.calls) > 1
+
+
+async def test_a_refusal_without_a_hint_is_final() -> None:
+    async def too_large(replica: FakeReplica, context: Any) -> None:
+        await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too large")
+
+    async with grpc_scene() as here, here.replica(rpc=too_large) as replica:
+        assert (await error_of(here.call(b"x"))).details() == "too large"
+        assert len(replica.calls) == 1
+
+
+async def test_one_tenants_refusal_holds_up_nobody_else() -> None:
+    async def refuses_a(replica: FakeReplica, context: Any) -> None:
+        if await context.read() == b"a":
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "quota", (("retry-after-ms", "60000"),))
+        await context.write(b"ok")
+
+    async with grpc_scene() as here, here.replica(rpc=refuses_a):
+        here.start(here.call(b"a"))
+        await here.held(1)
+        assert await asyncio.gather(*(here.call(b"b") for _ in range(5))) == [[b"ok"]] * 5
+
+
+async def test_a_replica_that_dies_before_it_answers_costs_nothing() -> None:
+    async def dies(replica: FakeReplica, context: Any) -> None:
+        await context.read()
+        await asyncio.Event().wait()
+
+    async with grpc_scene() as here, here.replica(rpc=dies) as first, here.replica(serve=False) as second:
+        here.serve(first)
+        answer = here.start(here.call(b"0", b"1", b"2"))
+        await until(lambda: first.running == 1)
+        here.serve(first, second)
+        await first.stop()
+        assert await answer == [b"r1:0", b"r1:1", b"r1:2"]
+        assert second.messages == [b"0", b"1", b"2"]
+
+
+async def test_a_replica_that_dies_after_it_began_is_told_and_not_repeated() -> None:
+    async def dies(replica: FakeReplica, context: Any) -> None:
+        await context.read()
+        await context.write(b"first")
+        await asyncio.Event().wait()
+
+    async with grpc_scene() as here, here.replica(rpc=dies) as first, here.replica(serve=False) as second:
+        here.serve(first)
+        call = here.stream(timeout=10)
+        await call.write(b"x")
+        assert await call.read() == b"first"
+        here.serve(first, second)
+        await first.stop()
+        assert (await error_of(call.read())).code() is grpc.StatusCode.UNAVAILABLE
+        assert second.calls == []
+
+
+async def test_a_request_that_ends_three_replicas_is_given_to_no_fourth() -> None:
+    async def lost(replica: FakeReplica, context: Any) -> None:
+        await context.abort(grpc.StatusCode.UNAVAILABLE, "the engine is down")
+
+    async with (
+        grpc_scene() as here,
+        here.replica(rpc=lost) as a,
+        here.replica(rpc=lost) as b,
+        here.replica(rpc=lost) as c,
+        here.replica() as d,
+    ):
+        here.serve(a, b, c)
+        error = await error_of(here.call(b"x"))
+        assert (error.code(), error.details()) == (grpc.StatusCode.UNAVAILABLE, "the engine is down")
+        assert [len(each.calls) for each in (a, b, c, d)] == [1, 1, 1, 0]
+
+
+async def test_a_replica_that_is_not_there_is_no_attempt() -> None:
+    async with grpc_scene() as here, here.replica() as gone, here.replica(serve=False) as other:
+        await gone.stop()
+        here.serve(gone, other)
+        assert await asyncio.gather(*(here.call(b"%d" % number) for number in range(4))) == [
+            [b"r1:%d" % number] for number in range(4)
+        ]
+
+
+async def test_when_all_replicas_go_requests_are_held_again() -> None:
+    async with grpc_scene() as here:
+        async with here.replica():
+            assert await here.call(b"1") == [b"r0:1"]
+        here.room.wake.clear()
+        here.room.serve(())
+        answer = here.start(here.call(b"2"))
+        await asyncio.wait_for(here.room.wake.wait(), 10)
+        async with here.replica():
+            assert await answer == [b"r1:2"]
+
+
+async def test_who_does_not_read_stops_who_writes() -> None:
+    sent = 0
+
+    async def floods(replica: FakeReplica, context: Any) -> None:
+        nonlocal sent
+        await context.read()
+        while True:
+            await context.write(b"x" * 2**16)
+            sent += 1
+
+    async with grpc_scene() as here, here.replica(rpc=floods):
+        call = here.stream()
+        await call.write(b"x")
+        await call.read()
+        last = -1
+        while sent != last:  # as long as it goes on by itself
+            last = sent
+            await asyncio.sleep(0.05)
+        assert sent * 2**16 < 16 * 2**20  # what sockets and windows hold
+        call.cancel()
+
+
+async def test_who_reads_nothing_at_the_replica_stops_the_client() -> None:
+    async def deaf(replica: FakeReplica, context: Any) -> None:
+        await context.write(b"first")
+        await asyncio.Event().wait()
+
+    async with grpc_scene() as here, here.replica(rpc=deaf):
+        call = here.stream()
+        await call.write(b"0")
+        assert await call.read() == b"first"
+        sent = 0
+
+        async def flood() -> None:
+            nonlocal sent
+            while True:
+                await call.write(b"x" * 2**16)
+                sent += 1
+
+        here.start(flood())
+        last = -1
+        while sent != last:
+            last = sent
+            await asyncio.sleep(0.05)
+        assert sent * 2**16 < 16 * 2**20
+        call.cancel()
+
+
+async def test_a_long_stream_that_does_not_fit_goes_on_and_is_not_repeated() -> None:
+    async def counts(replica: FakeReplica, context: Any) -> None:
+        total = 0
+        while (message := await context.read()) is not grpc.aio.EOF:
+            total += len(message)
+        await context.write(b"%d" % total)
+
+    async with grpc_scene(HoldLimits(max_bytes=1000, max_request_bytes=1000)) as here, here.replica(rpc=counts):
+        assert await here.call(*[b"x" * 400] * 5) == [b"2000"]
+
+
+async def test_closing_the_room_tells_who_waits_at_once() -> None:
+    async with grpc_scene() as here:
+        answer = here.start(here.call(b"x"))
+        await here.held(1)
+        here.room.close()
+        for call in (answer, here.call(b"y")):
+            error = await error_of(call)
+            assert error.code() is grpc.StatusCode.UNAVAILABLE
+            assert error.details() == "the activator is shutting down; retry"
