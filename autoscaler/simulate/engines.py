@@ -30,7 +30,7 @@ class Engines:
         columns = trace.arrival_s, trace.input_tokens, trace.cached_tokens, trace.output_tokens
         self.requests = kernel.new_requests(*columns)
         self.now = 0.0
-        self.preemptions = 0
+        self._preemptions = 0  # of engines that are closed
         self._curve, self._choices = curve, choices
         cost = curve.step_cost
         limits = curve.max_batch_size, curve.max_step_tokens, curve.kv_tokens, ttft_seconds
@@ -61,7 +61,7 @@ class Engines:
         """Requests that the engine did not finish, in the order that they came to it. It accepts no more already."""
         out = np.zeros(max(int(self._replicas["outstanding"][slot]), 1), np.int64)
         count = kernel.evict(self.requests, self._replicas, self._heaps, slot, out)
-        self.preemptions += int(self._replicas["preemptions"][slot])
+        self._preemptions += int(self._replicas["preemptions"][slot])
         kernel.clear(self._replicas, slot, self.now)
         self._free.append(slot)
         out = out[:count]
@@ -115,6 +115,10 @@ class Engines:
     def outstanding(self, slots: Sequence[int]) -> list[int]:
         return list(self._replicas["outstanding"][np.array(slots, np.int64)].tolist())
 
+    @property
+    def preemptions(self) -> int:
+        return self._preemptions + int(self._replicas["preemptions"].sum())
+
     def clock(self, slot: int) -> float:
         """When its latest step ended."""
         return float(self._replicas["clock"][slot])
@@ -131,7 +135,9 @@ class Engines:
         """What engines that were brought up to now report, `cost` as theirs."""
         some = self._replicas[np.array(slots, np.int64)]
         computing = some["prompt"] != kernel.NONE
-        held = some["context"] + some["joining_tokens"] + np.where(computing, some["prompt_size"], 0)
+        held = (
+            some["context"] + some["joining_tokens"] + np.where(computing, some["prompt_size"] - some["prompt_left"], 0)
+        )
         queued_tokens = some["queued_tokens"] + np.where(computing, some["prompt_left"], 0)
         oldest = np.where(some["queued"] > 0, self.now - self.requests["enqueued"][some["head"]], 0.0)
         limits = self._curve.max_batch_size, -(-self._curve.kv_tokens // PAGE_TOKENS), PAGE_TOKENS

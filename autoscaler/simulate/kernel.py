@@ -188,9 +188,9 @@ def may_start(requests: Any, replica: Any, shape: Any, extra_rows: int, extra_to
     if replica.queued == 0 or replica.rows + extra_rows >= shape.max_batch_size:
         return False
     head = requests[replica.head]
-    need = head.input + head.generated + 1
-    held = replica.context + extra_tokens + replica.rows
-    return bool(head.enqueued <= replica.clock and held + need <= shape.kv_tokens)
+    # One token is left for each row to grow, or the newcomer would soon be put back
+    held = replica.context + extra_tokens + replica.rows + extra_rows
+    return bool(head.enqueued <= replica.clock and held + head.input + head.generated <= shape.kv_tokens)
 
 
 @compiled
@@ -250,18 +250,10 @@ def join(requests: Any, replica: Any, heap: Any, shape: Any, which: int) -> None
 
 
 @compiled
-def preempt(requests: Any, replica: Any, heap: Any) -> None:
-    """The row that was admitted last gives its pages back, keeps its tokens, and goes to the front of the queue."""
-    place = 0
-    for other in range(1, replica.rows):
-        if requests[heap[other] & 0xFFFFFFFF].admission > requests[heap[place] & 0xFFFFFFFF].admission:
-            place = other
-    which = heap[place] & 0xFFFFFFFF
+def put_back(requests: Any, replica: Any, which: int) -> None:
+    """To the front of the queue, with the tokens that it has generated: all but those in the prefix cache are computed
+    again."""
     request = requests[which]
-    request.generated = request.output - ((heap[place] >> 32) - replica.step)
-    remove(heap, replica.rows, place)
-    replica.rows -= 1
-    replica.context -= request.input + request.generated
     request.state, request.next = QUEUED, replica.head
     replica.head = which
     if replica.queued == 0:
@@ -272,30 +264,54 @@ def preempt(requests: Any, replica: Any, heap: Any) -> None:
 
 
 @compiled
+def make_room(requests: Any, replica: Any, heap: Any, shape: Any) -> None:
+    """Put back who came last while KV has no room for the next token of each row."""
+    computed = replica.prompt_size - replica.prompt_left
+    if replica.prompt != NONE and replica.context + computed >= shape.kv_tokens:
+        put_back(requests, replica, replica.prompt)
+        replica.prompt = NONE
+    while replica.context > shape.kv_tokens:
+        place = 0
+        for other in range(1, replica.rows):
+            if requests[heap[other] & 0xFFFFFFFF].admission > requests[heap[place] & 0xFFFFFFFF].admission:
+                place = other
+        which = heap[place] & 0xFFFFFFFF
+        request = requests[which]
+        request.generated = request.output - ((heap[place] >> 32) - replica.step)
+        remove(heap, replica.rows, place)
+        replica.rows -= 1
+        replica.context -= request.input + request.generated
+        put_back(requests, replica, which)
+
+
+@compiled
 def plan(requests: Any, replica: Any, shape: Any) -> None:
     """Start a step that computes prompts: what it computes is settled now, and happens when it ends."""
     budget, context, tokens = shape.max_step_tokens - replica.rows, replica.context, 0
-    rows = 0
+    rows = decoding = 0
     while budget > 0:
         if replica.prompt == NONE:
             if not may_start(requests, replica, shape, rows, replica.joining_tokens):
                 break
             start(requests, replica)
         take = min(budget, replica.prompt_left)
+        if rows == 0:  # one that is under way already was not left room for all its tokens
+            take = min(take, shape.kv_tokens - replica.context - (replica.prompt_size - replica.prompt_left))
         replica.prompt_left -= take
         budget -= take
         tokens += take
         context += replica.prompt_size - replica.prompt_left
         if replica.prompt_left > 0:
             break
+        decoding += take == 1  # to the engine, a prompt's last token alone is a row that decodes
         which = replica.prompt
         requests[which].next = replica.joining
         replica.joining = which
-        replica.joining_tokens += replica.prompt_size + 1
+        replica.joining_tokens += replica.prompt_size
         rows += 1
         replica.prompt = NONE
-    seconds = shape.base + shape.per_prefill_token * tokens
-    seconds += shape.per_decode_row * replica.rows + shape.per_context_token * context
+    seconds = shape.base + shape.per_prefill_token * (tokens - decoding)
+    seconds += shape.per_decode_row * (replica.rows + decoding) + shape.per_context_token * context
     replica.ends = replica.clock + seconds
     replica.step_tokens = tokens
 
@@ -338,7 +354,7 @@ def leap(requests: Any, replica: Any, heap: Any, shape: Any, until: float) -> bo
     first = shape.base + shape.per_decode_row * rows + shape.per_context_token * replica.context
     growth = shape.per_context_token * rows
     half = first - growth / 2
-    steps = min((heap[0] >> 32) - replica.step, (shape.kv_tokens - replica.context) // rows)
+    steps = min((heap[0] >> 32) - replica.step, (shape.kv_tokens - replica.context) // rows + 1)
     replica.due = replica.clock + steps * half + growth / 2 * steps * steps
     if replica.queued > 0 and requests[replica.head].enqueued > replica.clock:
         wait = requests[replica.head].enqueued - replica.clock
@@ -375,9 +391,7 @@ def advance(requests: Any, replicas: Any, heaps: Any, shape: Any, index: int, un
                 replica.due = NEVER
                 return
             replica.clock = max(replica.clock, requests[replica.head].enqueued)
-        held_by_prompt = replica.prompt_size if replica.prompt != NONE else 0
-        while replica.rows > 0 and replica.context + replica.rows + held_by_prompt > shape.kv_tokens:
-            preempt(requests, replica, heap)
+        make_room(requests, replica, heap, shape)
         if replica.prompt != NONE or may_start(requests, replica, shape, 0, 0):
             plan(requests, replica, shape)
         elif replica.rows > 0 and not leap(requests, replica, heap, shape, until):

@@ -38,36 +38,41 @@ def run(curve: Curve, requests: Sequence[Request]) -> int:
         while coming and coming[0].arrival <= clock:
             queue.append(coming.popleft())
 
-        held_by_prompt = prompt.tokens if prompt else 0
-        while rows and sum(row.tokens + 1 for row in rows) + held_by_prompt > curve.kv_tokens:
-            last = rows.pop()
-            last.computed = last.cached
-            queue.appendleft(last)
+        if prompt and sum(row.tokens for row in rows) + prompt.computed >= curve.kv_tokens:
+            queue.appendleft(prompt)
+            prompt, preemptions = None, preemptions + 1
+        while sum(row.tokens for row in rows) > curve.kv_tokens:
+            queue.appendleft(rows.pop())
             preemptions += 1
 
-        budget = curve.max_step_tokens - len(rows)
         context, computed = sum(row.tokens for row in rows), 0
+        budget, free = curve.max_step_tokens - len(rows), curve.kv_tokens - context - (prompt.computed if prompt else 0)
         done: list[Request] = []
+        decoding = len(rows)
         while budget > 0:
             if prompt is None:
-                held = sum(row.tokens + 1 for row in (*rows, *done))
                 full = len(rows) + len(done) >= curve.max_batch_size
-                if not queue or full or held + queue[0].tokens + 1 > curve.kv_tokens:
+                if not queue or full or queue[0].tokens + len(rows) + len(done) > free:
                     break
                 prompt = queue.popleft()
                 prompt.computed = prompt.cached
                 prompt.started = clock if prompt.started is None else prompt.started
-            take = min(budget, prompt.tokens - prompt.computed)
+                free -= prompt.cached
+            take = min(budget, prompt.tokens - prompt.computed, free)
             prompt.computed += take
             budget -= take
+            free -= take
             computed += take
             context += prompt.computed
-            if prompt.computed == prompt.tokens:
-                done.append(prompt)
-                prompt = None
+            if prompt.computed < prompt.tokens:
+                break
+            decoding += take == 1  # to the engine, a prompt's last token alone is a row that decodes
+            done.append(prompt)
+            prompt = None
 
-        clock += cost.base + cost.per_prefill_token * computed
-        clock += cost.per_decode_row * len(rows) + cost.per_context_token * context
+        prefill = computed - (decoding - len(rows))
+        clock += cost.base + cost.per_prefill_token * prefill
+        clock += cost.per_decode_row * decoding + cost.per_context_token * context
         for row in (*rows, *done):
             row.generated += 1
             row.first_token = clock if row.first_token is None else row.first_token

@@ -16,6 +16,8 @@ from autoscaler.simulate.kernel import FINISHED, LOST
 from autoscaler.simulate.options import Slo, WorldOptions
 from autoscaler.simulate.traces import Trace
 
+JUMP_SECONDS = 30.0
+
 
 @dataclass(frozen=True, slots=True)
 class Life:
@@ -102,17 +104,21 @@ def demand(trace: Trace, curve: Curve, slo: Slo, at: Any, window: float) -> Any:
 
 
 def after_jumps(trace: Trace, curve: Curve, slo: Slo, horizon: float) -> Any:
-    """Of each request: did demand, over 15 s, grow by a third and half a replica within the horizon before it?
+    """Of each request: did it arrive within the horizon after a jump?
 
-    No policy that sees only the past can have the replicas by then, unless it held them all along.
+    A jump is half a minute that brings half as much again as any did in the horizon before it, and half a replica more.
+    Nobody who sees only the past has the replicas for it sooner, unless he held them all along.
     """
-    grid = np.arange(0.0, trace.duration_s + 30, 15.0)
-    level = demand(trace, curve, slo, grid, 15.0)
-    before = max(int(horizon / 15.0), 1)
-    padded = np.concatenate([np.full(before, level[min(1, len(level) - 1)]), level])
-    lowest = np.lib.stride_tricks.sliding_window_view(padded, before + 1).min(axis=1)
-    jumped = (level > lowest * 4 / 3) & (level - lowest > 0.5)
-    return jumped[np.minimum(np.ceil(trace.arrival_s / 15.0).astype(int), len(grid) - 1)]
+    grid = np.arange(0.0, trace.duration_s + 2 * JUMP_SECONDS, JUMP_SECONDS)
+    level = demand(trace, curve, slo, grid, JUMP_SECONDS)
+    level[0] = level[1]
+    slots = max(int(np.ceil(horizon / JUMP_SECONDS)), 1)
+    highest = np.lib.stride_tricks.sliding_window_view(np.concatenate([np.full(slots, level[0]), level]), slots)
+    before = highest.max(axis=1)[: len(level)]
+    jumped = (level > 1.5 * before) & (level - before > 0.5)
+    # The level at a mark is that of the half minute before it, in which the jump began
+    near = np.convolve(jumped, np.ones(slots + 1))[: len(level)] > 0
+    return near[np.ceil(trace.arrival_s / JUMP_SECONDS).astype(int)]
 
 
 def gpu_hours(lives: tuple[Life, ...], start: float, end: float) -> float:

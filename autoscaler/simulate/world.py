@@ -47,7 +47,8 @@ class Pod:
     slot: int | None = None  # its engine, while it is ready or drains
     reserved: bool = False  # a node is there or on its way
     unschedulable_since: float | None = None
-    expected: float = 0.0  # ready, while it starts
+    expected: float = 0.0  # to be ready then, while it starts
+    draining_since: float = 0.0  # while it drains
     eta_factor: float = 1.0
     life: int = 0  # grows with each start: events of an earlier one mean nothing
 
@@ -202,12 +203,12 @@ class World:
 
     def _drain(self, pod: Pod) -> None:
         pod.phase = Phase.DRAINING
-        drain = self.now
-        pod.expected = drain  # of the drain that this limit belongs to: one that was taken back has another
-        self._later(pod, self._options.drain_seconds, lambda one: self._end_drain(one, drain))
+        since = pod.draining_since = self.now
+        self._later(pod, self._options.drain_seconds, lambda one: self._end_drain(one, since))
 
-    def _end_drain(self, pod: Pod, drain: float) -> None:
-        if pod.phase is Phase.DRAINING and pod.expected == drain:
+    def _end_drain(self, pod: Pod, since: float) -> None:
+        """Unless that drain was taken back: another one has a limit of its own."""
+        if pod.phase is Phase.DRAINING and pod.draining_since == since:
             self._take_engine(pod)
             self._remove(pod, self.now)
 
@@ -223,7 +224,7 @@ class World:
         self.engines.look(slots)
         for pod, slot, left in zip(draining, slots, self.engines.outstanding(slots), strict=True):
             if left == 0:
-                at = max(pod.expected, self.engines.clock(slot))
+                at = max(pod.draining_since, self.engines.clock(slot))
                 self.engines.close(slot)
                 pod.slot = None
                 self._remove(pod, at)
