@@ -1,8 +1,12 @@
-"""A release in a real cluster: install, test, upgrade, roll back, uninstall, with both helms. `make cluster-test`.
+"""What only a real cluster can tell. `make cluster-test`.
 
-Needs KUBECONFIG and an image that the cluster can pull, IMAGE=registry.example.com/nemoserve:0.1.0-cpu. It works in a
-namespace of its own, held to the restricted level of Pod Security, and deletes it at the end. Without KUBECONFIG it
-says so and has tested nothing.
+First the contract of API servers, which the operator's tests take from a fake: that the real one keeps it too. Then a
+release: install, test, upgrade, roll back, uninstall, with both helms.
+
+Needs KUBECONFIG, and for the release an image that the cluster can pull,
+IMAGE=registry.example.com/nemoserve:0.1.0-cpu. It works in namespaces of its own, the release's held to the restricted
+level of Pod Security, and deletes them at the end, and the custom resource definition too, unless it was there. Without
+KUBECONFIG it says so and has tested nothing.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from collections.abc import Mapping
 from helm.chart import CHART, CI
 from helm.tools import HELMS, tool
 
+CONTRACT = "tests/autoscaler/test_cluster_contract.py"
 READY = "--wait", "--timeout=15m"
 RESTRICTED = "pod-security.kubernetes.io/enforce=restricted"
 
@@ -47,12 +52,21 @@ def run(program: str, *args: str) -> str:
     return done.stdout
 
 
+def contract_holds() -> bool:
+    command = [sys.executable, "-m", "pytest", CONTRACT, "--cluster"]
+    print("$", *command, flush=True)
+    return subprocess.run(command, timeout=1200, check=False).returncode == 0
+
+
 def main(environ: Mapping[str, str]) -> int:
     if not environ.get("KUBECONFIG"):
         print("KUBECONFIG is not set: no cluster was asked, nothing was tested")
         return 0
+    if not contract_holds():
+        print("the cluster and the fake that stands for it differ")
+        return 1
     if ":" not in environ.get("IMAGE", "").rpartition("/")[2]:
-        print("IMAGE must be an image with a tag that the cluster can pull")
+        print("no release was tested: IMAGE must be an image with a tag that the cluster can pull")
         return 2
     for helm in HELMS:
         namespace = f"nemoserve-{uuid.uuid4().hex[:8]}"

@@ -117,7 +117,7 @@ async def test_a_watch_that_falls_silent_is_given_up(api: FakeApi, cluster: ApiC
     api.faults.append(Fault(verb="watch", silent=True))
     began = time.monotonic()
     with pytest.raises(ClusterError) as refused:
-        await collect(cluster.watch(LEASES, "1"), [])
+        await collect(cluster.watch(LEASES, "0"), [])
     assert (refused.value.code, refused.value.reason) == (0, "Timeout")
     assert time.monotonic() - began >= SHORT.watch
 
@@ -138,14 +138,14 @@ async def test_a_watch_that_breaks_is_an_error_and_goes_on_from_where_it_was(api
 
 async def test_an_event_may_be_larger_than_a_buffer(api: FakeApi, cluster: ApiCluster) -> None:
     await cluster.create(LEASES, lease(annotations={"large": "x" * 3_000_000}))
-    async with aclosing(cluster.watch(LEASES, "1")) as events:
+    async with aclosing(cluster.watch(LEASES, "0")) as events:
         first = await anext(events)
     assert len(first.object["metadata"]["annotations"]["large"]) == 3_000_000
 
 
 async def test_who_leaves_a_watch_closes_it(api: FakeApi, cluster: ApiCluster) -> None:
     await cluster.create(LEASES, lease())
-    async with aclosing(cluster.watch(LEASES, "1")) as events:
+    async with aclosing(cluster.watch(LEASES, "0")) as events:
         await anext(events)
         assert not api.store.unwatched.is_set()
     async with asyncio.timeout(5):

@@ -128,18 +128,26 @@ async def test_a_put_creates_a_lease_and_nothing_else(api: Api) -> None:
     assert answer.code == 404
 
 
-async def test_a_patch_that_names_a_stale_version_or_another_uid_is_a_conflict(api: Api) -> None:
+async def test_a_patch_that_names_a_stale_version_is_a_conflict(api: Api) -> None:
     first = await api.cluster.create(LEASES, lease())
-    version = first["metadata"]["resourceVersion"]
-    second = await api.cluster.patch(
-        LEASES, "lock", {"metadata": {"resourceVersion": version}, "spec": {"holderIdentity": "b"}}
-    )
+    named = {"metadata": {"resourceVersion": first["metadata"]["resourceVersion"]}}
+    second = await api.cluster.patch(LEASES, "lock", named | {"spec": {"holderIdentity": "b"}})
     assert second["spec"]["holderIdentity"] == "b"
-    for meta in ({"resourceVersion": version}, {"uid": "11111111-1111-1111-1111-111111111111"}):
-        with pytest.raises(ClusterError) as refused:
-            await api.cluster.patch(LEASES, "lock", {"metadata": meta, "spec": {"holderIdentity": "c"}})
-        assert refused.value.conflict
+    with pytest.raises(ClusterError) as refused:
+        await api.cluster.patch(LEASES, "lock", named | {"spec": {"holderIdentity": "c"}})
+    assert (refused.value.code, refused.value.reason) == (409, "Conflict")
     assert (await api.cluster.patch(LEASES, "lock", {"spec": {"holderIdentity": "d"}}))["spec"]["holderIdentity"] == "d"
+
+
+async def test_what_means_another_object_of_the_same_name_is_refused(api: Api) -> None:
+    other = {"uid": "11111111-1111-1111-1111-111111111111"}
+    created = await api.cluster.create(LEASES, lease())
+    with pytest.raises(ClusterError) as refused:
+        await api.cluster.replace(LEASES, "lock", created | {"metadata": created["metadata"] | other})
+    assert refused.value.conflict
+    with pytest.raises(ClusterError) as refused:
+        await api.cluster.patch(LEASES, "lock", {"metadata": other, "spec": {"holderIdentity": "b"}})
+    assert (refused.value.code, refused.value.reason) == (422, "Invalid")
 
 
 async def test_a_generation_counts_changes_of_what_is_wanted_alone(api: Api) -> None:
@@ -370,8 +378,6 @@ async def test_what_ceases_to_match_a_watch_is_deleted_from_it_and_what_begins_t
 
 async def test_a_watch_from_too_long_ago_has_expired(api: Api) -> None:
     await api.cluster.create(LEASES, lease())
-    if api.fake is not None:
-        api.fake.store.compact()
     with pytest.raises(ClusterError) as refused:
         await taken(api.cluster.watch(LEASES, "1"))
     assert refused.value.expired
@@ -470,16 +476,24 @@ async def test_a_lease_may_be_nobodys(api: Api) -> None:
     assert objects.lease(freed).holder == ""
 
 
-async def test_an_event_is_checked(api: Api) -> None:
+async def test_an_event_is_checked_and_grows_by_its_series_alone(api: Api) -> None:
     regarding = {"kind": "Deployment", "apiVersion": "apps/v1", "name": "nemo", "namespace": api.namespace}
-    assert (await api.cluster.create(EVENTS, event(regarding=regarding)))["note"] == "2 -> 3"
+    created = await api.cluster.create(EVENTS, event(regarding=regarding))
+    name = created["metadata"]["name"]
+    series = {"count": 2, "lastObservedTime": objects.micro_timestamp(1_790_000_001)}
+    assert (await api.cluster.patch(EVENTS, name, {"series": series}))["series"]["count"] == 2
+    with pytest.raises(ClusterError) as refused:
+        await api.cluster.patch(EVENTS, name, {"note": "3 -> 4"})
+    assert refused.value.code == 422
     for wrong in (
         {"note": "x" * 1025},
         {"type": "Grave"},
         {"action": ""},
         {"reason": ""},
         {"reportingInstance": ""},
-        {"regarding": regarding | {"namespace": "default"}},
+        {"reportingController": "the autoscaler"},
+        {"regarding": {"kind": "Deployment", "name": "nemo"}},
+        {"series": {"count": 1, "lastObservedTime": objects.micro_timestamp(1_790_000_001)}},
     ):
         with pytest.raises(ClusterError) as refused:
             await api.cluster.create(EVENTS, event(**({"regarding": regarding} | wrong)))

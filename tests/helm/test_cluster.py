@@ -15,7 +15,16 @@ def test_without_a_cluster_it_claims_nothing(capsys: pytest.CaptureFixture[str])
     assert "nothing was tested" in capsys.readouterr().out
 
 
-def test_an_image_must_be_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_cluster_that_differs_from_its_fake_gets_no_release(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "contract_holds", lambda: False)
+    assert cluster.main({"KUBECONFIG": "/nowhere", "IMAGE": "registry.example.com/nemoserve:1"}) == 1
+    assert "differ" in capsys.readouterr().out
+
+
+def test_an_image_must_be_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "contract_holds", lambda: True)
     assert cluster.main({"KUBECONFIG": "/nowhere", "IMAGE": "registry.example.com:5000/nemoserve"}) == 2
     assert "IMAGE" in capsys.readouterr().out
 

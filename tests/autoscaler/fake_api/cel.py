@@ -49,6 +49,9 @@ MACROS: dict[str, Callable[[list[Any], Callable[[Any], Any]], Any]] = {
 }
 
 
+PLAIN = (ast.Constant, ast.Name, ast.List, ast.Attribute, ast.Subscript, ast.BoolOp, ast.UnaryOp, ast.IfExp)
+
+
 class UnsupportedRule(ValueError):
     pass
 
@@ -70,20 +73,32 @@ class Rule:
         return bool(_evaluate(self._tree, {"self": value, "oldSelf": old}))
 
     def _known(self, tree: ast.expr) -> None:
+        names = {"self", "oldSelf", "has", "size"}
         for node in ast.walk(tree):
             match node:
-                case ast.Call(func=ast.Name(id="has"), args=[ast.Attribute()]):
+                case (
+                    ast.Call(func=ast.Name(id="has"), args=[ast.Attribute()])
+                    | ast.Call(func=ast.Name(id="size"), args=[_])
+                ):
                     pass
-                case ast.Call(func=ast.Name(id="size"), args=[_]):
+                case ast.Call(func=ast.Attribute(attr=name), args=[_]) if name in METHODS:
                     pass
-                case ast.Call(func=ast.Attribute(attr=name), args=[_]) if name in METHODS or name == "size":
+                case ast.Call(func=ast.Attribute(attr=name), args=[ast.Name(id=each), _]) if name in MACROS:
+                    names.add(each)
+                case ast.Compare(ops=[operation]) if type(operation) in COMPARE:
                     pass
-                case ast.Call(func=ast.Attribute(attr=name), args=[ast.Name(), _]) if name in MACROS:
+                case ast.BinOp(op=operation) if type(operation) in BINARY:
                     pass
-                case ast.Call() | ast.Lambda() | ast.Starred() | ast.Await() | ast.Yield() | ast.comprehension():
-                    raise UnsupportedRule(
-                        f"rule {self.text!r}: {ast.unparse(node)!r} is beyond the CEL that is known here"
-                    )
+                case ast.Call() | ast.Compare() | ast.BinOp():
+                    raise self._unsupported(node)
+                case ast.expr() if not isinstance(node, PLAIN):
+                    raise self._unsupported(node)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Name) and node.id not in names:
+                raise self._unsupported(node)
+
+    def _unsupported(self, node: ast.AST) -> UnsupportedRule:
+        return UnsupportedRule(f"rule {self.text!r}: {ast.unparse(node)!r} is beyond the CEL that is known here")
 
 
 def _python(text: str) -> str:
@@ -131,4 +146,4 @@ def _evaluate(node: ast.AST, names: Json) -> Any:
             return METHODS[name](_evaluate(base, names), _evaluate(argument, names))
         case ast.Call(func=ast.Attribute(value=base, attr=name), args=[ast.Name(id=each), body]):
             return MACROS[name](_evaluate(base, names), lambda item: _evaluate(body, names | {each: item}))
-    raise UnsupportedRule(f"{ast.dump(node)} is beyond the CEL that is known here")
+    raise AssertionError(f"{ast.dump(node)} was let through")

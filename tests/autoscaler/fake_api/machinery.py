@@ -87,10 +87,11 @@ class Machinery:
         alter: Alter,
         subresource: str = "",
         *,
+        is_patch: bool = False,
         dry_run: bool = False,
         strict: bool = False,
     ) -> Json:
-        """Returns the object, or its `Scale` where that was changed."""
+        """Returns the object, or its `Scale` where that was changed. A patch has what it leaves out from the object."""
         old = self.store.get(resource, namespace, name)
         if subresource == "scale":
             paths = self.scale_paths(resource)
@@ -101,7 +102,7 @@ class Machinery:
             if subresource == "status" and not resource.status:
                 raise errors.no_such_resource()
             new = self._typed(resource, copy.deepcopy(alter(old)))
-            self._precondition(resource, old, new, unconditional=resource.unconditional)
+            self._precondition(resource, old, new, unconditional=resource.unconditional, is_patch=is_patch)
             new = _kept(resource, old, new, subresource)
         new = self._admitted(resource, new, old, strict=strict)
         if resource.generation and _wanted(resource, old) != _wanted(resource, new):
@@ -174,22 +175,29 @@ class Machinery:
             )
         self.store.get(self.resource("", "namespaces"), "", namespace)
 
-    def _precondition(self, resource: Resource, old: Json, new: Json, *, unconditional: bool) -> None:
+    def _precondition(
+        self, resource: Resource, old: Json, new: Json, *, unconditional: bool, is_patch: bool = False
+    ) -> None:
+        """A body's uid and resourceVersion say what it means to change."""
         meta, name = new.get("metadata") or {}, old["metadata"]["name"]
         if meta.get("name", name) != name:
             raise errors.bad_request(
                 f"the name of the object ({meta['name']}) does not match the name on the URL ({name})"
             )
         uid = old["metadata"]["uid"]
-        if (wanted := meta.get("uid") or uid) != uid:
+        wanted = meta.get("uid") or uid
+        if wanted != uid and not is_patch:
             why = f"Precondition failed: UID in precondition: {wanted}, UID in object meta: {uid}"
             raise errors.conflict(resource.qualified, name, why)
         version = meta.get("resourceVersion")
         if not version and not unconditional:
-            what = "Invalid value: 0: must be specified for an update"
+            what = "Invalid value: 0x0: must be specified for an update"
             raise errors.invalid(resource.qualified_kind, name, [("metadata.resourceVersion", what)])
         if version and version != old["metadata"]["resourceVersion"]:
             raise errors.conflict(resource.qualified, name, errors.STALE)
+        if wanted != uid:
+            what = f'Invalid value: "{wanted}": field is immutable'
+            raise errors.invalid(resource.qualified_kind, name, [("metadata.uid", what)])
 
     def _admitted(self, resource: Resource, item: Json, old: Json | None, *, strict: bool) -> Json:
         name = item["metadata"].get("name", "")

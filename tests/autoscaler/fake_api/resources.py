@@ -13,6 +13,10 @@ Faults = list[tuple[str, str]]  # (field, what is wrong with it)
 Prepare = Callable[[Json], None]  # fill in defaults, in place
 Check = Callable[[Json, Json | None], Faults]  # of a new object, and the one that it replaces
 
+QUALIFIED = re.compile(r"([a-z0-9.-]+/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
+# Fields of an event that stay as they were
+FIXED = ("regarding", "reason", "note", "type", "eventTime", "action", "related")
+FIXED += ("reportingController", "reportingInstance")
 MICRO_TIME = re.compile(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}(Z|[+-]\d\d:\d\d)$")
 
 
@@ -183,13 +187,19 @@ def _check_event(new: Json, old: Json | None) -> Faults:
             faults.append((field, "Required value"))
         elif most is not None and len(value) > most:
             faults.append((field, f'Invalid value: "": can have at most {most} characters'))
+    if not QUALIFIED.fullmatch(new.get("reportingController") or "none"):
+        faults.append(("reportingController", "Invalid value: name part must consist of alphanumeric characters"))
     if new.get("type") not in ("Normal", "Warning"):
         faults.append(("type", f'Invalid value: "": has invalid value: {new.get("type", "")}'))
-    if len((new.get("note") or "").encode()) > 1024:
-        faults.append(("note", 'Invalid value: "": can have at most 1024 characters'))
-    if ((new.get("regarding") or {}).get("namespace") or "default") != new["metadata"]["namespace"]:
-        faults.append(("involvedObject.namespace", "Invalid value: does not match event.namespace"))
-    return faults
+    if len((new.get("note") or "").encode()) > 1024:  # its name within the server is message
+        faults.append(("message", 'Invalid value: "": can have at most 1024 characters'))
+    namespace = new["metadata"]["namespace"]
+    if not (new.get("regarding") or {}).get("namespace") and namespace not in ("default", "kube-system"):
+        faults.append(("involvedObject.namespace", 'Invalid value: "": does not match event.namespace'))
+    if "series" in new and new["series"].get("count", 0) < 2:
+        faults.append(("series.count", 'Invalid value: "": should be at least 2'))
+    changed = [field for field in FIXED if old is not None and old.get(field) != new.get(field)]
+    return faults + [(field, f"Invalid value: {new.get(field)}: field is immutable") for field in changed]
 
 
 def _micro_times(item: Json, fields: Json, *names: str) -> None:

@@ -321,6 +321,7 @@ class FakeApi:
             case "update":
                 alter = lambda old: body  # noqa: E731
             case "patch":
+                options["is_patch"] = True
                 alter = _patching(http.headers.get("content-type", ""), resource, body)
             case _:
                 return JSONResponse(self.machinery.delete(resource, namespace, name, body or {}, **options))

@@ -17,6 +17,7 @@ from tests.autoscaler.fake_api.errors import Json
 from tests.autoscaler.fake_api.resources import Resource
 
 MOST_CHANGES = 20_000  # that are kept
+FIRST_VERSION = 1000  # nobody finds a cluster at its beginning
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +43,7 @@ class Store:
     """
 
     def __init__(self) -> None:
-        self.version = 1
-        self.compacted = 0
+        self.version = self.compacted = FIRST_VERSION
         self._items: dict[tuple[str, str], dict[tuple[str, str], Json]] = {}
         self._changes: deque[Change] = deque()
         self._watchers: set[asyncio.Event] = set()

@@ -1,0 +1,122 @@
+"""What is read of objects, whatever they lack."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from autoscaler.cluster import objects
+from autoscaler.cluster.face import Json
+from autoscaler.fleet import Phase
+
+AT = "2026-11-26T08:00:00Z"
+SECONDS = 1_795_680_000.0
+
+
+def a_pod(*, node: str | None = "node-1", meta: Json | None = None, **status: Any) -> Json:
+    spec = {"nodeName": node} if node else {}
+    head = {"name": "nemo-7d9-x2", "uid": "u", "resourceVersion": "7", "creationTimestamp": AT}
+    return {"metadata": head | (meta or {}), "spec": spec, "status": status}
+
+
+def is_so(kind: str, status: str = "True", reason: str = "") -> Json:
+    return {"type": kind, "status": status, "reason": reason, "lastTransitionTime": AT}
+
+
+def waits(reason: str, restarts: int = 0) -> Json:
+    return {"name": "server", "restartCount": restarts, "state": {"waiting": {"reason": reason}}}
+
+
+@pytest.mark.parametrize(
+    ("item", "phase", "reason", "holds_place"),
+    [
+        (a_pod(node=None), Phase.PENDING, "", True),
+        (
+            a_pod(node=None, phase="Pending", conditions=[is_so("PodScheduled", "False", "Unschedulable")]),
+            Phase.PENDING,
+            "Unschedulable",
+            True,
+        ),
+        (a_pod(phase="Pending", containerStatuses=[waits("ContainerCreating")]), Phase.STARTING, "", True),
+        (a_pod(phase="Running", conditions=[is_so("Ready", "False")]), Phase.STARTING, "", True),
+        (a_pod(phase="Running", conditions=[is_so("Ready")]), Phase.READY, "", True),
+        (a_pod(meta={"deletionTimestamp": AT}, conditions=[is_so("Ready")]), Phase.DRAINING, "", False),
+        (a_pod(containerStatuses=[waits("CrashLoopBackOff", 3)]), Phase.FAILED, "CrashLoopBackOff", True),
+        (a_pod(initContainerStatuses=[waits("ImagePullBackOff")]), Phase.FAILED, "ImagePullBackOff", True),
+        (a_pod(phase="Failed", reason="Evicted"), Phase.FAILED, "Evicted", False),
+        (a_pod(phase="Succeeded"), Phase.FAILED, "Succeeded", False),
+    ],
+)
+def test_a_pod_has_a_phase(item: Json, phase: Phase, reason: str, holds_place: bool) -> None:
+    pod = objects.pod(item)
+    assert (pod.phase, pod.reason, pod.holds_place) == (phase, reason, holds_place)
+
+
+def test_times_are_told_where_they_mean_something() -> None:
+    ready = objects.pod(a_pod(phase="Running", startTime=AT, conditions=[is_so("Ready")]))
+    assert (ready.created_at, ready.started_at, ready.ready_since) == (SECONDS, SECONDS, SECONDS)
+    assert (ready.unschedulable_since, ready.deleted_at) == (None, None)
+    waiting = objects.pod(a_pod(node=None, conditions=[is_so("PodScheduled", "False", "Unschedulable")]))
+    assert (waiting.unschedulable_since, waiting.started_at, waiting.ready_since) == (SECONDS, None, None)
+    going = objects.pod(a_pod(meta={"deletionTimestamp": AT}, conditions=[is_so("Ready")]))
+    assert (going.deleted_at, going.ready_since) == (SECONDS, None)
+
+
+def test_the_rest_of_a_pod() -> None:
+    owner = {"kind": "ReplicaSet", "name": "nemo-7d9", "uid": "r", "controller": True}
+    meta = {"labels": {"app": "nemo"}, "annotations": {objects.DELETION_COST: "-5"}, "ownerReferences": [owner]}
+    pod = objects.pod(a_pod(meta=meta, podIP="10.0.0.7", containerStatuses=[waits("CrashLoopBackOff", 3)]))
+    assert (pod.name, pod.uid, pod.resource_version, pod.ip, pod.node) == (
+        "nemo-7d9-x2",
+        "u",
+        "7",
+        "10.0.0.7",
+        "node-1",
+    )
+    assert (pod.restarts, pod.deletion_cost, pod.labels) == (3, -5, {"app": "nemo"})
+    assert pod.owner == objects.Owner("ReplicaSet", "nemo-7d9", "r")
+    assert pod.ordinal == -1
+    bare = objects.pod(a_pod(node=None, meta={"name": "nemo-12", "annotations": {objects.DELETION_COST: "dear"}}))
+    assert (bare.ip, bare.node, bare.owner, bare.deletion_cost, bare.ordinal) == (None, None, None, 0, 12)
+
+
+def test_a_scale_of_zero_says_so_by_silence() -> None:
+    item = {"metadata": {"resourceVersion": "3"}, "spec": {}, "status": {"replicas": 2, "selector": "app=nemo"}}
+    assert objects.scale(item) == objects.Scale(0, 2, "app=nemo", "3")
+    assert objects.scale_patch(objects.scale(item), 4) == {
+        "metadata": {"resourceVersion": "3"},
+        "spec": {"replicas": 4},
+    }
+
+
+def test_a_lease_may_be_empty_or_freed() -> None:
+    assert objects.lease({"metadata": {"resourceVersion": "1"}}) == objects.Lease("", 0.0, None, None, 0, "1")
+    spec = {"holderIdentity": "a", "leaseDurationSeconds": 15, "renewTime": objects.micro_timestamp(SECONDS + 0.5)}
+    held = objects.lease({"metadata": {}, "spec": spec | {"leaseTransitions": 2}})
+    assert (held.holder, held.seconds, held.renewed_at, held.transitions) == ("a", 15.0, SECONDS + 0.5, 2)
+
+
+def test_a_selector_is_said_in_one_line() -> None:
+    expressions = [
+        {"key": "tier", "operator": "In", "values": ["b", "a"]},
+        {"key": "old", "operator": "NotIn", "values": ["1"]},
+        {"key": "gpu", "operator": "Exists"},
+        {"key": "test", "operator": "DoesNotExist"},
+    ]
+    assert (
+        objects.selector({"matchLabels": {"b": "2", "a": "1"}, "matchExpressions": expressions})
+        == "a=1,b=2,tier in (a,b),old notin (1),gpu,!test"
+    )
+    assert objects.selector({}) == ""
+
+
+def test_times_are_written_as_kubernetes_reads_them() -> None:
+    assert objects.timestamp(SECONDS) == AT
+    assert objects.micro_timestamp(SECONDS) == "2026-11-26T08:00:00.000000Z"
+    assert objects.seconds(AT) == objects.seconds("2026-11-26T09:00:00+01:00") == SECONDS
+    assert objects.seconds(None) is None
+
+
+def test_a_list_may_have_null_for_items() -> None:
+    assert objects.items({"items": None}) == []
