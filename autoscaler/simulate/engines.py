@@ -14,6 +14,7 @@ import numpy as np
 import autoscaler.simulate.kernel as kernel
 from autoscaler.fleet import Counters, Load, StepCost
 from autoscaler.simulate.curve import Curve
+from autoscaler.simulate.records import REPLICA, SHAPE, clear, new_requests
 from autoscaler.simulate.traces import Trace
 
 PAGE_TOKENS = 16
@@ -28,20 +29,20 @@ class Engines:
         if longest > curve.kv_tokens:
             raise ValueError(f"{trace.name}: a request of {longest} tokens; {curve.name} has KV for {curve.kv_tokens}")
         columns = trace.arrival_s, trace.input_tokens, trace.cached_tokens, trace.output_tokens
-        self.requests = kernel.new_requests(*columns)
+        self.requests = new_requests(*columns)
         self.now = 0.0
         self._preemptions = 0  # of engines that are closed
         self._curve, self._choices = curve, choices
         cost = curve.step_cost
         limits = curve.max_batch_size, curve.max_step_tokens, curve.kv_tokens, ttft_seconds
         costs = cost.base, cost.per_prefill_token, cost.per_decode_row, cost.per_context_token
-        self._shape = np.array([(*costs, *limits)], kernel.SHAPE)[0]
+        self._shape = np.array([(*costs, *limits)], SHAPE)[0]
         self._random = np.array([seed], np.uint64)
         self._first = 0  # that nobody took yet
         self._put_back: list[int] = []
         self._accepting = np.zeros(0, np.int64)
         self._free: list[int] = []
-        self._replicas, self._heaps = np.zeros(0, kernel.REPLICA), np.zeros((0, curve.max_batch_size), np.int64)
+        self._replicas, self._heaps = np.zeros(0, REPLICA), np.zeros((0, curve.max_batch_size), np.int64)
 
     # -- slots ---------------------------------------------------------------------------------------------------
 
@@ -50,11 +51,11 @@ class Engines:
         if not self._free:
             count = len(self._replicas)
             more = max(count, 8)
-            self._replicas = np.concatenate([self._replicas, np.zeros(more, kernel.REPLICA)])
+            self._replicas = np.concatenate([self._replicas, np.zeros(more, REPLICA)])
             self._heaps = np.concatenate([self._heaps, np.zeros((more, self._curve.max_batch_size), np.int64)])
             self._free.extend(reversed(range(count, count + more)))
         slot = self._free.pop()
-        kernel.clear(self._replicas, slot, self.now)
+        clear(self._replicas, slot, self.now)
         return slot
 
     def close(self, slot: int) -> Any:
@@ -62,7 +63,7 @@ class Engines:
         out = np.zeros(max(int(self._replicas["outstanding"][slot]), 1), np.int64)
         count = kernel.evict(self.requests, self._replicas, self._heaps, slot, out)
         self._preemptions += int(self._replicas["preemptions"][slot])
-        kernel.clear(self._replicas, slot, self.now)
+        clear(self._replicas, slot, self.now)
         self._free.append(slot)
         out = out[:count]
         return out[np.argsort(self.requests["enqueued"][out], kind="stable")]

@@ -2,10 +2,11 @@
 
 A step computes one token of each row that decodes, and prompts with what is left of the token budget, first come first
 served; a request whose prompt is done has its first token when that step ends. It takes the time that the curve says.
+This is `engine.scheduler`, without priorities, adapters and drafts: a test gives both the same requests.
 
     gateway ─► queue of a replica (FIFO) ─► one prompt at a time, in chunks ─► rows that decode ─► finished
                        ▲                                                              │
-                       └──────────── KV is full: the row that came last, to the front ┘
+                       └──────────── KV is full: who came last, to the front ─────────┘
 
 Between two changes of the rows all steps are alike but for the context, which grows by one token per row, so that k of
 them take k (A + C n + D c) + D n k (k - 1) / 2 seconds. A replica leaps to the next finish, the next request that it
@@ -15,8 +16,9 @@ A replica has a clock of its own, the end of its latest step, and is brought up 
 it admits depends on when requests came to it (`enqueued`) and not on when it is brought up, so that looks change
 nothing: a step that is under way at that time is left for later.
 
-State is two arrays of records, `REQUEST` and `REPLICA`; lines are linked by `next`, rows are a heap by the step that
-they finish in.
+State is two arrays of `autoscaler.simulate.records`; lines are linked by `next`, rows are a heap by the step that they
+finish in. All that is compiled, and the constants in it, is in this one file: the cache of numba looks for changes in
+the file of the function that is called and in no other.
 """
 
 from __future__ import annotations
@@ -31,96 +33,11 @@ WAITING, QUEUED, PREFILLING, DECODING, FINISHED, LOST = range(6)
 NONE = -1
 NEVER = np.inf
 
-REQUEST = np.dtype(
-    [
-        ("arrival", "f8"),
-        ("enqueued", "f8"),  # when the replica got it
-        ("started", "f8"),  # when its prompt was first computed
-        ("first_token", "f8"),
-        ("finished", "f8"),
-        ("input", "i4"),
-        ("cached", "i4"),  # of input: found in the prefix cache
-        ("output", "i4"),
-        ("generated", "i4"),  # when it was put back last, or 0
-        ("next", "i4"),  # in the line it stands in
-        ("replica", "i4"),
-        ("admission", "i8"),  # number on its replica
-        ("attempts", "i4"),  # replicas that got it
-        ("state", "i4"),
-    ]
-)
-
-REPLICA = np.dtype(
-    [
-        ("clock", "f8"),
-        ("due", "f8"),  # before that nothing finishes
-        ("step", "i8"),
-        ("admissions", "i8"),
-        ("rows", "i4"),
-        ("context", "i8"),  # tokens of all rows
-        ("prompt", "i4"),  # the request that is computed, or NONE
-        ("prompt_left", "i4"),
-        ("prompt_size", "i4"),
-        ("ends", "f8"),  # of the step that computes prompts and is under way, or NEVER
-        ("step_tokens", "i4"),  # of prompts, in that step
-        ("joining", "i4"),  # requests whose prompt that step completes
-        ("joining_tokens", "i8"),  # that they will hold
-        ("head", "i4"),
-        ("tail", "i4"),
-        ("queued", "i4"),
-        ("queued_tokens", "i8"),  # not computed of those in the queue
-        ("outstanding", "i4"),  # queued, prompt and rows
-        ("preemptions", "i8"),
-        ("arrived_requests", "i8"),
-        ("arrived_prompt_tokens", "i8"),
-        ("finished_requests", "i8"),
-        ("computed_prompt_tokens", "i8"),
-        ("cached_prompt_tokens", "i8"),
-        ("generated_tokens", "i8"),
-        ("first_tokens", "i8"),
-        ("late_first_tokens", "i8"),
-    ]
-)
-
-# The curve and the promise, for the kernel
-SHAPE = np.dtype(
-    [
-        ("base", "f8"),
-        ("per_prefill_token", "f8"),
-        ("per_decode_row", "f8"),
-        ("per_context_token", "f8"),
-        ("max_batch_size", "i8"),
-        ("max_step_tokens", "i8"),
-        ("kv_tokens", "i8"),
-        ("ttft", "f8"),
-    ]
-)
-
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def compiled(function: F) -> F:
     return cast(F, numba.njit(cache=True)(function))
-
-
-def new_requests(arrival: Any, input_tokens: Any, cached_tokens: Any, output_tokens: Any) -> Any:
-    requests = np.zeros(len(arrival), REQUEST)
-    requests["arrival"], requests["input"], requests["output"] = arrival, input_tokens, output_tokens
-    requests["cached"] = np.minimum(cached_tokens, requests["input"] - 1)  # the last token is always computed
-    for name in ("enqueued", "started", "first_token", "finished"):
-        requests[name] = NEVER
-    requests["next"] = requests["replica"] = NONE
-    return requests
-
-
-def clear(replicas: Any, index: int, now: float) -> None:
-    """Make a record that of an engine that just started."""
-    replicas[index] = np.zeros((), REPLICA)
-    replicas["clock"][index] = now
-    for name in ("due", "ends"):
-        replicas[name][index] = NEVER
-    for name in ("prompt", "head", "tail", "joining"):
-        replicas[name][index] = NONE
 
 
 # -- rows: a heap of finish step and request in one integer ---------------------------------------------------------

@@ -42,6 +42,7 @@ class WorldOptions:
     victims: str = "idlest"  # of the ready ones; or "newest", or "random"
     schedulable: int | None = None  # replicas that nodes have room for, draining ones included; None: any
     metric_lag_seconds: float = 0.0  # age of the loads that a policy sees
+    sample_loss: float = 0.0  # share of loads that do not come; a policy sees the ones before
     step_cost_error: float = 1.0  # factor on the costs that replicas report
     # Replicas that a request chooses the least loaded of, at random; None: all of up to 32, else 4
     dispatch_choices: int | None = None
@@ -53,10 +54,13 @@ class WorldOptions:
             raise ValueError(f"replicas from {self.min_replicas} to {self.max_replicas}: not a range")
         if not 0 <= self.initial_replicas <= self.max_replicas:
             raise ValueError(f"initial_replicas is {self.initial_replicas}, and max_replicas {self.max_replicas}")
-        if not 0 <= self.provisioning_failure < 1:
-            raise ValueError(f"provisioning_failure is {self.provisioning_failure}; it must be from 0 to below 1")
+        for name in ("provisioning_failure", "sample_loss"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be from 0 to below 1")
         if self.mtbf_seconds is not None and self.mtbf_seconds <= 0:
             raise ValueError(f"mtbf_seconds is {self.mtbf_seconds}; it must be above 0")
+        if self.dispatch_choices is not None and self.dispatch_choices < 1:
+            raise ValueError(f"dispatch_choices is {self.dispatch_choices}; it must be at least 1")
         if self.victims not in ("idlest", "newest", "random"):
             raise ValueError(f"victims is {self.victims!r}; it must be idlest, newest or random")
         delays = self.node_delay_seconds, self.metric_lag_seconds, self.drain_seconds

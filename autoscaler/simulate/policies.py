@@ -10,7 +10,7 @@ from typing import Any
 
 from autoscaler.decision import Decision, Policy
 from autoscaler.fleet import Observation
-from autoscaler.settings import Settings, Target
+from autoscaler.settings import ScaleToZero, Settings, Target
 from autoscaler.simulate.curve import Curve
 from autoscaler.simulate.options import Slo, WorldOptions
 from autoscaler.simulate.traces import Trace
@@ -32,7 +32,8 @@ class Setup:
     @property
     def settings(self) -> Settings:
         target = Target(ttft_seconds=self.slo.ttft_seconds, itl_seconds=self.slo.itl_seconds)
-        return Settings(self.options.min_replicas, self.options.max_replicas, target)
+        zero = ScaleToZero(enabled=self.options.min_replicas == 0)
+        return Settings(self.options.min_replicas, self.options.max_replicas, target, scale_to_zero=zero)
 
 
 class Static:

@@ -44,6 +44,10 @@ class Timeline:
     running: Any
     violations: Any  # share of the requests that arrived since the look before
 
+    def lists(self) -> dict[str, list[float]]:
+        """As JSON has it."""
+        return {each.name: np.round(getattr(self, each.name), 4).tolist() for each in fields(self)}
+
 
 @dataclass(frozen=True)
 class Result:
@@ -66,7 +70,7 @@ class Result:
     ttft_p99: float
     itl_p99: float
     gpu_hours: float
-    scale_outs: int  # decisions that asked for more
+    scale_outs: int  # decisions that asked for more, from the start on
     scale_ins: int
     max_ready: int
     crashes: int
@@ -74,7 +78,7 @@ class Result:
     preemptions: int
     timeline: Timeline
     lives: tuple[Life, ...]
-    requests: Any  # records of `autoscaler.simulate.kernel.REQUEST`
+    requests: Any  # records of `autoscaler.simulate.records.REQUEST`
 
     def summary(self) -> dict[str, Any]:
         """All but the long parts, as JSON has it."""

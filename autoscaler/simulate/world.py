@@ -18,7 +18,6 @@ import heapq
 import itertools
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -27,42 +26,15 @@ from autoscaler.fleet import Load, Observation, Phase, Replica, StepCost
 from autoscaler.simulate.curve import Curve
 from autoscaler.simulate.engines import Engines
 from autoscaler.simulate.options import Slo, WorldOptions
+from autoscaler.simulate.pods import Look, Pod
 from autoscaler.simulate.result import Life
 from autoscaler.simulate.traces import Trace
 
 EPOCH = 1_700_006_400.0  # Unix seconds at which traces start: a midnight, UTC
 AGE = 3600.0  # of the replicas that are there when a trace starts
 ETA_SIGMA = 0.2  # of the logarithm of the factor by which a loading replica misjudges how long it still needs
+Sample = tuple[Load | None, float]  # what a replica said, and when
 GONE_FIRST = (Phase.PENDING, Phase.STARTING, Phase.LOADING)
-
-
-@dataclass(eq=False)
-class Pod:
-    name: str
-    created: float
-    phase: Phase = Phase.PENDING
-    node: float | None = None
-    ready: float | None = None  # first
-    gone: float | None = None
-    slot: int | None = None  # its engine, while it is ready or drains
-    reserved: bool = False  # a node is there or on its way
-    unschedulable_since: float | None = None
-    expected: float = 0.0  # to be ready then, while it starts
-    draining_since: float = 0.0  # while it drains
-    eta_factor: float = 1.0
-    life: int = 0  # grows with each start: events of an earlier one mean nothing
-
-
-@dataclass(frozen=True, slots=True)
-class Look:
-    """What the timeline keeps of one."""
-
-    at: float
-    desired: int
-    ready: int
-    billed: int
-    queued: int
-    running: int
 
 
 class World:
@@ -81,7 +53,8 @@ class World:
         error, cost = options.step_cost_error, curve.step_cost
         costs = cost.base, cost.per_prefill_token, cost.per_decode_row, cost.per_context_token
         self._reported_cost = StepCost(*(error * each for each in costs))
-        self._snapshots: deque[tuple[float, dict[str, Load]]] = deque()
+        self._samples: dict[str, Sample] = {}  # the latest
+        self._snapshots: deque[dict[str, Sample]] = deque()
         for _ in range(options.initial_replicas):
             pod = self._create(-AGE)
             pod.reserved, pod.node, pod.eta_factor = True, -AGE, 1.0
@@ -243,9 +216,16 @@ class World:
         slots = self._slots()
         self.engines.look(slots)
         loads = self.engines.loads(slots, self._reported_cost)
-        seen = {pod.name: load for pod, load in zip(serving, loads, strict=True)}
-        seen |= {pod.name: Load() for pod in self.pods if pod.phase is Phase.LOADING}
-        self._snapshots.append((self.now, seen))
+        said = {pod.name: load for pod, load in zip(serving, loads, strict=True)}
+        said |= {pod.name: Load() for pod in self.pods if pod.phase is Phase.LOADING}
+        lost = self._options.sample_loss
+        heard = {name for name in said if not lost or self._random.random() >= lost}
+        before = self._samples
+        self._samples = {
+            name: (load, EPOCH + self.now) if name in heard else before.get(name, (None, 0.0))
+            for name, load in said.items()
+        }
+        self._snapshots.append(self._samples)
 
     def _decide(self) -> None:
         self._reap()
@@ -266,14 +246,13 @@ class World:
         self.looks.append(Look(self.now, desired, ready, billed, queued, running))
 
     def _observe(self) -> Observation:
-        at, seen = self._snapshots.popleft()
+        seen = self._snapshots.popleft()
         replicas = tuple(
             Replica(
                 pod.name,
                 pod.phase,
                 EPOCH + pod.created,
-                seen.get(pod.name),
-                EPOCH + at if pod.name in seen else 0.0,
+                *seen.get(pod.name, (None, 0.0)),
                 None if pod.ready is None else EPOCH + pod.ready,
                 None if pod.unschedulable_since is None else EPOCH + pod.unschedulable_since,
                 max(pod.expected - self.now, 0.0) * pod.eta_factor if pod.phase is Phase.LOADING else None,

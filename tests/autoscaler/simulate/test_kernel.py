@@ -116,3 +116,22 @@ def test_what_a_replica_says_of_itself_adds_up() -> None:
     late = engines.requests["first_token"] - engines.requests["enqueued"] > 0.5
     assert sum(load.counters.late_first_tokens for load in loads) == late.sum()
     assert all(load.queued_tokens == 0 and load.oldest_queued_seconds == 0 for load in loads)
+
+
+def test_looks_change_nothing() -> None:
+    made = some_trace(np.random.default_rng(8), 600)
+    curve = replace(CURVE, max_batch_size=16, kv_tokens=6000)
+
+    def run_through(ends: list[float]) -> Any:
+        engines = Engines(made, curve, 2.0, None, seed=0)
+        slots = [engines.open() for _ in range(4)]
+        engines.accept(slots)
+        for end in [*ends, 1e6]:
+            engines.run_to(end)
+            engines.look(slots)
+        return engines.requests
+
+    never, often = run_through([]), run_through(np.arange(0.0, made.duration_s, 0.01).tolist())
+    assert never["replica"].tolist() == often["replica"].tolist()
+    np.testing.assert_allclose(never["finished"], often["finished"], rtol=0, atol=1e-6)
+    assert len(set(never["replica"].tolist())) == 4

@@ -123,6 +123,16 @@ def test_what_has_no_gpu_says_so_and_is_not_paid_for(traffic: Trace) -> None:
     assert sum(life.node is None for life in result.lives) == 2
 
 
+def test_replicas_that_are_not_ready_go_first_the_newest_before_others(traffic: Trace) -> None:
+    def more_and_fewer(look: Observation) -> int:
+        return 4 if seconds(look) < 10 else 6 if seconds(look) < 20 else 4
+
+    result, _ = ran(traffic, more_and_fewer, cold_start_seconds=200)
+    gone = [life for life in result.lives if life.gone is not None]
+    assert [(life.created, life.ready) for life in gone] == [(10.0, None), (10.0, None)]
+    assert sum(life.created == 5.0 for life in result.lives) == 1
+
+
 def test_a_victim_finishes_what_it_accepted_and_the_idlest_is_chosen(traffic: Trace) -> None:
     result, policy = ran(traffic, lambda look: 3 if seconds(look) < 400 else 1, drain_seconds=300)
     assert result.lost == 0
@@ -158,6 +168,13 @@ def test_a_policy_sees_loads_that_are_as_old_as_the_lag(traffic: Trace) -> None:
     _, policy = ran(traffic, lambda look: 3, metric_lag_seconds=12.0)
     ages = {round(look.at - each.observed_at, 3) for look in policy.looks[5:] for each in look.replicas}
     assert ages == {12.0}
+
+
+def test_a_sample_that_does_not_come_is_the_one_before(traffic: Trace) -> None:
+    _, policy = ran(traffic, lambda look: 3, sample_loss=0.4)
+    ages = np.array([round(look.at - each.observed_at) for look in policy.looks[10:] for each in look.replicas])
+    assert (ages % 5 == 0).all()
+    assert (ages > 0).mean() == pytest.approx(0.4, abs=0.1)
 
 
 def test_replicas_report_costs_with_the_error_that_is_asked_for(traffic: Trace) -> None:
