@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ssl
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
@@ -18,6 +18,7 @@ class Secrets:
 
     Attributes:
         api_key: any key that the servers know; no admin's is needed (docs/security.md).
+        api_key_text: the same, where it is in no file and never changes.
         ca: authorities that sign the servers' certificates. With it the connections are encrypted.
         certificate, key: of the operator, where servers ask for it (mTLS).
         server_name: that the servers' certificates have; the operator connects to addresses of pods, which they cannot
@@ -25,6 +26,7 @@ class Secrets:
     """
 
     api_key: Path | None = None
+    api_key_text: str = field(default="", repr=False)
     ca: Path | None = None
     certificate: Path | None = None
     key: Path | None = None
@@ -44,9 +46,9 @@ class Secrets:
         Raises:
             OSError, ValueError: a file cannot be read, or is none.
         """
-        key = "" if self.api_key is None else _read(self.api_key).decode().strip()
+        key = self.api_key_text if self.api_key is None else _read(self.api_key).decode().strip()
         if not (key.isascii() and (key.isprintable() or not key)):
-            raise ValueError(f"{self.api_key} is not one line of ASCII")
+            raise ValueError(f"{self.api_key or 'the API key'} is not one line of ASCII")
         found = (None if path is None else _read(path) for path in (self.ca, self.key, self.certificate))
         return Opened(self, key, *found)
 

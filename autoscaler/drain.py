@@ -1,0 +1,162 @@
+"""From what a workload is asked for to what it should be, without a lost request. `plan` is pure, `Hands` does it.
+
+          label off, mark on              idle, or too long             deleted by its controller, as /scale shrank
+serving ───────────────────► draining ───────────────────► doomed ───────────────────────────────────► gone
+   ▲    label on, mark off       │       deletion cost on     │         (SIGTERM: the server finishes the rest)
+   └─────────────────────────────┴────────────────────────────┘
+                wanted again: costs nothing, a new one costs a cold start
+
+The Service of the servers selects `nemoserve.dev/serves`. Without that label a pod gets no new connections; it stays,
+since its controller's selector does not contain the label. What is draining stands in the cluster, with the time since
+when, so that whoever leads next goes on where this one stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from autoscaler.cluster.face import PODS, Cluster, ClusterError
+from autoscaler.cluster.objects import DELETION_COST, Pod, Scale, scale_patch
+from autoscaler.fleet import Replica
+from autoscaler.resource import TargetRef
+from autoscaler.victims import SERVING, choose, drained
+
+SERVES = "nemoserve.dev/serves"  # label: name of the workload; the Service selects it
+DRAINING = "nemoserve.dev/draining-since"  # label: Unix seconds
+DOOMED = -1000  # deletion cost; those of others are 0
+
+
+@dataclass(frozen=True, slots=True)
+class DrainTimes:
+    """Seconds."""
+
+    # Endpoints take about this long to reach all nodes; a look before says nothing of who still comes.
+    settle: float = 3.0
+    # Clients with open connections may go on using them. Then SIGTERM tells them to go, and the server's own drain,
+    # within the pod's grace, finishes what it accepted.
+    limit: float = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Names of pods, and the number to ask for; see the module.
+
+    Attributes:
+        doomed: why it may go now, by the pod: `free`, `idle`, `limit`.
+    """
+
+    asked: int
+    keep: tuple[str, ...] = ()
+    drain: tuple[str, ...] = ()
+    doomed: Mapping[str, str] = field(default_factory=dict)
+
+
+def draining_since(pod: Pod) -> float | None:
+    """Unix seconds; None: it is not draining. A mark that cannot be read is one of long ago."""
+    if (mark := pod.labels.get(DRAINING)) is None:
+        return None
+    try:
+        return float(mark)
+    except ValueError:
+        return 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """A workload at one moment.
+
+    Attributes:
+        pods: those that count for the workload's controller, by name.
+        replicas: the same, as they say themselves.
+        others: which are being deleted, and finish what they accepted.
+        fresh_since: Unix seconds; a load seen before is not known any more.
+    """
+
+    at: float
+    target: TargetRef
+    scale: Scale
+    pods: Mapping[str, Pod]
+    replicas: tuple[Replica, ...]
+    others: tuple[Replica, ...]
+    fresh_since: float
+
+    @property
+    def draining(self) -> Mapping[str, float]:
+        """Unix seconds since when, by the pod's name."""
+        return {name: since for name, pod in self.pods.items() if (since := draining_since(pod)) is not None}
+
+    @property
+    def wanted(self) -> int:
+        """Replicas that were decided on last: what drains is only asked for until it has."""
+        return max(0, self.scale.replicas - len(self.draining))
+
+
+def plan(scene: Scene, desired: int, times: DrainTimes) -> Plan:
+    """What to do next, so that there will be `desired` replicas."""
+    asked, since = scene.scale.replicas, scene.draining
+    marked = [name for name, pod in scene.pods.items() if name in since or pod.deletion_cost == DOOMED]
+    if desired >= asked:
+        return Plan(desired, keep=tuple(marked))
+    excess = asked - desired
+    missing = min(excess, max(0, asked - len(scene.replicas)))  # asked for, and not even made: the first to go
+    ordered = scene.target.ordered
+    victims = choose(scene.replicas, excess - missing, fresh_since=scene.fresh_since, ordered=ordered)
+    doomed: dict[str, str] = {}
+    for each in victims:
+        if (why := _may_go(each, since.get(each.name), scene.at, times)) is not None:
+            doomed[each.name] = why
+        elif ordered:  # none goes before those above it
+            break
+    names = {each.name for each in victims}
+    return Plan(
+        asked - missing - len(doomed),
+        keep=tuple(name for name in marked if name not in names),
+        drain=tuple(each.name for each in victims if each.name not in doomed and each.name not in since),
+        doomed=doomed,
+    )
+
+
+def _may_go(replica: Replica, since: float | None, at: float, times: DrainTimes) -> str | None:
+    if replica.phase not in SERVING:
+        return "free"
+    if since is None:
+        return None
+    if drained(replica, since + times.settle):
+        return "idle"
+    return "limit" if at - since >= times.limit else None
+
+
+class Hands:
+    """What is done to the pods and the scale of workloads. Every write names the version that was read; where that is
+    not the newest any more (ClusterError with `conflict`) the next look sees why."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+
+    async def carry_out(self, plan: Plan, scene: Scene) -> None:
+        """Capacity that comes back first, then what goes."""
+        target, scale, pods = scene.target, scene.scale, scene.pods
+        for name in plan.keep:
+            await self._mark(pods[name], {SERVES: target.name, DRAINING: None}, cost=None)
+        for name in plan.drain:
+            await self._mark(pods[name], {SERVES: None, DRAINING: f"{scene.at:.3f}"})
+        if plan.asked == scale.replicas:
+            return
+        for name in plan.doomed:
+            if not target.ordered and pods[name].deletion_cost != DOOMED:
+                await self._mark(pods[name], {}, cost=str(DOOMED))
+        await self._cluster.patch(target.resource, target.name, scale_patch(scale, plan.asked), "scale")
+
+    async def _mark(self, pod: Pod, labels: Mapping[str, str | None], **annotations: str | None) -> None:
+        metadata: dict[str, Any] = {"resourceVersion": pod.resource_version}
+        if labels:
+            metadata["labels"] = dict(labels)
+        if "cost" in annotations:
+            metadata["annotations"] = {DELETION_COST: annotations["cost"]}
+        try:
+            await self._cluster.patch(PODS, pod.name, {"metadata": metadata})
+        except ClusterError as error:
+            if not error.not_found:  # gone meanwhile: as good
+                raise

@@ -1,0 +1,115 @@
+"""The activator as the controller sees it: who takes requests, and whether it stands in for the workload's replicas.
+
+While no replica takes requests, a pod of the operator is the endpoint of their Service: it bears the label that the
+Service selects. The label is on before the last replica begins to drain, and off when the first one is an endpoint
+itself, so that there is always somebody to connect to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from autoscaler.activator.hold import Room
+from autoscaler.activator.replica import Replica as Taker
+from autoscaler.cluster.face import PODS, Cluster, ClusterError
+from autoscaler.cluster.objects import Pod, items
+from autoscaler.drain import SERVES, Plan, Scene
+from autoscaler.fleet import Phase, Replica
+from autoscaler.resource import Spec
+
+STANDS_IN = "nemoserve.dev/stands-in-for"  # label of an operator's pod that is an endpoint: name of the workload
+WORDS = {
+    Phase.PENDING: "waiting for a node",
+    Phase.STARTING: "pulling the image and starting the server",
+    Phase.LOADING: "loading the model",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Front:
+    """Attributes:
+    autoscaler: name of the resource whose workload's requests come here.
+    pod_name: of this process.
+    """
+
+    autoscaler: str
+    pod_name: str
+    room: Room
+
+
+class Cover:
+    """Of one workload, by one process while it leads."""
+
+    def __init__(self, front: Front, cluster: Cluster) -> None:
+        self._front, self._cluster = front, cluster
+        self._workload: str | None = None  # that our pod is an endpoint of
+        self._known = False  # what labels there are
+
+    @property
+    def held_requests(self) -> int:
+        return self._front.room.held_requests
+
+    @property
+    def oldest_held_seconds(self) -> float:
+        return self._front.room.oldest_held_seconds
+
+    async def arrange(self, spec: Spec, scene: Scene, steps: Plan) -> None:
+        """For what is about to be done. Raises ClusterError."""
+        staying = [
+            each
+            for each in scene.replicas
+            if (each.phase is Phase.READY and each.name not in steps.drain)
+            or (each.phase is Phase.DRAINING and each.name in steps.keep)
+        ]
+        finishing = [each for each in scene.replicas if each.phase in (Phase.READY, Phase.DRAINING)]
+        room = self._front.room
+        room.serve([_taker(each, scene.pods[each.name], spec) for each in staying or finishing])
+        if not finishing:
+            self._tell_progress(scene.replicas)
+        endpoints = [each for each in staying if scene.pods[each.name].ready_since is not None]
+        await self._label(spec.target.name if spec.settings.scale_to_zero.enabled and not endpoints else None)
+
+    async def end(self) -> None:
+        """The resource is gone. Raises ClusterError."""
+        self._front.room.serve(())
+        await self._label(None)
+
+    def _tell_progress(self, replicas: Sequence[Replica]) -> None:
+        coming = [each for phase in reversed(WORDS) for each in replicas if each.phase is phase]
+        if coming:
+            self._front.room.progress(WORDS[coming[0].phase], eta=coming[0].eta_seconds)
+
+    async def _label(self, workload: str | None) -> None:
+        if not self._known:
+            await self._take_over()
+        if workload != self._workload:
+            await self._patch(self._front.pod_name, {SERVES: workload, STANDS_IN: workload})
+            self._workload = workload
+
+    async def _take_over(self) -> None:
+        """From whoever led before, this process included."""
+        for each in items(await self._cluster.list(PODS, STANDS_IN)):
+            name, labels = each["metadata"]["name"], each["metadata"]["labels"]
+            if name == self._front.pod_name:
+                self._workload = labels[STANDS_IN]
+            elif labels.get(SERVES) == labels[STANDS_IN]:
+                await self._patch(name, {SERVES: None, STANDS_IN: None})
+        self._known = True
+
+    async def _patch(self, pod_name: str, labels: Mapping[str, str | None]) -> None:
+        try:
+            await self._cluster.patch(PODS, pod_name, {"metadata": {"labels": dict(labels)}})
+        except ClusterError as error:
+            if not error.not_found or pod_name == self._front.pod_name:
+                raise
+
+
+def _taker(replica: Replica, pod: Pod, spec: Spec) -> Taker:
+    return Taker(
+        name=replica.name,
+        host=pod.ip or "",
+        grpc_port=spec.grpc_port,
+        http_port=spec.metrics_port,
+        capacity=replica.load.capacity if replica.load is not None else 0,
+    )

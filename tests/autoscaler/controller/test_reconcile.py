@@ -1,0 +1,363 @@
+"""Looks at one resource: what is written when, and what becomes of it whatever happens meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autoscaler.cluster.face import PODS, QUEUE_AUTOSCALERS, ClusterError
+from autoscaler.decision import Limit
+from autoscaler.drain import DRAINING
+from autoscaler.reconcile import GoneError
+from autoscaler.rivals import HPAS
+from tests.autoscaler.controller.scene import NAME, Scene, scaler, scene
+from tests.autoscaler.fake_api import Fault
+
+
+@pytest.fixture
+async def three(tmp_path: Path) -> AsyncIterator[Scene]:
+    """Three replicas that serve, looked at once."""
+    async with scene(tmp_path, replicas=3) as here:
+        await here.look()
+        yield here
+
+
+# -- more, and nothing -----------------------------------------------------------------------------------------------
+
+
+async def test_more_are_asked_for_at_once_with_the_reason_everywhere(tmp_path: Path) -> None:
+    async with scene(tmp_path) as here:
+        here.word.desired, here.word.reason = 3, "queue of 9 needs 3"
+        await here.look()
+        assert (here.asked, len(here.pods)) == (3, 3)
+        assert ("ScaledOut", "Deployment/nemo from 1 to 3: queue of 9 needs 3") in here.events
+        status = here.status
+        assert (status["desired"], status["reason"], status["selector"]) == (3, "queue of 9 needs 3", "app=nemo")
+        assert status["decisions"][0] | {"at": ""} == {"at": "", "from": 1, "to": 3, "reason": "queue of 9 needs 3"}
+        assert status["lastScaleTime"] == status["decisions"][0]["at"]
+        assert here.condition("ScalingActive")[:2] == ("True", "Deciding")
+        await here.look()
+        assert (here.status["ready"], here.status["replicas"], here.status["observedReplicas"]) == (3, 3, 3)
+        assert here.metric("scale_events_total", direction="out") == 1
+        assert (here.metric("desired_replicas"), here.metric("ready_replicas")) == (3, 3)
+
+
+async def test_where_nothing_happens_nothing_is_written(three: Scene) -> None:
+    await three.look()
+    before = len(three.api.writes(user=three.api.calls[-1].request.user))
+    for number in range(8):
+        three.word.reason = f"work {number} needs 3"
+        await three.look()
+    assert len(three.api.writes(user=three.api.calls[-1].request.user)) == before
+    three.word.figures = {"replica_work_ratio": 0.8}
+    await three.look(60)
+    assert three.status["reason"] == "work 7 needs 3"
+    assert three.status["learned"] == {"replicaWorkRatio": 0.8}
+    assert three.metric("replica_work_ratio") == 0.8
+
+
+async def test_no_node_for_a_replica_is_a_warning(tmp_path: Path) -> None:
+    async with scene(tmp_path, replicas=2, nodes=1) as here:
+        here.word.limit = Limit.NO_NODES
+        await here.look()
+        assert here.condition("ScalingLimited")[:2] == ("True", "GPUUnavailable")
+        assert "GPUUnavailable" in here.reasons
+        assert (here.status["ready"], here.status["loading"]) == (1, 1)
+
+
+async def test_a_cold_start_is_measured(tmp_path: Path) -> None:
+    async with scene(tmp_path, replicas=1, nodes=1) as here:
+        here.word.desired = 2
+        await here.look()
+        await here.look(30)
+        here.workloads.make_room(2)
+        await here.look(30)
+        await here.look()
+        assert here.metric("cold_start_seconds_count") == 1
+        assert here.metric("cold_start_seconds_sum") == pytest.approx(60, abs=6)
+
+
+# -- fewer -----------------------------------------------------------------------------------------------------------
+
+
+async def test_the_idlest_drains_and_goes_when_it_is_idle(three: Scene) -> None:
+    a, idlest, c = three.pods
+    three.ears.running = {a: 3, idlest: 1, c: 2}
+    three.word.desired, three.word.reason = 2, "2 are enough"
+    await three.look()
+    assert three.asked == 3
+    assert three.serving == [a, c]
+    assert ("Draining", f"{idlest} drain for 2: 2 are enough") in three.events
+    assert (three.status["draining"], three.status["desired"]) == (0, 2)  # as it was seen; the next look sees one
+    await three.look(20)
+    assert (three.asked, three.status["draining"]) == (3, 1)
+    assert three.word.seen[-1].desired == 2
+    three.ears.running[idlest] = 0
+    await three.look()
+    assert three.asked == 2
+    assert three.pods == [a, c]
+    assert ("ScaledIn", f"Deployment/nemo from 3 to 2: 2 are enough; {idlest}: idle") in three.events
+    assert [each["to"] for each in three.status["decisions"]] == [2]
+    assert three.metric("drained_total", how="idle") == 1
+
+
+async def test_one_that_is_never_idle_goes_at_the_limit(three: Scene) -> None:
+    three.ears.running = dict.fromkeys(three.pods, 2)
+    three.word.desired = 2
+    await three.look()
+    [drains] = set(three.pods) - set(three.serving)
+    await three.look(299)
+    assert three.asked == 3
+    await three.look(1)
+    assert drains not in three.pods
+    assert three.metric("drained_total", how="limit") == 1
+
+
+async def test_one_that_is_wanted_again_serves_again_and_none_is_made(three: Scene) -> None:
+    before = three.pods
+    three.ears.running = dict.fromkeys(three.pods, 2)
+    three.word.desired = 1
+    await three.look()
+    assert len(three.serving) == 1
+    three.word.desired, three.word.reason = 3, "load is back"
+    await three.look()
+    assert (three.serving, three.pods, three.asked) == (before, before, 3)
+    assert not three.api.list(PODS, label_selector=DRAINING)
+    assert "DrainReversed" in three.reasons
+
+
+async def test_who_leads_next_goes_on_where_the_drain_was(three: Scene) -> None:
+    three.ears.running = dict.fromkeys(three.pods, 1)
+    three.word.desired = 2
+    await three.look()
+    [drains] = set(three.pods) - set(three.serving)
+    others = three.serving
+    three.ears.running = {drains: 0, others[0]: 0, others[1]: 0}
+    three.reconciler = three.successor()
+    await three.look()
+    assert three.pods == others
+    assert three.asked == 2
+
+
+async def test_what_loads_goes_first_and_at_once(tmp_path: Path) -> None:
+    async with scene(tmp_path, replicas=3, nodes=2) as here:
+        served = here.serving
+        here.word.desired = 2
+        await here.look()
+        assert here.asked == 2
+        assert len(here.pods) == 2
+        assert set(here.pods) < set(served)
+        assert not any(reason == "Draining" for reason in here.reasons)
+
+
+async def test_a_stateful_set_gives_its_highest_ordinals(tmp_path: Path) -> None:
+    async with scene(tmp_path, kind="StatefulSet", replicas=3) as here:
+        here.ears.running = {"nemo-0": 0, "nemo-1": 0, "nemo-2": 5}
+        here.word.desired = 1
+        await here.look()
+        assert here.serving == ["nemo-0"]
+        await here.look(10)
+        assert here.asked == 3  # nemo-1 is idle, and may not go before nemo-2
+        here.ears.running["nemo-2"] = 0
+        await here.look()
+        assert here.pods == ["nemo-0"]
+
+
+async def test_who_is_not_heard_counts_as_busy(three: Scene) -> None:
+    silent, *others = three.pods
+    three.ears.running = dict.fromkeys(others, 9)
+    three.ears.silent = {silent}
+    await three.look(20)
+    status, reason, message = three.condition("MetricsAvailable")
+    assert (status, reason, message) == ("False", "Partial", f"1 of 3 are silent: {silent}")
+    assert "Partial" in three.reasons
+    three.word.desired = 2
+    await three.look()
+    assert silent in three.serving
+
+
+# -- by whom ---------------------------------------------------------------------------------------------------------
+
+
+async def test_a_pin_holds_until_it_is_taken_away(three: Scene) -> None:
+    three.change(QUEUE_AUTOSCALERS, NAME, replicas=4)  # as `kubectl scale qas nemo --replicas=4` does
+    await three.look()
+    assert three.asked == 4
+    assert three.condition("ScalingActive")[:2] == ("False", "Pinned")
+    assert three.status["reason"] == "pinned to 4 by spec.replicas; load alone would have 3"
+    three.change(QUEUE_AUTOSCALERS, NAME, replicas=None)
+    three.word.desired = 5
+    await three.look()
+    assert three.asked == 5
+    assert three.condition("ScalingActive")[:2] == ("True", "Deciding")
+
+
+async def test_a_scale_by_another_hand_is_told_and_is_where_the_next_decision_starts(three: Scene) -> None:
+    three.scale_by_hand(5)
+    await three.settled()
+    await three.look()
+    assert ("ScaledByHand", "Deployment/nemo was scaled from 3 to 5 by another hand") in three.events
+    assert three.word.seen[-1].desired == 5
+    assert three.asked == 5
+
+
+async def test_zero_by_hand_is_a_pause(three: Scene) -> None:
+    three.scale_by_hand(0)
+    await three.settled()
+    three.word.desired = 3
+    await three.look()
+    await three.look()
+    assert three.asked == 0
+    assert three.condition("ScalingActive")[:2] == ("False", "Paused")
+    three.scale_by_hand(1)
+    await three.settled()
+    await three.look()
+    assert three.asked == 3
+    assert three.condition("ScalingActive")[:2] == ("True", "Deciding")
+
+
+async def test_a_dry_run_tells_once_and_does_nothing(tmp_path: Path) -> None:
+    async with scene(tmp_path, dryRun=True) as here:
+        here.word.desired, here.word.reason = 3, "queue"
+        await here.look()
+        await here.look()
+        assert here.asked == 1
+        [decision] = here.status["decisions"]
+        assert (decision["from"], decision["to"], decision["reason"]) == (1, 3, "dry run: queue")
+        assert here.status["desired"] == 3
+        assert "lastScaleTime" not in here.status
+        assert {call.resource for call in here.api.writes()} <= {"queueautoscalers/status", "events"}
+
+
+def hpa() -> dict[str, Any]:
+    target = {"apiVersion": "apps/v1", "kind": "Deployment", "name": NAME}
+    spec = {"scaleTargetRef": target, "maxReplicas": 3}
+    return {"apiVersion": "autoscaling/v2", "kind": HPA, "metadata": {"name": "other"}, "spec": spec}
+
+
+HPA = "HorizontalPodAutoscaler"
+
+
+async def test_another_scaler_of_the_same_workload_is_left_alone(three: Scene) -> None:
+    three.api.apply(hpa())
+    three.word.desired = 5
+    await three.look(30)
+    assert three.asked == 3
+    status, reason, message = three.condition("ScalingActive")
+    assert (status, reason) == ("False", "OtherScaler")
+    assert message == "HorizontalPodAutoscaler/other scales Deployment/nemo too: delete one of the two"
+    assert "OtherScaler" in three.reasons
+    three.delete(HPAS, "other")
+    await three.look(30)
+    assert three.asked == 5
+
+
+async def test_of_two_resources_with_the_same_workload_the_older_one_acts(three: Scene) -> None:
+    three.clock.turn(5)
+    three.api.apply(scaler(name="late"))
+    three.word.desired = 4
+    await three.look(30)
+    assert three.asked == 4  # a later one changes nothing for it
+    three.delete(QUEUE_AUTOSCALERS, NAME)
+    three.clock.turn(5)
+    three.api.apply(scaler())
+    three.word.desired = 2
+    three.reconciler = three.successor()
+    await three.look()
+    assert three.asked == 4
+    assert three.condition("ScalingActive")[2].startswith("QueueAutoscaler/late scales")
+
+
+# -- wrong, and gone -------------------------------------------------------------------------------------------------
+
+
+async def test_a_spec_that_cannot_be_followed_is_a_condition_until_it_can(three: Scene) -> None:
+    schedule = {"cron": "99 * * * *", "durationSeconds": 60, "minReplicas": 2}  # which the definition lets through
+    three.change(QUEUE_AUTOSCALERS, NAME, schedules=[schedule])
+    three.word.desired = 5
+    await three.look()
+    assert three.asked == 3
+    status, reason, message = three.condition("Ready")
+    assert (status, reason) == ("False", "InvalidSpec")
+    assert message.startswith("spec.schedules[0]: ")
+    assert "99" in message
+    assert three.condition("ScalingActive")[:2] == ("False", "InvalidSpec")
+    assert ("InvalidSpec", f"Ready is False: {message}") in three.events
+    three.change(QUEUE_AUTOSCALERS, NAME, schedules=None)
+    await three.look()
+    assert three.asked == 5
+    assert three.condition("Ready")[0] == "True"
+
+
+async def test_a_workload_that_is_not_there_is_a_condition_until_it_is(three: Scene) -> None:
+    three.delete(three.kind, NAME)
+    await three.look()
+    assert three.condition("Ready")[:2] == ("False", "TargetNotFound")
+
+
+async def test_a_workload_that_goes_between_reading_and_writing_is_an_error_and_then_a_condition(three: Scene) -> None:
+    three.word.desired = 5
+    three.word.meanwhile = lambda: three.delete(three.kind, NAME)
+    with pytest.raises(ClusterError) as caught:
+        await three.look()
+    assert caught.value.not_found
+    await three.look()
+    assert three.condition("Ready")[:2] == ("False", "TargetNotFound")
+
+
+async def test_a_resource_that_goes_between_reading_and_writing_is_gone_at_the_next_look(three: Scene) -> None:
+    three.word.desired = 5
+    three.word.meanwhile = lambda: three.delete(QUEUE_AUTOSCALERS, NAME)
+    with pytest.raises(ClusterError):
+        await three.look()
+    with pytest.raises(GoneError):
+        await three.look()
+
+
+async def test_what_has_changed_meanwhile_is_a_conflict_and_the_next_look_sees_it(three: Scene) -> None:
+    three.word.desired = 5
+    three.word.meanwhile = lambda: three.scale_by_hand(4)
+    with pytest.raises(ClusterError) as caught:
+        await three.look()
+    assert caught.value.conflict
+    assert three.asked == 4
+    await three.settled()
+    await three.look()
+    assert three.asked == 5
+    assert three.status["decisions"][0]["from"] == 4
+
+
+async def test_a_decision_that_could_not_be_told_is_told_at_the_next_look(three: Scene) -> None:
+    three.word.desired, three.word.reason = 4, "once"
+    three.word.meanwhile = lambda: three.change(QUEUE_AUTOSCALERS, NAME, maxReplicas=6)
+    with pytest.raises(ClusterError) as caught:
+        await three.look()
+    assert caught.value.conflict
+    assert three.asked == 4
+    three.word.reason = "later"
+    await three.settled()
+    await three.look()
+    [decision] = three.status["decisions"]
+    assert (decision["from"], decision["to"], decision["reason"]) == (3, 4, "once")
+
+
+async def test_a_write_whose_answer_is_lost_is_not_taken_for_another_hand(three: Scene) -> None:
+    three.api.faults.append(Fault(verb="patch", path="/scale", cut=True, after=True))
+    three.word.desired = 4
+    with pytest.raises(ClusterError) as caught:
+        await three.look()
+    assert caught.value.code == 0
+    await three.settled()
+    await three.look()
+    assert three.asked == 4
+    assert "ScaledByHand" not in three.reasons
+
+
+async def test_an_event_that_cannot_be_written_stops_nothing(three: Scene) -> None:
+    three.api.faults.append(Fault(verb="create", path="/events", code=500, times=None))
+    three.word.desired = 4
+    await three.look()
+    assert (three.asked, three.status["desired"]) == (4, 4)

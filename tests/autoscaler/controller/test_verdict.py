@@ -1,0 +1,72 @@
+"""Whether the policy's word is followed: the first that speaks against it decides."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from autoscaler.decision import Decision, Limit
+from autoscaler.resource import Spec, TargetRef
+from autoscaler.settings import ScaleToZero, Settings
+from autoscaler.status import Is
+from autoscaler.verdict import Verdict, judge
+
+TARGET = TargetRef("apps/v1", "Deployment", "nemo")
+SETTINGS = Settings(min_replicas=2, max_replicas=5)
+
+
+def verdict(
+    desired: int, *, asked: int = 3, rival: str | None = None, limit: Limit | None = None, **spec: Any
+) -> Verdict:
+    given = {"target": TARGET, "settings": SETTINGS} | spec
+    return judge(Spec(**given), asked, Decision(desired, "load", limit), rival)
+
+
+def told(verdict: Verdict) -> tuple[int, bool, str]:
+    return verdict.desired, verdict.acts, verdict.active.reason
+
+
+def test_the_policys_word_is_followed() -> None:
+    found = verdict(4)
+    assert told(found) == (4, True, "Deciding")
+    assert (found.reason, found.active.status, found.limited.status) == ("load", Is.TRUE, Is.FALSE)
+
+
+@pytest.mark.parametrize(("said", "done"), [(0, 2), (1, 2), (9, 5)])
+def test_within_the_limits_whatever_it_says(said: int, done: int) -> None:
+    assert verdict(said).desired == done
+
+
+def test_another_scaler_is_left_alone_before_all_else() -> None:
+    found = verdict(4, rival="HorizontalPodAutoscaler/x", pin=2, asked=0)
+    assert told(found) == (4, False, "OtherScaler")
+    assert "HorizontalPodAutoscaler/x scales Deployment/nemo too" in found.active.message
+    assert found.active.warning
+
+
+def test_a_pin_by_hand_holds_below_the_least_and_never_above_the_most() -> None:
+    assert told(verdict(4, pin=0)) == (0, True, "Pinned")
+    above = verdict(4, pin=9)
+    assert told(above) == (5, True, "Pinned")
+    assert above.limited.reason == "TooManyReplicas"
+    assert above.reason == "pinned to 5 by spec.replicas; load alone would have 4"
+
+
+def test_at_zero_by_hand_all_is_quiet_unless_zero_is_the_policys_business() -> None:
+    assert told(verdict(4, asked=0)) == (0, False, "Paused")
+    zero = Settings(min_replicas=0, max_replicas=5, scale_to_zero=ScaleToZero(enabled=True))
+    assert told(verdict(1, asked=0, settings=zero)) == (1, True, "Deciding")
+    assert told(verdict(0, settings=zero)) == (0, True, "Deciding")
+
+
+def test_a_dry_run_says_and_does_nothing() -> None:
+    assert told(verdict(4, dry_run=True)) == (4, False, "DryRun")
+    assert told(verdict(4, dry_run=True, pin=1)) == (1, False, "Pinned")
+
+
+@pytest.mark.parametrize("limit", list(Limit))
+def test_a_limit_is_a_condition(limit: Limit) -> None:
+    limited = verdict(4, limit=limit).limited
+    assert (limited.status, limited.reason) == (Is.TRUE, limit.value)
+    assert limited.warning == (limit in (Limit.MAX_REPLICAS, Limit.NO_NODES))
