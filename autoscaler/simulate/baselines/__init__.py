@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from autoscaler.decision import Policy
 from autoscaler.settings import Settings
-from autoscaler.simulate.baselines import dynamo, hpa, keda, kpa, ray, static, wva
+from autoscaler.simulate.baselines import dynamo, hpa, keda, kpa, ray, wva
 from autoscaler.simulate.baselines.signals import filled
 
 P = TypeVar("P")
@@ -25,7 +25,6 @@ def _factory(parameters: type[P], policy: Callable[[P, Settings, float], Policy]
 
 
 BASELINES: Mapping[str, Factory] = {
-    "static": _factory(static.Parameters, static.Static),
     "hpa": _factory(hpa.Parameters, hpa.Hpa),
     "keda": _factory(keda.Parameters, keda.Keda),
     "kpa": _factory(kpa.Parameters, kpa.Kpa),

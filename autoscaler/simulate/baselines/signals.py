@@ -145,19 +145,21 @@ def filled(kind: type[P], values: Mapping[str, object]) -> P:
     """A dataclass of parameters from names and values.
 
     Raises:
-        ValueError: for a name that it does not have, or a value that is of another kind than the published one.
+        ValueError: for a name that it does not have, or a value of another kind than the published one.
     """
     known = {each.name: each.default for each in fields(kind)}  # type: ignore[arg-type]
     for name, value in values.items():
         if name not in known:
             raise ValueError(f"{name}: no such parameter; there are {', '.join(known)}")
         default = known[name]
-        numeric = isinstance(default, int | float) and not isinstance(default, bool)
-        right = (
-            isinstance(value, int | float) and not isinstance(value, bool) if numeric else type(value) is type(default)
-        )
+        if isinstance(default, bool):
+            right = value in (0, 1)
+        elif isinstance(default, str):
+            right = isinstance(value, str)
+        else:
+            right = isinstance(value, int | float) and not isinstance(value, bool)
         if not right:
             raise ValueError(f"{name}: {value!r} is not of the kind of {default!r}")
-        if numeric and isinstance(value, int | float) and value < 0:
+        if isinstance(value, int | float) and value < 0:
             raise ValueError(f"{name}: {value!r} is less than 0")
     return kind(**values)

@@ -1,4 +1,4 @@
-"""KPA, WVA, Dynamo, Ray Serve and static, against numbers worked out by hand from the formulas of their sources."""
+"""KPA, WVA, Dynamo and Ray Serve, against numbers worked out by hand from the formulas of their sources."""
 
 from __future__ import annotations
 
@@ -17,11 +17,6 @@ SETTINGS = Settings(min_replicas=1, max_replicas=50, target=Target(ttft_seconds=
 
 def made(name: str, settings: Settings = SETTINGS, **parameters: object) -> Policy:
     return BASELINES[name](parameters, settings, 120.0)
-
-
-def test_static_never_changes() -> None:
-    policy = made("static", replicas=7)
-    assert [policy.decide(look(at, [load(queue)])).desired for at, queue in ((0, 0), (60, 999))] == [7, 7]
 
 
 @pytest.mark.parametrize("name", BASELINES)
@@ -217,4 +212,4 @@ def test_ray_starts_the_first_without_a_delay() -> None:
 
 
 def test_limits_are_told() -> None:
-    assert made("static", replicas=99).decide(look(0, [load()])).limit is Limit.MAX_REPLICAS
+    assert made("ray", Settings(max_replicas=2)).decide(look(0, [load(99)], desired=9)).limit is Limit.MAX_REPLICAS
