@@ -13,6 +13,8 @@ from helm.tools import run
 CHART = Path(__file__).parent / "nemoserve"
 VALUES, SCHEMA = CHART / "values.yaml", CHART / "values.schema.json"
 CI = CHART / "ci"
+DEFINITION = CHART / "charts" / "crds" / "crds" / "queueautoscaler.yaml"
+"""Of the custom resource QueueAutoscaler."""
 
 Object = dict[str, Any]
 """A Kubernetes object."""

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from helm.chart import CHART, Object, objects, render
+from helm.chart import DEFINITION, Object, objects, render
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
 HEADER = "# Written by `make manifests` from helm/nemoserve; edit that, or patch this from an overlay of your own.\n"
@@ -62,8 +62,7 @@ def files() -> dict[Path, str]:
         written |= _variant(DEPLOY / "overlays" / name, base, {"resources": ["../../base"]})
     for name in components():
         written |= _variant(DEPLOY / "components" / name, base, {})
-    definition = CHART / "files" / "queueautoscaler.yaml"
-    written[DEPLOY / "crds" / definition.name] = _dump(objects(definition.read_text()))
+    written[DEPLOY / "crds" / DEFINITION.name] = _dump(objects(DEFINITION.read_text()))
     return written
 
 

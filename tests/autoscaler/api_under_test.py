@@ -21,7 +21,7 @@ from autoscaler.cluster.client import ApiCluster, Limits, connect
 from autoscaler.cluster.face import QUEUE_AUTOSCALERS, ClusterError, Json, Kind
 from tests.autoscaler.fake_api import FakeApi
 
-CRD = Path(__file__).parents[2] / "helm/nemoserve/files/queueautoscaler.yaml"
+CRD = Path(__file__).parents[2] / "helm/nemoserve/charts/crds/crds/queueautoscaler.yaml"
 NAMESPACES = Kind("", "v1", "namespaces")
 ACCOUNTS = Kind("", "v1", "serviceaccounts")
 CRDS = Kind("apiextensions.k8s.io", "v1", "customresourcedefinitions")

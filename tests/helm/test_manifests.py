@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from helm.chart import CHART, objects, of_kind
+from helm.chart import DEFINITION, objects, of_kind
 from helm.manifests import DEPLOY, components, difference, files, manifests, overlays
 from helm.tools import run
 
@@ -52,7 +52,7 @@ def test_who_has_the_rights_is_of_the_namespace_that_kustomize_says(tmp_path: Pa
 
 def test_the_definition_is_that_of_the_chart() -> None:
     [definition] = objects((DEPLOY / "crds" / "queueautoscaler.yaml").read_text())
-    assert definition == yaml.safe_load((CHART / "files" / "queueautoscaler.yaml").read_text())
+    assert definition == yaml.safe_load(DEFINITION.read_text())
 
 
 def test_the_base_builds() -> None:

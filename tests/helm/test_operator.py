@@ -8,14 +8,13 @@ from typing import Any
 import jsonschema
 import pytest
 
-from helm.chart import Object, objects, of_kind, render
+from helm.chart import DEFINITION, Object, RenderError, objects, of_kind, render
 from helm.tools import HELMS
 from tests.helm.conftest import COMPONENT, SETS, one, rendered, server, workload
-from tests.helm.test_resource import FILE, Schema, defaulted, load, refusals, spec_of
+from tests.helm.test_resource import Schema, defaulted, load, refusals, spec_of
 
 QUEUE = [name for name in SETS if of_kind(rendered(name), "QueueAutoscaler")]
 NAME, OPERATOR = "nemo-nemoserve", "nemo-nemoserve-autoscaler"
-API = "--api-versions=autoscaling.nemoserve.dev/v1alpha1"
 
 
 def operator(found: list[Object]) -> Object:
@@ -30,7 +29,6 @@ def container(found: list[Object]) -> Object:
 def test_one_value_turns_it_on() -> None:
     found = objects(render(HELMS[-1], None, "--set", "autoscaling.enabled=true"))
     assert of_kind(found, "QueueAutoscaler")
-    assert of_kind(found, "CustomResourceDefinition")
     assert operator(found)["spec"]["replicas"] == 2  # one leads, and one is ready to
 
 
@@ -47,7 +45,7 @@ def closed(schema: Schema) -> Schema:
 
 def errors(resource: Object) -> list[str]:
     """What the API server would say of it."""
-    schema = spec_of(load(FILE))
+    schema = spec_of(load(DEFINITION))
     found = [each.message for each in jsonschema.Draft4Validator(closed(schema)).iter_errors(resource["spec"])]
     return found or refusals(schema, defaulted(schema, copy.deepcopy(resource["spec"])))
 
@@ -80,38 +78,28 @@ def test_what_was_asked_for_is_in_the_resource() -> None:
 
 
 def test_ports_are_those_that_the_definition_takes_for_granted() -> None:
-    fields = spec_of(load(FILE))["properties"]
+    fields = spec_of(load(DEFINITION))["properties"]
     ports = {port["name"]: port["containerPort"] for port in server(rendered("autoscaling"))["ports"]}
     assert (fields["grpcPort"]["default"], fields["metricsPort"]["default"]) == (ports["grpc"], ports["http-openai"])
 
 
-# -- the definition and the resource come together ---------------------------------------------------------------------
+# -- the definition ----------------------------------------------------------------------------------------------------
 
 
-def test_an_uninstall_keeps_the_definition_and_with_it_what_others_made() -> None:
-    definition = one(rendered("autoscaling"), "CustomResourceDefinition")
-    assert definition["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
-    assert definition["spec"] == load(FILE)["spec"]
+@pytest.mark.parametrize("name", SETS)
+def test_helm_brings_the_definition_where_autoscaling_is_on_and_nobody_says_otherwise(name: str) -> None:
+    """As it would on install; it is never part of the release, which an uninstall deletes."""
+    found = of_kind(objects(render(HELMS[-1], SETS[name], "--include-crds")), "CustomResourceDefinition")
+    assert len(found) == (name in ("autoscaling", "autoscaling-volumes", "scale-to-zero", "hpa", "keda"))
+    assert of_kind(rendered(name), "CustomResourceDefinition") == []
 
 
-def test_who_may_not_bring_it_leaves_it() -> None:
-    found = rendered("autoscaling-volumes")
-    assert of_kind(found, "CustomResourceDefinition") == []
-    assert "annotations" not in one(found, "QueueAutoscaler")["metadata"]
-
-
-def test_the_resource_waits_for_the_definition_and_is_the_releases_all_the_same() -> None:
-    """helm finds no kind that the same release brings: the first time the resource is created after everything else."""
-    first = one(rendered("autoscaling"), "QueueAutoscaler")
-    assert first["metadata"]["annotations"] == {
-        "helm.sh/hook": "post-install,post-upgrade,post-rollback",
-        "meta.helm.sh/release-name": "nemo",
-        "meta.helm.sh/release-namespace": "serving",
-    }
-    assert first["metadata"]["labels"]["app.kubernetes.io/managed-by"] == "Helm"
-    later = one(objects(render(HELMS[-1], SETS["autoscaling"], API)), "QueueAutoscaler")
-    assert "annotations" not in later["metadata"]
-    assert later["spec"] == first["spec"]
+@pytest.mark.parametrize("helm", HELMS)
+def test_an_upgrade_that_turns_it_on_asks_for_the_definition(helm: str) -> None:
+    """helm brings definitions on install alone."""
+    with pytest.raises(RenderError, match="kubectl apply --server-side --filename deploy/crds"):
+        render(helm, SETS["autoscaling"], "--is-upgrade")
+    assert render(helm, SETS["autoscaling"], "--is-upgrade", "--api-versions=autoscaling.nemoserve.dev/v1alpha1")
 
 
 # -- rights ------------------------------------------------------------------------------------------------------------

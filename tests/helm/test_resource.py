@@ -15,10 +15,9 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from helm.chart import CHART
+from helm.chart import DEFINITION
 from tests.helm.test_rendering import KUBERNETES
 
-FILE = CHART / "files" / "queueautoscaler.yaml"
 BASELINE = Path(__file__).parent / "baseline" / "queueautoscaler.yaml"
 Schema = dict[str, Any]
 
@@ -77,7 +76,7 @@ def broken(old: Schema, new: Schema) -> Iterator[str]:
 
 
 def test_it_takes_all_that_it_took() -> None:
-    assert list(broken(load(BASELINE), load(FILE))) == []
+    assert list(broken(load(BASELINE), load(DEFINITION))) == []
 
 
 def spec_of(definition: Schema) -> Schema:
@@ -87,7 +86,7 @@ def spec_of(definition: Schema) -> Schema:
 
 
 def test_what_would_break_is_found() -> None:
-    worse = load(FILE)
+    worse = load(DEFINITION)
     spec = spec_of(worse)
     del spec["properties"]["dryRun"]
     spec["required"].append("target")
@@ -98,12 +97,12 @@ def test_what_would_break_is_found() -> None:
     spec["properties"]["grpcPort"]["default"] = 1
     spec["x-kubernetes-validations"].append({"rule": "false"})
     worse["spec"]["names"]["plural"] = "others"
-    assert len(list(broken(load(FILE), worse))) == 9
+    assert len(list(broken(load(DEFINITION), worse))) == 9
 
 
 @pytest.mark.parametrize("version", KUBERNETES)
 def test_it_is_a_definition(version: str) -> None:
-    kubernetes_validate.validate(load(FILE), version, strict=True)
+    kubernetes_validate.validate(load(DEFINITION), version, strict=True)
 
 
 def schemas(schema: Schema) -> Iterator[Schema]:
@@ -114,7 +113,7 @@ def schemas(schema: Schema) -> Iterator[Schema]:
 
 
 def test_every_field_has_a_type_and_every_default_is_valid() -> None:
-    for schema in schemas(load(FILE)["spec"]["versions"][0]["schema"]["openAPIV3Schema"]):
+    for schema in schemas(load(DEFINITION)["spec"]["versions"][0]["schema"]["openAPIV3Schema"]):
         kinds = {"integer": int, "number": (int, float), "string": str, "boolean": bool, "object": dict, "array": list}
         assert schema["type"] in kinds
         if "default" in schema:
@@ -163,7 +162,7 @@ def refusals(schema: Schema, value: Any) -> list[str]:
 
 
 def refused(**spec: Any) -> list[str]:
-    schema = spec_of(load(FILE))
+    schema = spec_of(load(DEFINITION))
     return refusals(schema, defaulted(schema, {"scaleTargetRef": {"kind": "Deployment", "name": "nemo"}, **spec}))
 
 
@@ -208,4 +207,4 @@ def test_a_contradiction_is_refused_by_name(spec: Schema, named: str) -> None:
 
 
 if __name__ == "__main__":
-    BASELINE.write_text(FILE.read_text())
+    BASELINE.write_text(DEFINITION.read_text())
