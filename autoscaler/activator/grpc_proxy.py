@@ -34,7 +34,7 @@ from autoscaler.activator.tls import server_credentials
 
 log = logging.getLogger(__name__)
 
-CONNECTION_SECONDS = 20  # about as long as endpoints take to change everywhere
+CONNECTION_SECONDS = 20.0  # about as long as endpoints take to change everywhere
 FOREVER_MS = 2**31 - 1
 HEADER_BYTES = 16 * 2**10  # as the servers take
 HANDSHAKE_MS = 15_000
@@ -54,22 +54,28 @@ Metadata = tuple[tuple[str, str | bytes], ...]
 
 
 class GrpcProxy(grpc.GenericRpcHandler):
-    """Start and stop of the port. Belongs to one event loop."""
+    """Start and stop of the port. Belongs to one event loop.
 
-    def __init__(self, room: Room, tls: TlsFiles | None = None) -> None:
+    Args:
+        connection_seconds: after which a connection is told to go away.
+    """
+
+    def __init__(
+        self, room: Room, tls: TlsFiles | None = None, *, connection_seconds: float = CONNECTION_SECONDS
+    ) -> None:
         self._room = room
         self._tls = tls
         self._channels = Channels(tls)
         self._own = own_rpcs(room)
         options = [
-            ("grpc.max_receive_message_length", room.limits.max_request_bytes),
+            ("grpc.max_receive_message_length", room.limits.largest_request),
             ("grpc.max_send_message_length", -1),
             ("grpc.http2.max_ping_strikes", 0),
             ("grpc.so_reuseport", 0),
             ("grpc.max_metadata_size", HEADER_BYTES),
             ("grpc.absolute_max_metadata_size", HEADER_BYTES),
             ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
-            ("grpc.max_connection_age_ms", CONNECTION_SECONDS * 1000),
+            ("grpc.max_connection_age_ms", round(1000 * connection_seconds)),
             ("grpc.max_connection_age_grace_ms", FOREVER_MS),
         ]
         self._server = grpc.aio.server(options=options)
@@ -218,12 +224,7 @@ class Inbox:
         Raises:
             Refused: it did not come in time, or does not fit.
         """
-        held = self._held
-        try:
-            async with asyncio.timeout(max(0.0, held.until - held.room.now())):
-                await self.get(0)
-        except TimeoutError:
-            raise held.late() from None
+        await self._held.until_here(self.get(0))
 
     async def get(self, index: int) -> bytes | None:
         """Message `index`; None: there is none. Indices go up, and begin anew with each attempt."""

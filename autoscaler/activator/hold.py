@@ -23,9 +23,10 @@ import bisect
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from types import TracebackType
+from typing import Any
 
 from autoscaler.activator.progress import Progress
 from autoscaler.activator.refused import Reason, Refused
@@ -84,6 +85,24 @@ class Held:
     def forget(self) -> None:
         """Nothing of it is kept any more."""
         self.room._keep(self, -self.size)
+
+    async def until_here(self, arrival: Coroutine[Any, Any, object]) -> None:
+        """Wait for what has to arrive before it waits for a replica.
+
+        Raises:
+            Refused: it did not come in time.
+        """
+        arriving, closing = asyncio.ensure_future(arrival), asyncio.ensure_future(self.room.closing.wait())
+        try:
+            left = max(0.0, self.until - self.room.now())
+            await asyncio.wait({arriving, closing}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            if not arriving.done():
+                raise self.room.closed_down() if closing.done() else self.late()
+            arriving.result()
+        finally:
+            arriving.cancel()
+            closing.cancel()
+            await asyncio.gather(arriving, closing, return_exceptions=True)
 
     async def turn(self) -> Replica:
         """Wait for a replica. To be followed by one of `started`, `refused` and `lost`.
@@ -150,6 +169,7 @@ class Room:
 
     Attributes:
         wake: set when a request comes to wait and there is no replica. Who waits for it clears it.
+        closing: set when nothing more comes in.
         outcomes: how requests ended: `answered`, `cancelled`, or a Reason.
     """
 
@@ -157,6 +177,7 @@ class Room:
         self.limits = limits or HoldLimits()
         self.now = clock
         self.wake = asyncio.Event()
+        self.closing = asyncio.Event()
         self.outcomes: Counter[str] = Counter()
         self.held_bytes = 0
         self._progress = Progress()
@@ -164,7 +185,6 @@ class Room:
         self._entered: set[Held] = set()  # without the beginning of an answer
         self._waiting: list[Held] = []  # by number
         self._numbers = 0
-        self._closed = False
         self._changed = asyncio.Event()
         self._timer: asyncio.Handle | None = None
 
@@ -201,10 +221,10 @@ class Room:
 
     def close(self) -> None:
         """Nothing more comes in, and what waits ends."""
-        self._closed = True
+        self.closing.set()
         for held in self._waiting:
             if held._granted is not None and not held._granted.done():
-                held._granted.set_exception(self._closing())
+                held._granted.set_exception(self.closed_down())
         self._notify()
 
     # -- for those who ask how it goes -------------------------------------------------------------------------
@@ -215,7 +235,7 @@ class Room:
 
     @property
     def closed(self) -> bool:
-        return self._closed
+        return self.closing.is_set()
 
     @property
     def words(self) -> str:
@@ -234,8 +254,8 @@ class Room:
         Raises:
             Refused: there is none.
         """
-        if self._closed:
-            raise self._count(self._closing())
+        if self.closed:
+            raise self._count(self.closed_down())
         if len(self._entered) >= self.limits.max_requests:
             message = f"{len(self._entered)} requests wait for a replica, and there is no place for more"
             raise self._count(self.refuse(Reason.FULL, message))
@@ -259,8 +279,8 @@ class Room:
         self.held_bytes += size
 
     def _wait(self, held: Held, granted: asyncio.Future[Replica]) -> None:
-        if self._closed:
-            raise self._closing()
+        if self.closed:
+            raise self.closed_down()
         if held not in self._waiting:
             bisect.insort(self._waiting, held, key=lambda each: each.number)
         if not self._windows and len(self._waiting) == 1:
@@ -285,7 +305,7 @@ class Room:
         self.outcomes[error.reason] += 1
         return error
 
-    def _closing(self) -> Refused:
+    def closed_down(self) -> Refused:
         return Refused(Reason.CLOSING, "the activator is shutting down; retry", RETRY_SECONDS[0])
 
     def _notify(self) -> None:

@@ -13,6 +13,7 @@ from autoscaler.activator.http_replies import EVENT_STREAM, Headers, RouteError,
 from autoscaler.activator.refused import Refused
 
 ERROR_BYTES = 64 * 2**10  # of an answer that is passed on as an event, or kept while another replica is asked
+EVENT_END = b"\n\n"
 # RFC 9110, 7.6.1, and what is made anew for each connection
 OF_ONE_HOP = frozenset(
     b"connection keep-alive proxy-connection te trailer transfer-encoding upgrade expect proxy-authorization".split()
@@ -44,11 +45,12 @@ class Answer:
         self._send = send
         self._started = False
         self._ended = False
+        self._tail: bytes | None = None  # of what was sent; None: it is no stream of events
 
     async def comment(self, words: str) -> None:
         if not self._started:
             self.commented = True
-            await self._start(200, [*EVENT_STREAM, (b"x-request-id", self.request_id)])
+            await self._start(200, [*EVENT_STREAM, (b"x-request-id", self.request_id)], events=True)
         await self._part(comment(words))
 
     async def of(self, response: httpx.Response) -> None:
@@ -62,15 +64,11 @@ class Answer:
             await self.whole(await read_whole(response))
             return
         if not self.commented:
-            await self._start(response.status_code, _back(response.headers.raw))
-        tail = b"\n\n"
+            await self._start(response.status_code, _back(response.headers.raw), events=events)
         try:
             async for chunk in response.aiter_raw():
                 await self._part(chunk)
-                tail = (tail + chunk)[-2:]
         except httpx.TransportError:
-            if not events or tail != b"\n\n":  # in the middle of an event nothing can be said
-                raise BrokenOff from None
             await self.error(RouteError(503, "unavailable", "the replica was lost while it answered"))
         else:
             await self._end()
@@ -87,19 +85,24 @@ class Answer:
         """Ours: as a whole, or as the last event of a stream that has begun.
 
         Raises:
-            BrokenOff: something else has begun.
+            BrokenOff: something else has begun, or an event that has not ended.
         """
         if not self._started:
             self._started = self._ended = True
             await send_error(self._send, error, self.request_id)
-        elif not self._ended:
+        elif self._tail == EVENT_END and not self._ended:
             await self._end(event(body_of(error)))
+        else:
+            raise BrokenOff from None
 
-    async def _start(self, status: int, headers: Headers) -> None:
+    async def _start(self, status: int, headers: Headers, *, events: bool = False) -> None:
         self._started = True
+        self._tail = EVENT_END if events else None
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
 
     async def _part(self, data: bytes) -> None:
+        if self._tail is not None:
+            self._tail = (self._tail + data)[-len(EVENT_END) :]
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
     async def _end(self, data: bytes = b"") -> None:

@@ -77,15 +77,18 @@ class HttpProxy:
     async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
         answer = Answer(send, request_id_of(request))
+        if not request.scope["raw_path"].startswith(b"/"):  # `*`, or the address of another server
+            await answer.error(RouteError(400, "bad_request", "the target must be a path"))
+            return
         with suppress(ClientDisconnect):
             try:
                 with self._room.enter() as held:
-                    body = await _read(request, held, self._room.limits.max_request_bytes)
+                    body = await _read(request, held, self._room.limits.largest_request)
                     await unless_gone(receive, _Exchange(self, request, body, answer, held).run())
             except (Refused, RouteError) as error:
                 await answer.error(error)
-            except BrokenOff:
-                raise  # ends the connection, of which uvicorn says nothing
+            except (BrokenOff, ClientDisconnect):
+                raise  # the one ends the connection, of which uvicorn says nothing; the other has ended it
             except Exception:  # a fault of ours: the client learns an id, the log the rest
                 log.exception("a request failed", extra={"error_id": answer.request_id.decode()})
                 await answer.error(RouteError(500, "internal", f"internal error {answer.request_id.decode()}"))
@@ -106,7 +109,7 @@ class HttpProxy:
             httpx.TransportError: there is none.
         """
         scheme = "http" if self._tls is None else "https"
-        target = request.scope["raw_path"] + (b"?" + query if (query := request.scope["query_string"]) else b"")
+        target: bytes = request.scope["raw_path"] + (b"?" + query if (query := request.scope["query_string"]) else b"")
         url = httpx.URL(f"{scheme}://{bracketed(replica.host)}:{replica.http_port}").copy_with(raw_path=target)
         # Not built by the client, which would add headers of its own
         outgoing = httpx.Request(

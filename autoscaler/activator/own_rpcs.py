@@ -97,6 +97,8 @@ class _Own:
             if (status := self._status(request.service)) != last:
                 last = status
                 yield health_pb2.HealthCheckResponse(status=status)
+            if self._room.closed:
+                return
             await self._room.changed(CHECK_SECONDS)
 
     def _status(self, service: str) -> Any:

@@ -29,12 +29,15 @@ class HoldLimits:
         for name in ("max_requests", "max_bytes", "max_request_bytes"):
             if (count := getattr(self, name)) < 1:
                 raise ValueError(f"{name}: {count} must be at least 1")
-        if self.max_request_bytes > self.max_bytes:
-            raise ValueError(f"max_request_bytes: {self.max_request_bytes} must be at most max_bytes, {self.max_bytes}")
         if not self.hold_seconds > 0:
             raise ValueError(f"hold_seconds: {self.hold_seconds:g} must be more than 0")
         if self.comment_after_seconds is not None and not self.comment_after_seconds >= 0:
             raise ValueError(f"comment_after_seconds: {self.comment_after_seconds:g} must be at least 0")
+
+    @property
+    def largest_request(self) -> int:
+        """Bytes; what is larger will never fit."""
+        return min(self.max_request_bytes, self.max_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

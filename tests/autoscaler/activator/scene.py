@@ -10,6 +10,7 @@ async with grpc_scene() as here:
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -99,7 +100,10 @@ class FakeReplica(grpc.GenericRpcHandler):
             self.calls.append(details.method)
             self.metadata.append(dict(context.invocation_metadata()))
             self.remaining.append(context.time_remaining())
-            await self._run(self.rpc(self, context))
+            try:
+                await self._run(self.rpc(self, context))
+            except grpc.aio.InternalError:  # who asked has gone
+                raise asyncio.CancelledError from None
 
         return grpc.stream_stream_rpc_method_handler(behave)
 
@@ -134,6 +138,7 @@ class Scene:
     channel: grpc.aio.Channel = field(init=False)
     http: httpx.AsyncClient = field(init=False)
     tasks: list[asyncio.Task[Any]] = field(default_factory=list)
+    stopping: list[asyncio.Task[None]] = field(default_factory=list)
     replicas: int = 0
 
     async def held(self, count: int) -> None:
@@ -166,16 +171,16 @@ class Scene:
         try:
             yield replica
         finally:
-            await replica.stop()
+            self.stopping.append(asyncio.create_task(replica.stop()))
 
     def serve(self, *replicas: FakeReplica) -> None:
         self.room.serve([each.address for each in replicas])
 
 
 @asynccontextmanager
-async def grpc_scene(limits: HoldLimits | None = None) -> AsyncIterator[Scene]:
+async def grpc_scene(limits: HoldLimits | None = None, **options: Any) -> AsyncIterator[Scene]:
     here = Scene(Room(limits))
-    port = GrpcProxy(here.room)
+    port = GrpcProxy(here.room, **options)
     here.grpc_address = f"127.0.0.1:{await port.start('127.0.0.1:0')}"
     options = [("grpc.max_receive_message_length", -1)]
     async with grpc.aio.insecure_channel(here.grpc_address, options=options) as here.channel, _ending(here, port):
@@ -194,15 +199,29 @@ async def http_scene(limits: HoldLimits | None = None) -> AsyncIterator[Scene]:
 
 @asynccontextmanager
 async def _ending(here: Scene, port: GrpcProxy | HttpProxy) -> AsyncIterator[None]:
-    """In the end nothing of any request may be left anywhere."""
+    """In the end nothing of any request may be left anywhere, and nothing may have been logged as an error."""
+    errors = _Errors(logging.ERROR)
+    logging.getLogger().addHandler(errors)
     try:
         yield
         for task in here.tasks:
             task.cancel()
-        await asyncio.gather(*here.tasks, return_exceptions=True)
     finally:
-        await port.stop(0)
+        await asyncio.gather(port.stop(0), *here.stopping, *here.tasks, return_exceptions=True)
+        logging.getLogger().removeHandler(errors)
+    await until(lambda: not here.room._entered)  # the tasks of RPCs end after their port
     assert_nothing_is_left(here.room)
+    assert errors.messages == []
+
+
+class _Errors(logging.Handler):
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.name.startswith(("autoscaler", "grpc")):  # asyncio also has what other tests leave behind
+            self.messages.append(record.getMessage())
 
 
 def assert_nothing_is_left(room: Room) -> None:

@@ -232,10 +232,11 @@ async def test_big_messages_pass_and_too_big_ones_are_refused() -> None:
     async with grpc_scene(HoldLimits(max_request_bytes=8 * 2**20)) as here:
         big = b"x" * (8 * 2**20 - 100)
 
-        async def size(replica: FakeReplica, context: Any) -> None:
-            await context.write(await context.read())
+        async def returns(replica: FakeReplica, context: Any) -> None:
+            if (message := await context.read()) is not grpc.aio.EOF:
+                await context.write(message)
 
-        async with here.replica(rpc=size) as replica:
+        async with here.replica(rpc=returns) as replica:
             # The replica's limit is 4 MiB: what it says comes through.
             error = await error_of(here.call(big))
             assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -457,3 +458,62 @@ async def test_closing_the_room_tells_who_waits_at_once() -> None:
             error = await error_of(call)
             assert error.code() is grpc.StatusCode.UNAVAILABLE
             assert error.details() == "the activator is shutting down; retry"
+
+
+@pytest.mark.parametrize("policy", ["pick_first", "round_robin"])
+async def test_a_channel_moves_on_while_its_long_stream_goes_on(policy: str) -> None:
+    """What stands for a Service sends new connections to the replica and leaves the old ones where they are."""
+    config = f'{{"loadBalancingConfig": [{{"{policy}": {{}}}}]}}'
+    async with grpc_scene(connection_seconds=0.3) as here, here.replica() as replica, Service() as service:
+        service.port = int(here.grpc_address.rpartition(":")[2])
+        options = [("grpc.service_config", config), ("grpc.use_local_subchannel_pool", 1)]
+        async with grpc.aio.insecure_channel(f"dns:///localhost:{service.own_port}", options=options) as channel:
+            long = channel.stream_stream(METHOD)()
+            await long.write(b"0")
+            assert await long.read() == b"r0:0"
+            service.port = replica.address.grpc_port
+            before = -1
+            while here.room.outcomes["answered"] != before:  # until a request comes to the replica without us
+                before = here.room.outcomes["answered"]
+                call = channel.stream_stream(METHOD)(timeout=10)
+                await call.write(b"x")
+                await call.done_writing()
+                assert [answer async for answer in call] == [b"r0:x"]
+            await long.write(b"1")
+            assert await long.read() == b"r0:1"
+            long.cancel()
+
+
+class Service:
+    """A TCP port that leads new connections to `port`."""
+
+    port: int
+    own_port: int
+
+    async def __aenter__(self) -> Service:
+        self._connections: list[asyncio.Task[None]] = []
+        self._server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
+        self.own_port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+        for connection in self._connections:
+            connection.cancel()
+        await asyncio.gather(*self._connections, return_exceptions=True)
+
+    def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._connections.append(asyncio.create_task(self._lead(reader, writer)))
+
+    async def _lead(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_connection("127.0.0.1", self.port)
+        await asyncio.gather(_pump(reader, back), _pump(there, writer), return_exceptions=True)
+
+
+async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    try:
+        while data := await reader.read(2**16):
+            writer.write(data)
+            await writer.drain()
+    finally:
+        writer.close()

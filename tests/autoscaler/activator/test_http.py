@@ -83,15 +83,19 @@ async def test_a_request_gets_an_id_if_it_has_none() -> None:
         assert len(replica.requests[0].headers["x-request-id"]) == 16
 
 
-@pytest.mark.parametrize("status", [200, 201, 400, 401, 404, 408, 413, 429, 500])
-async def test_an_answer_comes_through_exactly(status: int) -> None:
-    route = answers(status, {"error": "é"}, x_mine="1", www_authenticate="Bearer")
-    async with http_scene() as here, here.replica(route=route) as replica:
-        response = await asks(here)
-        assert (response.status_code, response.json()) == (status, {"error": "é"})
-        assert (response.headers["x-mine"], response.headers["www-authenticate"]) == ("1", "Bearer")
-        assert len(response.headers.get_list("date")) == 1
-        assert len(replica.calls) == 1
+async def test_answers_come_through_exactly() -> None:
+    async def says(replica: FakeReplica, request: Request) -> Response:
+        status = int((await request.body()).decode())
+        return JSONResponse({"error": "é"}, status, {"x-mine": "1", "www-authenticate": "Bearer"})
+
+    statuses = [200, 201, 400, 401, 404, 408, 413, 429, 500]
+    async with http_scene() as here, here.replica(route=says) as replica:
+        for status in statuses:
+            response = await here.http.post(CHAT, json=status)
+            assert (response.status_code, response.json()) == (status, {"error": "é"})
+            assert (response.headers["x-mine"], response.headers["www-authenticate"]) == ("1", "Bearer")
+            assert len(response.headers.get_list("date")) == 1
+        assert len(replica.calls) == len(statuses)
 
 
 async def test_a_client_that_goes_away_in_the_room_frees_its_place() -> None:
@@ -312,3 +316,33 @@ async def test_closing_the_room_tells_who_waits_at_once() -> None:
         await here.held(1)
         here.room.close()
         assert error(await answer, 503)["message"] == "the activator is shutting down; retry"
+
+
+async def test_a_target_that_is_no_path_is_refused() -> None:
+    async with http_scene() as here, here.replica() as replica:
+        for target in (b"*", b"http://elsewhere/v1/models"):
+            reader, writer = await asyncio.open_connection("127.0.0.1", int(here.http_address.rpartition(":")[2]))
+            writer.write(b"OPTIONS %b HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n" % target)
+            assert (await reader.read()).startswith(b"HTTP/1.1 400 ")
+            writer.close()
+        assert replica.calls == []
+
+
+async def test_an_answer_that_the_activator_has_to_cut_off_is_seen_to_be_cut_off() -> None:
+    async def endless(replica: FakeReplica, request: Request) -> Response:
+        async def parts() -> AsyncIterator[bytes]:
+            yield b'{"half'
+            await asyncio.Event().wait()
+
+        return StreamingResponse(parts(), media_type="application/json")
+
+    async with (
+        http_scene() as here,
+        here.replica(route=endless) as replica,
+        here.http.stream("POST", CHAT) as response,
+    ):
+        parts = response.aiter_raw()
+        assert await anext(parts) == b'{"half'
+        await replica.stop()
+        with pytest.raises(httpx.RemoteProtocolError):
+            await anext(parts)
