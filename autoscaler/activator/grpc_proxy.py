@@ -16,16 +16,18 @@ client ◄─ write ────────── read ───── replica 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import math
 import secrets
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import grpc
 
 from autoscaler.activator.channels import Channels
 from autoscaler.activator.hold import Held, Room
+from autoscaler.activator.inbox import Inbox
 from autoscaler.activator.own_rpcs import own_rpcs
 from autoscaler.activator.refused import Reason, Refused
 from autoscaler.activator.replica import Replica
@@ -208,65 +210,6 @@ class _Call:
         self._context.set_details(await call.details() or "")
 
 
-class Inbox:
-    """What the client sends: one message is read ahead, and all are kept until the answer starts."""
-
-    def __init__(self, read: Callable[[], Awaitable[Any]], held: Held) -> None:
-        self._read = read
-        self._held = held
-        self._kept: list[bytes] | None = []
-        self._ended = False
-        self._reading: asyncio.Task[Any] | None = None  # outlives an attempt, which may end while it waits
-
-    async def first(self) -> None:
-        """Until there is something to do.
-
-        Raises:
-            Refused: it did not come in time, or does not fit.
-        """
-        await self._held.until_here(self.get(0))
-
-    async def get(self, index: int) -> bytes | None:
-        """Message `index`; None: there is none. Indices go up, and begin anew with each attempt."""
-        if self._kept is not None and index < len(self._kept):
-            return self._kept[index]
-        if self._ended:
-            return None
-        if self._reading is None or self._reading.done():
-            self._reading = asyncio.ensure_future(self._next())
-        return await asyncio.shield(self._reading)
-
-    @property
-    def repeatable(self) -> bool:
-        """All of it could be sent anew."""
-        return self._kept is not None
-
-    def forget(self) -> None:
-        """Nothing will be sent anew."""
-        self._kept = None
-        self._held.forget()
-
-    def close(self) -> None:
-        if self._reading is not None and not self._reading.cancel() and not self._reading.cancelled():
-            self._reading.exception()  # of a client that has gone, which nobody waits to hear
-
-    async def _next(self) -> bytes | None:
-        message = await self._read()
-        if message is grpc.aio.EOF:
-            self._ended = True
-            return None
-        if self._kept is not None:
-            try:
-                self._held.keep(len(message))
-                self._kept.append(message)
-            except Refused:
-                if not self._kept:
-                    raise
-                self.forget()  # a long one: it goes on, and only cannot be repeated
-        data: bytes = message
-        return data
-
-
 class _NotReached(grpc.aio.AioRpcError):
     def __init__(self, replica: Replica) -> None:
         nothing = grpc.aio.Metadata()
@@ -277,10 +220,10 @@ class _NotReached(grpc.aio.AioRpcError):
 async def _send(inbox: Inbox, call: Any) -> None:
     """All that the client sends, from its first message on."""
     try:
-        index = 0
-        while (message := await inbox.get(index)) is not None:
+        for number in itertools.count():
+            if (message := await inbox.get(number)) is None:
+                break
             await call.write(message)
-            index += 1
         await call.done_writing()
     except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
         pass  # the replica has ended it, as the other direction will see

@@ -29,7 +29,7 @@ from types import TracebackType
 from typing import Any
 
 from autoscaler.activator.progress import Progress
-from autoscaler.activator.refused import Reason, Refused
+from autoscaler.activator.refused import Gone, Reason, Refused
 from autoscaler.activator.replica import Replica, Window
 from autoscaler.activator.settings import HoldLimits
 
@@ -48,7 +48,7 @@ class Held:
         self.size = 0
         self.not_before = 0.0
         self.room = room
-        self._deadline = deadline
+        self.deadline = deadline
         self._granted: asyncio.Future[Replica] | None = None
         self._window: Window | None = None
         self._lost = 0
@@ -72,7 +72,7 @@ class Held:
     def until(self) -> float:
         """Its deadline, the client's or ours."""
         ours = self.arrived + self.room.limits.hold_seconds
-        return ours if self._deadline is None else min(ours, self._deadline)
+        return ours if self.deadline is None else min(ours, self.deadline)
 
     def keep(self, size: int) -> None:
         """So many bytes more of it are kept, for the replica.
@@ -150,8 +150,8 @@ class Held:
 
     def late(self) -> Refused:
         """What it ends with when `until` has come."""
-        if self.until == self._deadline:
-            return Refused(Reason.DEADLINE, "the deadline passed while the request waited for a replica")
+        if self.until == self.deadline:
+            return Refused(Reason.DEADLINE, "the deadline passed before a replica answered")
         seconds = self.room.limits.hold_seconds
         return self.room.refuse(Reason.TIMEOUT, f"no replica took the request within {seconds:g} s")
 
@@ -170,7 +170,8 @@ class Room:
     Attributes:
         wake: set when a request comes to wait and there is no replica. Who waits for it clears it.
         closing: set when nothing more comes in.
-        outcomes: how requests ended: `answered`, `cancelled`, or a Reason.
+        changes: of replicas and progress, so far.
+        outcomes: how requests ended: `answered`, `cancelled`, `failed` (what was wrong with them), or a Reason.
     """
 
     def __init__(self, limits: HoldLimits | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -180,6 +181,7 @@ class Room:
         self.closing = asyncio.Event()
         self.outcomes: Counter[str] = Counter()
         self.held_bytes = 0
+        self.changes = 0
         self._progress = Progress()
         self._windows: tuple[Window, ...] = ()
         self._entered: set[Held] = set()  # without the beginning of an answer
@@ -241,10 +243,11 @@ class Room:
     def words(self) -> str:
         return self._progress.words(self.now())
 
-    async def changed(self, seconds: float) -> None:
-        """Until replicas or progress are others, or so long."""
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._changed.wait(), seconds)
+    async def changed(self, since: int, seconds: float) -> None:
+        """Until replicas or progress are others than they were when `changes` was `since`, or so long."""
+        if self.changes == since:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), seconds)
 
     # -- for requests ------------------------------------------------------------------------------------------
 
@@ -298,8 +301,10 @@ class Room:
             self.outcomes["answered"] += 1
         elif isinstance(error, Refused):
             self._count(error)
-        elif error is not None:
-            self.outcomes["cancelled"] += 1
+        elif error is None:  # the last replica's error is the answer
+            self.outcomes[Reason.LOST] += 1
+        else:
+            self.outcomes["cancelled" if isinstance(error, asyncio.CancelledError | Gone) else "failed"] += 1
 
     def _count(self, error: Refused) -> Refused:
         self.outcomes[error.reason] += 1
@@ -309,6 +314,7 @@ class Room:
         return Refused(Reason.CLOSING, "the activator is shutting down; retry", RETRY_SECONDS[0])
 
     def _notify(self) -> None:
+        self.changes += 1
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 

@@ -18,28 +18,26 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import httpx
-import msgspec
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.routing import Router
 from starlette.types import Receive, Scope, Send
 
 from autoscaler.activator.channels import CONNECT_SECONDS, bracketed
 from autoscaler.activator.hold import REST_SECONDS, Held, Room
-from autoscaler.activator.http_answer import Answer, BrokenOff, Whole, one_hop, read_whole
-from autoscaler.activator.http_replies import Headers, RouteError, own_routes, request_id_of
+from autoscaler.activator.http_answer import Answer, BrokenOff, Whole, read_whole
+from autoscaler.activator.http_replies import RouteError, own_routes, request_id_of
+from autoscaler.activator.http_request import onward, read, wishes_of
 from autoscaler.activator.http_server import HttpServer
-from autoscaler.activator.refused import Reason, Refused
+from autoscaler.activator.refused import Gone, Reason, Refused
 from autoscaler.activator.replica import Replica
 from autoscaler.activator.settings import TlsFiles
 from autoscaler.activator.tls import client_context
 
 log = logging.getLogger(__name__)
 
-BODY_SECONDS = 60.0  # for a whole body to arrive, as at the servers
 WRITE_SECONDS = 60.0  # for a replica to take what is sent
 KEPT_SECONDS = 5.0  # connections to replicas, which close theirs after 75
 COMMENT_SECONDS = 2.0  # between two comments
-STREAMS = ("/v1/chat/completions", "/v1/completions")
 
 
 class HttpProxy:
@@ -80,14 +78,14 @@ class HttpProxy:
         if not request.scope["raw_path"].startswith(b"/"):  # `*`, or the address of another server
             await answer.error(RouteError(400, "bad_request", "the target must be a path"))
             return
-        with suppress(ClientDisconnect):
+        with suppress(Gone):
             try:
                 with self._room.enter() as held:
-                    body = await _read(request, held, self._room.limits.largest_request)
+                    body = await read(request, held, self._room.limits.largest_request)
                     await unless_gone(receive, _Exchange(self, request, body, answer, held).run())
             except (Refused, RouteError) as error:
                 await answer.error(error)
-            except (BrokenOff, ClientDisconnect):
+            except (BrokenOff, Gone):
                 raise  # the one ends the connection, of which uvicorn says nothing; the other has ended it
             except Exception:  # a fault of ours: the client learns an id, the log the rest
                 log.exception("a request failed", extra={"error_id": answer.request_id.decode()})
@@ -115,7 +113,7 @@ class HttpProxy:
         outgoing = httpx.Request(
             request.method,
             url,
-            headers=_onward(request, request_id),
+            headers=onward(request, request_id),
             content=body,
             extensions={} if self._tls is None else {"sni_hostname": self._tls.server_name},
         )
@@ -140,14 +138,17 @@ class _Exchange:
         self._comments: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
-        if self._proxy.room.limits.comment_after_seconds is not None and _streams(self._request, self._body):
+        wishes = wishes_of(self._request, self._body)
+        if wishes.timeout is not None:
+            self._held.deadline = self._held.arrived + wishes.timeout
+        if wishes.stream and self._proxy.room.limits.comment_after_seconds is not None:
             self._comments = asyncio.create_task(self._comment(), name="activator-comments")
         try:
             while not await self._attempt(await self._held.turn()):
                 pass
-        except (Refused, RouteError):
+        except Refused as refused:
             await self._no_more_comments()
-            if self._last is None:
+            if self._last is None or refused.reason is Reason.DEADLINE:
                 raise
             await self._answer.whole(self._last)  # what a replica has said of it says more
         finally:
@@ -160,8 +161,12 @@ class _Exchange:
             Refused, RouteError: none may.
         """
         held = self._held
+        left = None if held.deadline is None else held.deadline - self._proxy.room.now()
         try:
-            async with self._proxy.to(replica, self._request, self._body, self._answer.request_id) as response:
+            async with (
+                asyncio.timeout(left) as limit,
+                self._proxy.to(replica, self._request, self._body, self._answer.request_id) as response,
+            ):
                 hint = _retry_after(response)
                 if (response.status_code == 429 and hint is not None) or response.status_code == 503:
                     self._last = await read_whole(response)
@@ -169,6 +174,7 @@ class _Exchange:
                         held.refused(hint)
                         return False
                     return self._lost(reached=True)
+                limit.reschedule(None)
                 held.started()
                 self._body = b""
                 await self._no_more_comments()
@@ -176,6 +182,8 @@ class _Exchange:
                 return True
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout):
             return self._lost(reached=False)
+        except TimeoutError:
+            raise held.late() from None
         except httpx.ReadTimeout:
             seconds = self._proxy.room.limits.hold_seconds
             held.started()  # its time is over, here and at every other
@@ -209,58 +217,6 @@ class _Exchange:
             self._comments = None
 
 
-class _Asks(msgspec.Struct):
-    stream: Any = False
-
-
-def _streams(request: Request, body: bytes) -> bool:
-    """Whether the answer will be server-sent events."""
-    if request.method != "POST" or request.url.path not in STREAMS:
-        return False
-    try:
-        return msgspec.json.decode(body, type=_Asks).stream is True
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return False  # the replica will say what is wrong
-
-
-async def _read(request: Request, held: Held, max_bytes: int) -> bytes:
-    """The body, for which there is a place.
-
-    Raises:
-        Refused: there is none.
-        RouteError: it is too large, or takes too long.
-    """
-    too_large = RouteError(413, "body_too_large", f"the body has more than {max_bytes} bytes")
-    if int(request.headers.get("content-length", "0")) > max_bytes:  # the HTTP parser lets digits pass alone
-        raise too_large
-    parts, size = [], 0
-    try:
-        async with asyncio.timeout(BODY_SECONDS):
-            async for part in request.stream():
-                size += len(part)
-                if size > max_bytes:
-                    raise too_large
-                held.keep(len(part))
-                parts.append(part)
-    except TimeoutError:
-        raise RouteError(408, "timeout", f"the body did not arrive within {BODY_SECONDS:.0f} seconds") from None
-    return b"".join(parts)
-
-
-def _onward(request: Request, request_id: bytes) -> Headers:
-    """Headers for the replica: the client's, without those of its connection, and where it came from at the end of
-    `x-forwarded-for`. Whether it believes that is the replica's choice."""
-    dropped = one_hop(request.headers.raw) | {b"x-forwarded-for", b"x-request-id", b"content-length"}
-    headers = [(name, value) for name, value in request.headers.raw if name not in dropped]
-    way = [value for name, value in request.headers.raw if name == b"x-forwarded-for"]
-    if request.client is not None:
-        way.append(request.client.host.encode())
-    headers += [(b"x-forwarded-for", b", ".join(way)), (b"x-request-id", request_id)]
-    if b"x-forwarded-proto" not in dict(headers):
-        headers.append((b"x-forwarded-proto", request.scope["scheme"].encode()))
-    return headers
-
-
 def _retry_after(response: httpx.Response) -> float | None:
     """Seconds that the replica asks to wait."""
     exact, whole = response.headers.get("retry-after-ms", ""), response.headers.get("retry-after", "")
@@ -273,13 +229,13 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, None]) -> None
     """Do the work. If the client goes first, or this is cancelled, the work is cancelled and awaited.
 
     Raises:
-        ClientDisconnect: the client has gone.
+        Gone: the client has.
     """
     task, gone = asyncio.create_task(work), asyncio.create_task(_disconnected(receive))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise ClientDisconnect
+            raise Gone
         task.result()
     finally:
         task.cancel()

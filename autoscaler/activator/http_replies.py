@@ -152,6 +152,6 @@ class _Figures(Collector):
         for name, text, value in gauges:
             yield GaugeMetricFamily(name, text, value)
         ends = CounterMetricFamily("nemoserve_activator_requests", "Requests by their end.", labels=["outcome"])
-        for outcome in ("answered", "cancelled", *Reason):
+        for outcome in ("answered", "cancelled", "failed", *Reason):
             ends.add_metric([outcome], room.outcomes[outcome])
         yield ends

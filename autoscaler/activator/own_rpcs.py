@@ -94,12 +94,13 @@ class _Own:
     async def watch(self, request: Any, context: Context) -> AsyncIterator[Any]:
         last = None
         while True:
+            seen = self._room.changes
             if (status := self._status(request.service)) != last:
                 last = status
                 yield health_pb2.HealthCheckResponse(status=status)
             if self._room.closed:
                 return
-            await self._room.changed(CHECK_SECONDS)
+            await self._room.changed(seen, CHECK_SECONDS)
 
     def _status(self, service: str) -> Any:
         kinds = health_pb2.HealthCheckResponse
@@ -118,8 +119,9 @@ class _Own:
             message = f"interval_seconds: {interval} must be between {low:g} and {high:g}, or 0"
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, message)
         while not self._room.replicas and not self._room.closed:
+            seen = self._room.changes
             yield pb.WatchLoadResponse(load=self._load())
-            await self._room.changed(interval)
+            await self._room.changed(seen, interval)
         await context.abort(grpc.StatusCode.UNAVAILABLE, "there are replicas now; watch one of them")
 
     def _load(self) -> pb.Load:

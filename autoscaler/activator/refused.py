@@ -15,6 +15,10 @@ class Reason(enum.StrEnum):
     CLOSING = "closing"
 
 
+class Gone(Exception):
+    """The client has gone, and nobody is there to be told anything."""
+
+
 class Refused(Exception):
     """A request ends without an answer of a replica.
 

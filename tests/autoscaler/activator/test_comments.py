@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from autoscaler.activator import HoldLimits
-from autoscaler.activator.http_proxy import STREAMS
+from autoscaler.activator.http_request import GENERATION as STREAMS
 from tests.autoscaler.activator.scene import FakeReplica, Scene, http_scene, until
 
 SOON = HoldLimits(comment_after_seconds=0.01)

@@ -135,6 +135,29 @@ async def test_hold_seconds_ends_the_wait_with_503() -> None:
         assert int(response.headers["retry-after-ms"]) >= 1000
 
 
+@pytest.mark.parametrize("handed", [False, True])
+async def test_a_clients_own_timeout_ends_the_wait_with_408(handed: bool) -> None:
+    async def silent(replica: FakeReplica, request: Request) -> Response:
+        await asyncio.Event().wait()
+        return Response()
+
+    async with http_scene() as here, here.replica(route=silent, serve=handed) as replica:
+        answers = asyncio.gather(
+            here.http.post(CHAT, json={"timeout": 0.1}),
+            here.http.post(CHAT, json={}, headers={"x-request-timeout": "0.1"}),
+        )
+        for response in await answers:
+            assert error(response, 408)["code"] == "deadline_exceeded"
+        assert len(replica.calls) == (2 if handed else 0)
+        assert here.room.outcomes == {"deadline": 2}
+
+
+async def test_a_timeout_that_makes_no_sense_is_for_the_replica_to_refuse() -> None:
+    async with http_scene() as here, here.replica():
+        for timeout in (0, -1, "x", [], True, 1e400):
+            assert (await here.http.post(CHAT, content=json.dumps({"timeout": timeout}))).status_code == 200
+
+
 async def test_a_replica_that_takes_the_request_and_says_nothing_is_504() -> None:
     async def silent(replica: FakeReplica, request: Request) -> Response:
         await asyncio.sleep(5)

@@ -197,6 +197,17 @@ async def test_the_wake_comes_again_when_all_replicas_go_and_somebody_waits() ->
         assert asked.room.wake.is_set()
 
 
+async def test_who_looks_for_changes_misses_none() -> None:
+    room = Room()
+    seen = room.changes
+    room.progress("reading weights")  # before anybody waits
+    await asyncio.wait_for(room.changed(seen, 60), 10)
+    waiting = asyncio.create_task(room.changed(room.changes, 60))
+    await settle()
+    room.serve([replica()])
+    await asyncio.wait_for(waiting, 10)
+
+
 async def test_progress_is_told_in_words_and_its_end_comes_nearer() -> None:
     now = 0.0
     room = Room(clock=lambda: now)
