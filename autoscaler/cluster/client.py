@@ -125,7 +125,7 @@ class ApiCluster:
         path = self._path(kind, name, subresource)
         return await self._call("PATCH", path, body=dict(patch), content_type=MERGE_PATCH)
 
-    async def watch(self, kind: Kind, resource_version: str, label_selector: str = "") -> AsyncIterator[WatchEvent]:
+    async def watch(self, kind: Kind, resource_version: str, label_selector: str = "") -> AsyncGenerator[WatchEvent]:
         query = [
             ("watch", "true"),
             ("allowWatchBookmarks", "true"),

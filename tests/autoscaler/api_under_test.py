@@ -81,7 +81,7 @@ class Api:
         if token:
             headers["authorization"] = f"Bearer {token}"
         request = await self.client.param_serialize(method, path, header_params=headers, body=body, **auth)
-        answer = await self.client.call_api(*request, _request_timeout=20)
+        answer: Any = await self.client.call_api(*request, _request_timeout=20)
         return Answer(answer.status, json.loads(await answer.read()), answer.headers)
 
     async def patch(self, path: str, patch: Any, kind: str = "merge-patch") -> Answer:
@@ -114,7 +114,8 @@ async def real() -> AsyncIterator[Api]:
 async def _signed_in(kubeconfig: Path, fake: FakeApi | None) -> AsyncIterator[Api]:
     namespace = f"nemoserve-{uuid.uuid4().hex[:8]}"
     configuration = Configuration()
-    await load_kube_config(str(kubeconfig), client_configuration=configuration, persist_config=False)
+    load: Any = load_kube_config  # untyped
+    await load(str(kubeconfig), client_configuration=configuration, persist_config=False)
     limits = Limits(call=20.0, watch=1 if fake else 5)
     async with (
         ApiClient(configuration) as client,

@@ -99,7 +99,9 @@ async def test_a_server_that_comes_back_is_found_again(api: FakeApi, cluster: Ap
 async def test_an_answer_of_a_proxy_in_between_is_no_status(tmp_path: Path) -> None:
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
-        writer.write(b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 6\r\nConnection: close\r\n\r\n<html>")
+        writer.write(
+            b"HTTP/1.1 502 Bad Gateway\r\nRetry-After: 3\r\nContent-Length: 6\r\nConnection: close\r\n\r\n<html>"
+        )
         writer.close()
 
     async with await asyncio.start_server(answer, "127.0.0.1", 0) as proxy:
@@ -107,7 +109,7 @@ async def test_an_answer_of_a_proxy_in_between_is_no_status(tmp_path: Path) -> N
         fake._port = proxy.sockets[0].getsockname()[1]
         async with connect(str(fake.kubeconfig(tmp_path)), limits=SHORT) as cluster:
             error = await refusal(cluster)
-    assert (error.code, error.reason) == (502, "Bad Gateway")
+    assert (error.code, error.reason, error.retry_after) == (502, "Bad Gateway", 3)
 
 
 # -- watches ---------------------------------------------------------------------------------------------------

@@ -538,17 +538,21 @@ async def grant(api: Api, *rules: Json) -> str:
 
 async def test_an_account_does_what_its_role_says_and_no_more(api: Api) -> None:
     await api.cluster.create(DEPLOYMENTS, workload())
+    await api.cluster.create(STATEFUL_SETS, workload(kind="StatefulSet"))
     await api.cluster.create(LEASES, lease())
     await api.cluster.create(LEASES, lease("other"))
     token = await grant(
         api,
         {"apiGroups": ["apps"], "resources": ["deployments/scale"], "verbs": ["get", "patch"]},
+        {"apiGroups": ["apps"], "resources": ["statefulsets"], "verbs": ["get"]},
         {"apiGroups": ["coordination.k8s.io"], "resources": ["leases"], "verbs": ["get"], "resourceNames": ["lock"]},
     )
     for method, path, code in (
         ("GET", api.path(DEPLOYMENTS, "nemo", "scale"), 200),
         ("GET", api.path(DEPLOYMENTS, "nemo"), 403),
         ("PUT", api.path(DEPLOYMENTS, "nemo", "scale"), 403),
+        ("GET", api.path(STATEFUL_SETS, "nemo"), 200),
+        ("GET", api.path(STATEFUL_SETS, "nemo", "scale"), 403),
         ("GET", api.path(LEASES, "lock"), 200),
         ("GET", api.path(LEASES, "other"), 403),
         ("GET", api.path(LEASES), 403),

@@ -10,7 +10,7 @@ import pytest
 
 from autoscaler.cluster.client import connect
 from autoscaler.cluster.face import LEASES, QUEUE_AUTOSCALERS, ClusterError, Json
-from tests.autoscaler.api_under_test import definition
+from tests.autoscaler.api_under_test import CRDS, definition
 from tests.autoscaler.bodies import lease, scaler
 from tests.autoscaler.fake_api import FakeApi, Fault
 from tests.autoscaler.fake_api.cel import Rule, UnsupportedRule
@@ -121,9 +121,8 @@ async def test_each_call_is_logged_with_who_made_it(tmp_path: Path) -> None:
 async def test_what_goes_with_a_definition_are_its_objects(tmp_path: Path) -> None:
     async with FakeApi() as api:
         api.apply(definition(), scaler())
-        crds = api.machinery.resource("apiextensions.k8s.io", "customresourcedefinitions")
         async with connect(str(api.kubeconfig(tmp_path))) as cluster:
             assert len((await cluster.list(QUEUE_AUTOSCALERS))["items"]) == 1
-            api.machinery.delete(crds, "", definition()["metadata"]["name"], {})
+            api.delete(CRDS, definition()["metadata"]["name"], namespace="")
             with pytest.raises(ClusterError, match="could not find the requested resource"):
                 await cluster.list(QUEUE_AUTOSCALERS)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from autoscaler.cluster import objects
-from autoscaler.cluster.face import DEPLOYMENTS, PODS, STATEFUL_SETS
+from autoscaler.cluster.face import DEPLOYMENTS, PODS, STATEFUL_SETS, Kind
 from autoscaler.fleet import Phase
 from tests.autoscaler.fake_api import Container, FakeApi, Workloads, endpoints
 from tests.autoscaler.fake_api.errors import Json
@@ -38,12 +38,11 @@ def phases(api: FakeApi) -> list[Phase]:
     return sorted((pod.phase for pod in pods(api)), key=list(Phase).index)
 
 
-def change(api: FakeApi, kind: str, name: str, **parts: Json) -> None:
-    resource = api.machinery.resource("" if kind == "pods" else "apps", kind)
-    api.machinery.update(resource, "default", name, lambda old: old | {key: old[key] | parts[key] for key in parts})
+def change(api: FakeApi, kind: Kind, name: str, **parts: Json) -> None:
+    api.update(kind, name, lambda old: old | {key: old[key] | parts[key] for key in parts})
 
 
-def scale(api: FakeApi, replicas: int, kind: str = "deployments") -> None:
+def scale(api: FakeApi, replicas: int, kind: Kind = DEPLOYMENTS) -> None:
     change(api, kind, "nemo", spec={"replicas": replicas})
 
 
@@ -86,7 +85,7 @@ async def test_the_cheapest_pod_is_ended_and_has_its_time(api: FakeApi) -> None:
     async with Workloads(api, program):
         await api.until(lambda: phases(api) == [Phase.READY] * 3)
         victim = pods(api)[1]
-        change(api, "pods", victim.name, metadata={"annotations": {objects.DELETION_COST: "-1000"}})
+        change(api, PODS, victim.name, metadata={"annotations": {objects.DELETION_COST: "-1000"}})
         scale(api, 2)
         await told.wait()
         assert {pod.name: pod.phase for pod in pods(api)}[victim.name] is Phase.DRAINING
@@ -140,7 +139,7 @@ async def test_a_pod_without_the_label_has_no_traffic_and_keeps_its_place(api: F
     async with Workloads(api):
         await api.until(lambda: phases(api) == [Phase.READY] * 2)
         first = pods(api)[0]
-        change(api, "pods", first.name, metadata={"labels": {"app": "nemo"}})
+        change(api, PODS, first.name, metadata={"labels": {"app": "nemo"}})
         assert endpoints(api, "serves=nemo") == [pods(api)[1].ip]
         scale(api, 3)
         await api.until(lambda: phases(api) == [Phase.READY] * 3)
@@ -151,7 +150,7 @@ async def test_with_the_workload_go_its_pods(api: FakeApi) -> None:
     api.apply(workload(2))
     async with Workloads(api):
         await api.until(lambda: phases(api) == [Phase.READY] * 2)
-        api.machinery.delete(api.machinery.resource("apps", "deployments"), "default", "nemo", {})
+        api.delete(DEPLOYMENTS, "nemo")
         await api.until(lambda: pods(api) == [])
 
 
@@ -160,7 +159,7 @@ async def test_a_stateful_set_counts_up_and_down(api: FakeApi) -> None:
     async with Workloads(api):
         await api.until(lambda: phases(api) == [Phase.READY] * 2)
         assert [pod.name for pod in pods(api)] == ["nemo-0", "nemo-1"]
-        scale(api, 1, "statefulsets")
+        scale(api, 1, STATEFUL_SETS)
         await api.until(lambda: [pod.name for pod in pods(api)] == ["nemo-0"])
         await api.until(lambda: api.get(STATEFUL_SETS, "nemo")["status"].get("replicas") == 1)
 
@@ -173,7 +172,7 @@ def ranked(
     if ready:
         since = objects.timestamp(1_000_000 - ready)
         conditions = [{"type": "Ready", "status": "True", "lastTransitionTime": since}]
-    meta = {"name": name, "uid": name, "creationTimestamp": objects.timestamp(1_000_000 - age)}
+    meta: Json = {"name": name, "uid": name, "creationTimestamp": objects.timestamp(1_000_000 - age)}
     meta["annotations"] = {objects.DELETION_COST: cost}
     spec = {"nodeName": f"node-{name}"} if node else {}
     return {"metadata": meta, "spec": spec, "status": {"phase": phase, "conditions": conditions}}

@@ -45,8 +45,7 @@ def kubectl(api: FakeApi, tmp_path: Path) -> Kubectl:
 
 async def test_the_columns_tell_the_story(api: FakeApi, kubectl: Kubectl) -> None:
     status = {"desired": 3, "ready": 2, "reason": "4200 tokens wait"}
-    resource = api.machinery.resource(QUEUE_AUTOSCALERS.group, QUEUE_AUTOSCALERS.plural)
-    api.machinery.update(resource, "default", "nemo", lambda old: old | {"status": status}, "status")
+    api.update(QUEUE_AUTOSCALERS, "nemo", lambda old: old | {"status": status}, "status")
     head, row = (await kubectl("get", "qas")).splitlines()
     assert head.split() == ["NAME", "REFERENCE", "MIN", "MAX", "DESIRED", "READY", "REASON", "AGE"]
     assert row.split()[:-1] == ["nemo", "nemo", "1", "4", "3", "2", "4200", "tokens", "wait"]

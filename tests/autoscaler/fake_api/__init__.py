@@ -1,9 +1,9 @@
 """A kube-apiserver of our own, in memory, on loopback: real HTTP for the real client and the real kubectl.
 
-    server ── access ── machinery ── store ──► watching
-      │                 │     │
-    discovery,      resources schema ── cel        workloads: what a Deployment's controller and nodes do to it
-    table, faults
+    server ── front ── access ── machinery ── store ──► watching
+                │                  │     │
+            discovery,        resources schema ── cel      workloads, nodes: what the rest of a cluster does
+            table, faults
 
 It keeps the semantics that a controller depends on: uid, resourceVersion, generation, 409 on what is stale, PUT, the
 three patches, /status and /scale, selectors, watches that expire, schemas with their CEL rules, RBAC.
@@ -12,8 +12,9 @@ three patches, /status and /scale, selectors, watches that expire, schemas with 
 """
 
 from tests.autoscaler.fake_api.faults import Fault
+from tests.autoscaler.fake_api.front import Call
 from tests.autoscaler.fake_api.nodes import Container
-from tests.autoscaler.fake_api.server import Call, FakeApi
+from tests.autoscaler.fake_api.server import FakeApi
 from tests.autoscaler.fake_api.workloads import Workloads, endpoints
 
 __all__ = ["Call", "Container", "FakeApi", "Fault", "Workloads", "endpoints"]

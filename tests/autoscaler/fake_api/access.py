@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -37,6 +38,12 @@ class Access:
     def __init__(self, machinery: Machinery) -> None:
         self._machinery = machinery
         self.tokens: dict[str, str] = {}
+
+    def token(self, user: str) -> str:
+        """A new one."""
+        token = secrets.token_hex(16)
+        self.tokens[token] = user
+        return token
 
     def user(self, authorization: str) -> str:
         """Raises 401 for a token that nobody has."""

@@ -30,7 +30,8 @@ def apply(content_type: str, item: Json, patch: Any) -> Json:
         return _json(copy.deepcopy(item), patch)
     if not isinstance(patch, dict):
         raise bad_request("a merge patch is an object")
-    return merge(item, patch) if content_type == MERGE else strategic(item, patch)
+    patched: Json = merge(item, patch) if content_type == MERGE else strategic(item, patch)
+    return patched
 
 
 def merge(item: Any, patch: Any) -> Any:

@@ -15,8 +15,10 @@ Check = Callable[[Json, Json | None], Faults]  # of a new object, and the one th
 
 QUALIFIED = re.compile(r"([a-z0-9.-]+/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
 # Fields of an event that stay as they were
-FIXED = ("regarding", "reason", "note", "type", "eventTime", "action", "related")
-FIXED += ("reportingController", "reportingInstance")
+FIXED = [
+    *("regarding", "reason", "note", "type", "eventTime", "action", "related"),
+    *("reportingController", "reportingInstance"),
+]
 MICRO_TIME = re.compile(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}(Z|[+-]\d\d:\d\d)$")
 
 

@@ -41,13 +41,13 @@ KNOWN = {
     *("x-kubernetes-validations", "x-kubernetes-preserve-unknown-fields", "x-kubernetes-list-type"),
     *("x-kubernetes-list-map-keys", "x-kubernetes-map-type"),
 }
-SIZES = {
-    "minLength": (lambda n, limit: n >= limit, "should be at least {} chars long"),
-    "maxLength": (lambda n, limit: n <= limit, "should be at most {} chars long"),
-    "minItems": (lambda n, limit: n >= limit, "should have at least {} items"),
-    "maxItems": (lambda n, limit: n <= limit, "must have at most {} items"),
-    "minProperties": (lambda n, limit: n >= limit, "should have at least {} properties"),
-    "maxProperties": (lambda n, limit: n <= limit, "must have at most {} properties"),
+SIZES = {  # the sign is that of length - limit where it is wrong
+    "minLength": (-1, "should be at least {} chars long"),
+    "maxLength": (1, "should be at most {} chars long"),
+    "minItems": (-1, "should have at least {} items"),
+    "maxItems": (1, "must have at most {} items"),
+    "minProperties": (-1, "should have at least {} properties"),
+    "maxProperties": (1, "must have at most {} properties"),
 }
 
 
@@ -86,15 +86,15 @@ class Definition:
 
     def admit(self, item: Json, old: Json | None, *, strict: bool) -> Json:
         """Pruned and with defaults. Raises 400 for unknown fields where `strict`, 422 for what the schema forbids."""
-        head = {key: item[key] for key in ("apiVersion", "kind", "metadata")}
+        head: Json = {key: item[key] for key in ("apiVersion", "kind", "metadata")}
         body, unknown = self._pruned(self._schema, {key: value for key, value in item.items() if key not in head}, "")
         if strict and unknown:
             words = ", ".join(f'unknown field "{field}"' for field in unknown)
             raise errors.bad_request(f"strict decoding error: {words}")
-        faults = list(self._faults(self._schema, head | body, old, ""))
-        if faults:
+        whole: Json = head | body
+        if faults := list(self._faults(self._schema, whole, old, "")):
             raise errors.invalid(self.resource.qualified_kind, item["metadata"].get("name", ""), faults)
-        return head | body
+        return whole
 
     def _register(self, schema: Json, path: str) -> None:
         if strange := set(schema) - KNOWN:
@@ -200,8 +200,8 @@ def _limits(schema: Json, value: Any, path: str) -> Iterator[tuple[str, str]]:
     if isinstance(value, str) and "pattern" in schema and not re.search(schema["pattern"], value):
         yield fault(f"should match '{schema['pattern']}'")
     if isinstance(value, (str, list, dict)):
-        for keyword, (fits, words) in SIZES.items():
-            if keyword in schema and not fits(len(value), schema[keyword]):
+        for keyword, (sign, words) in SIZES.items():
+            if keyword in schema and (len(value) - schema[keyword]) * sign > 0:
                 yield fault(words.format(schema[keyword]))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -89,7 +89,7 @@ class Store:
         self.compacted = self.version
         self._changes.clear()
 
-    def changes(self, after: int) -> list[Change]:
+    def changes(self, after: int) -> Sequence[Change]:
         """Raises 410 where some of them are forgotten."""
         if after < self.compacted:
             raise errors.expired(after, self.compacted)
