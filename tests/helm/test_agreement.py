@@ -10,6 +10,7 @@ import pytest
 import yaml
 from grpc_health.v1 import health_pb2  # noqa: F401  (the probes' protocol is a dependency of the server)
 
+from autoscaler.metrics import Metrics
 from helm.chart import CHART, SCHEMA, of_kind
 from helm.readme import PAGE, current, values
 from service.models.catalog import CATALOG
@@ -26,8 +27,6 @@ OF_THE_CHART = {
     *("kv_precision", "device", "tensor_parallel_size", "lora_dir", "lora_refresh", "lame_duck", "drain_timeout"),
     *("log_level", "log_json", "otlp_endpoint"),
 }
-
-OF_THE_OPERATOR = "nemoserve_autoscaler_"
 
 
 def config(name: str) -> str:
@@ -108,17 +107,21 @@ def test_the_version_is_the_packages() -> None:
 def test_every_metric_that_is_used_exists() -> None:
     """docs/observability.md has every metric of servers; other tests hold it to what one exposes."""
     page = (ROOT / "docs" / "observability.md").read_text()
-    known = set(re.findall(r"\bnemoserve_[a-z_]+", page))
+    known = set(re.findall(r"\bnemoserve_[a-z_]+", page)) | {each.name for each in Metrics().registry.collect()}
     found = rendered("monitoring")
-    texts = [json.dumps(one(found, "PrometheusRule")), str(one(found, "ConfigMap", "nemo-nemoserve-dashboard")["data"])]
-    texts += [
+    texts = [
+        json.dumps(one(rendered("scale-to-zero"), "PrometheusRule")),
+        str(one(found, "ConfigMap", "nemo-nemoserve-dashboard")["data"]),
         json.dumps(one(rendered("hpa"), "HorizontalPodAutoscaler")),
         json.dumps(one(rendered("keda"), "ScaledObject")),
     ]
     for text in texts:
-        used = {name for name in re.findall(r"\bnemoserve_[a-z_]+", text) if not name.startswith(OF_THE_OPERATOR)}
+        used = set(re.findall(r"\bnemoserve_[a-z_]+", text))
         assert used
-        assert {re.sub("_(bucket|sum|count)$", "", name) for name in used} <= known
+        assert {re.sub("_(bucket|sum|count)$", "", name) for name in used} - known - {
+            f"{name}_total"
+            for name in known  # a counter's name, as it is exposed
+        } == set()
 
 
 def test_the_dashboard_is_what_grafana_reads() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import jsonschema
 import pytest
 
+from autoscaler.main import FILE, cli
 from helm.chart import DEFINITION, Object, RenderError, objects, of_kind, render
 from helm.tools import HELMS
 from tests.helm.conftest import COMPONENT, SETS, one, rendered, server, workload
@@ -227,13 +228,26 @@ def test_it_asks_for_no_gpu_and_runs_an_image_without_any() -> None:
     assert container(found)["image"] == f"nemoserve@{digest}"
 
 
-def test_it_knows_who_it_is_and_shows_the_servers_key() -> None:
+def test_it_knows_who_it_is() -> None:
     variables = {each["name"]: each["valueFrom"] for each in container(rendered("scale-to-zero"))["env"]}
     assert variables == {
         "POD_NAME": {"fieldRef": {"fieldPath": "metadata.name"}},
         "POD_NAMESPACE": {"fieldRef": {"fieldPath": "metadata.namespace"}},
-        "NEMOSERVE_API_KEY": {"secretKeyRef": {"name": "nemoserve-operator-key", "key": "token"}},
     }
+
+
+def test_it_finds_the_files_that_it_is_told_of() -> None:
+    """The servers' key, which it shows, and their certificate; files, which may be exchanged under it."""
+    found = rendered("scale-to-zero")
+    mounted = {mount["name"]: mount["mountPath"] for mount in container(found)["volumeMounts"]}
+    volumes = {each["name"]: each for each in operator(found)["spec"]["template"]["spec"]["volumes"]}
+    assert mounted.keys() == volumes.keys()
+    assert volumes["key"]["secret"]["secretName"] == "nemoserve-operator-key"
+    assert volumes["key"]["secret"]["items"] == [{"key": "token", "path": "token"}]
+    assert volumes["tls"]["secret"]["secretName"] == "nemoserve-tls"
+    paths = [each.partition("=")[2] for each in container(found)["args"] if "=/" in each]
+    assert len(paths) == 4
+    assert {path.rpartition("/")[0] for path in paths} == {mounted["key"], mounted["tls"]}
 
 
 FILES = "/etc/nemoserve/tls"
@@ -248,9 +262,21 @@ def test_it_is_told_whose_requests_it_holds_and_how_many() -> None:
     ]
     assert container(rendered("scale-to-zero"))["args"][4:] == [
         *(f"--activate={NAME}", "--hold-requests=1024", "--hold-mebibytes=64", "--hold-seconds=600"),
+        "--api-key-file=/etc/nemoserve/key/token",
         *(f"--tls-cert={FILES}/tls.crt", f"--tls-key={FILES}/tls.key", f"--tls-ca={FILES}/ca.crt"),
         f"--tls-server-name={NAME}",
     ]
+
+
+@pytest.mark.parametrize("name", QUEUE)
+def test_the_program_takes_what_it_is_told(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FILE, "exists", False)
+    args = container(rendered(name))["args"]
+    with cli.make_context("nemoserve-autoscaler", list(args)) as context:
+        assert context.params["names"] == (NAME,)
+        assert context.params["lease_name"] == OPERATOR
+        assert context.params["metrics_port"] == 9090
+        assert (context.params["activator_http_port"], context.params["activator_grpc_port"]) == (8000, 8001)
 
 
 def test_it_is_scraped_where_servers_are() -> None:
