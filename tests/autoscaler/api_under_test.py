@@ -19,9 +19,9 @@ from kubernetes.aio.config import load_kube_config
 
 from autoscaler.cluster.client import ApiCluster, Limits, connect
 from autoscaler.cluster.face import QUEUE_AUTOSCALERS, ClusterError, Json, Kind
+from helm.chart import DEFINITION
 from tests.autoscaler.fake_api import FakeApi
 
-CRD = Path(__file__).parents[2] / "helm/nemoserve/charts/crds/crds/queueautoscaler.yaml"
 NAMESPACES = Kind("", "v1", "namespaces")
 ACCOUNTS = Kind("", "v1", "serviceaccounts")
 CRDS = Kind("apiextensions.k8s.io", "v1", "customresourcedefinitions")
@@ -31,7 +31,7 @@ MERGE = "application/merge-patch+json"
 @functools.cache
 def definition() -> Json:
     """Our CRD; not to be changed."""
-    found: Json = yaml.safe_load(CRD.read_text())
+    found: Json = yaml.safe_load(DEFINITION.read_text())
     return found
 
 

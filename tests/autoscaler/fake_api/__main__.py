@@ -10,7 +10,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from tests.autoscaler.api_under_test import CRD
+from helm.chart import DEFINITION
 from tests.autoscaler.fake_api import FakeApi, Workloads
 from tests.service.security.certificates import Authority
 
@@ -18,7 +18,7 @@ from tests.service.security.certificates import Authority
 async def serve(folder: Path) -> None:
     authority = await asyncio.to_thread(Authority, folder)
     async with FakeApi(authority=authority) as api, Workloads(api):
-        api.apply_file(CRD)
+        api.apply_file(DEFINITION)
         kubeconfig = api.kubeconfig(folder).rename(folder / "kubeconfig")
         print(f"{api.url}, KUBECONFIG={kubeconfig}", flush=True)
         await asyncio.Event().wait()

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import ipaddress
+import random
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -21,6 +23,7 @@ from tests.autoscaler.fake_api.server import FakeApi
 
 ENDED = ("Failed", "Succeeded")
 NO_ROOM = "0/{} nodes are available: {} Insufficient nvidia.com/gpu."
+BLOCK = 1024  # addresses of a cluster's pods
 CLOSE_SECONDS = 10.0  # that programs have to end when all is over
 
 
@@ -74,6 +77,8 @@ class Nodes:
         self._pods = api.machinery.resource("", "pods")
         self._lives: dict[str, _Life] = {}  # by uid
         self._placed = 0
+        # Of 16,383 blocks one by chance: programs of another cluster on this machine may listen on the same ports
+        self._addresses = ipaddress.IPv4Address("127.0.0.0") + BLOCK * random.randrange(1, 2**24 // BLOCK)
 
     def look(self) -> None:
         """Place who waits, start who is placed, stop who is deleted."""
@@ -131,8 +136,7 @@ class Nodes:
 
     async def _live(self, pod: Json, stopping: asyncio.Event) -> None:
         uid = pod["metadata"]["uid"]
-        number = int(pod["spec"]["nodeName"].removeprefix("node-"))
-        ip = f"127.77.{number // 250}.{number % 250 + 1}"
+        ip = str(self._addresses + int(pod["spec"]["nodeName"].removeprefix("node-")))
         restarts = 0
         try:
             while not stopping.is_set():
