@@ -70,10 +70,10 @@ def make(kind: str, options: dict[str, str], random: np.random.Generator) -> tup
         options: rate (lowest, requests/s), hours, input and output (mean tokens), spread (sigma of their logarithm),
             and those of the kind.
     """
-    rate, hours = number(options, "rate", 20, 1e-6), number(options, "hours", HOURS.get(kind, 1.0), 1e-3)
+    rate, hours = number(options, "rate", 20, 1e-6), number(options, "hours", HOURS.get(kind, 1.0), 1 / 3600)
     means = number(options, "input", 1000, 1), number(options, "output", 200, 1)
     sigma = number(options, "spread", 0.8)
-    at = np.arange(max(int(hours * 3600), 1), dtype=np.float64)
+    at = np.arange(round(hours * 3600), dtype=np.float64)
     counts = random.poisson(rate * KINDS[kind](at, options, random))
     arrival = np.sort(np.repeat(at, counts) + random.random(int(counts.sum())))
     lengths = (np.exp(random.normal(np.log(mean) - sigma**2 / 2, sigma, len(arrival))) for mean in means)
