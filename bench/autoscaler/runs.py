@@ -102,7 +102,7 @@ def code_hash(policy: str) -> str:
     paths = [root / f"{name}.py" for name in ("decision", "fleet", "settings")]
     paths += [path for path in (root / "simulate").glob("*.py") if path.name not in ASIDE]
     if policy in BASELINES:
-        paths += (root / "simulate" / "baselines").glob("*.py")
+        paths += [root / "simulate" / "baselines" / f"{name}.py" for name in ("signals", "hpa", policy)]
     elif policy == OURS:
         paths += (root / "policy").rglob("*.py")
     elif policy == "oracle":

@@ -3,22 +3,22 @@
 Sources, of llm-d/llm-d-workload-variant-autoscaler: `internal/engines/analyzers/saturation_v2/analyzer.go` (`Analyze`,
 `computeReplicaCapacity`, `computeK2`, `estimateCapacityFromParams`) and, for one variant,
 `internal/engines/pipeline/cost_aware_optimizer.go`. Thresholds are those of `SaturationScalingConfig.ApplyDefaults`,
-metrics are peaks of the last minute (`max_over_time[1m]`), means of tokens are of the last 5 minutes, and the HPA is
-that of `config/samples/hpa-integration.yaml` (External, AverageValue 1, 10 replicas per 15 s both ways, no
-stabilisation). Every 15 s.
+metrics are peaks of the last minute (`max_over_time[1m]`), means of tokens are of the last 5 minutes. The HPA takes
+External, AverageValue 1, with its own defaults, as in the guides; `config/samples/hpa-integration.yaml` has no
+stabilisation and 10 replicas per 15 s both ways instead, which oscillates here. Every 15 s.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 
 from autoscaler.decision import Decision
 from autoscaler.fleet import Counters, Load, Observation
 from autoscaler.settings import Settings
-from autoscaler.simulate.baselines.hpa import Controller, Rate, Rules, external_metric
+from autoscaler.simulate.baselines.hpa import DOWN, UP, Controller, external_metric
 from autoscaler.simulate.baselines.signals import Flow, Window, alive, bounded, increase, kv_usage, ready
 
 LOOP_SECONDS = 15.0
@@ -33,9 +33,8 @@ class Parameters:
     queue_threshold: float = 5.0  # requests, from which on a replica counts as saturated
     scale_up_threshold: float = 0.85
     scale_down_boundary: float = 0.70
-    up_stabilization_seconds: float = 0.0
-    down_stabilization_seconds: float = 0.0
-    pods_per_period: int = 10
+    up_stabilization_seconds: float = UP.stabilization_seconds
+    down_stabilization_seconds: float = DOWN.stabilization_seconds
     tolerance: float = 0.1  # of the HPA
 
     def __post_init__(self) -> None:
@@ -67,11 +66,10 @@ class _Seen:
 class Wva:
     def __init__(self, parameters: Parameters, settings: Settings, cold_start_seconds: float = 0.0) -> None:
         self._parameters, self._settings = parameters, settings
-        rates = (Rate("Pods", int(parameters.pods_per_period)),)
         self._controller = Controller(
             settings,
-            Rules(parameters.up_stabilization_seconds, rates),
-            Rules(parameters.down_stabilization_seconds, rates),
+            replace(UP, stabilization_seconds=parameters.up_stabilization_seconds),
+            replace(DOWN, stabilization_seconds=parameters.down_stabilization_seconds),
         )
         self._seen: dict[str, _Seen] = {}
         self._history: dict[str, deque[float]] = {}  # of compute capacity, by length of outputs

@@ -109,11 +109,11 @@ def test_wva_takes_what_is_in_use_for_the_capacity_where_requests_queue() -> Non
 
 def test_wva_removes_what_is_spare_rounded_down() -> None:
     # Demand 4 * 16 000; 204 800 - 64 000 / 0.70 = 113 371: two of 51 200
-    assert seen_twice(made("wva"), queued=0, kv_tokens=16_000) == 2
+    assert seen_twice(made("wva", down_stabilization_seconds=0.0), queued=0, kv_tokens=16_000) == 2
 
 
 def test_wva_remembers_the_peak_of_a_minute() -> None:
-    policy = made("wva")
+    policy = made("wva", down_stabilization_seconds=0.0)
     assert seen_twice(policy, queued=0, kv_tokens=48_000) == 5
     calm = [load(0, 1, kv_tokens=16_000, counters=COUNTERS)] * 5
     assert policy.decide(look(60, calm)).desired == 5
