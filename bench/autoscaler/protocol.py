@@ -37,7 +37,7 @@ PROMPTS = 2  # its first token may take as long as so many prompts of the 99th p
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """A trace of `autoscaler.simulate.load_trace` on a machine. Rates are such that static has 4 to 10 replicas."""
+    """A trace of `autoscaler.simulate.load_trace` on a machine, at a rate for which static has 3 to 20 replicas."""
 
     name: str
     trace: str
@@ -56,7 +56,7 @@ class Scenario:
 
 TUNING = (
     Scenario("azure chat", "azure:12", "h100"),
-    Scenario("servegen day 3", "servegen-m-small:days=3,hours=8-9,rate=480", "h100"),
+    Scenario("servegen day 3", "servegen-m-small:days=3,hours=8-9,rate=240", "h100"),
     Scenario("spikes A", "spikes:rate=50,factor=2.5,every=1800,length=300,hours=2", "h100"),
     Scenario("ramps A", "ramps:rate=30,factor=4,every=1800,hours=2", "h100"),
     Scenario("azure chat", "azure:1", "cpu"),
