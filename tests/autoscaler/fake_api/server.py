@@ -14,7 +14,7 @@ from typing import Self
 
 import uvicorn
 import yaml
-from starlette.types import Scope
+from starlette.types import Receive, Scope, Send
 
 from autoscaler.cluster.face import Kind
 from tests.autoscaler.fake_api import selectors
@@ -70,6 +70,9 @@ class FakeApi:
     ) -> None:
         await self.stop()
 
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._front(scope, receive, send)
+
     # -- its life, and who it knows ----------------------------------------------------------------------------
 
     @property
@@ -84,7 +87,7 @@ class FakeApi:
         listener.bind(("127.0.0.1", self._port))
         self._port = listener.getsockname()[1]
         config = uvicorn.Config(
-            self._front,
+            self,
             http="h11",
             ws="none",
             lifespan="off",
