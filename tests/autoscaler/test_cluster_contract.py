@@ -384,6 +384,12 @@ async def test_a_watch_from_too_long_ago_has_expired(api: Api) -> None:
     assert refused.value.reason == "Expired"
 
 
+async def test_a_watch_that_cannot_be_is_refused_before_it_begins(api: Api) -> None:
+    for wrong in ("resourceVersion=new", "labelSelector=a%20b%20c", "fieldSelector=spec.holderIdentity%3Da"):
+        answer = await api.call("GET", api.path(LEASES) + f"?watch=true&timeoutSeconds=1&{wrong}")
+        assert (answer.code, answer.reason) == (400, "BadRequest"), wrong
+
+
 async def test_a_version_of_the_future_is_refused(api: Api) -> None:
     version = int((await api.cluster.list(LEASES))["metadata"]["resourceVersion"]) + 1_000_000_000
     answer = await api.call("GET", api.path(LEASES) + f"?resourceVersion={version}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,7 +33,7 @@ PATH = re.compile(
 )
 NAMESPACE = re.compile(r"^/api/v1/namespaces/(?P<name>[^/]+)(?:/(?P<subresource>status|finalize))?$")
 VERBS = {"POST": "create", "PUT": "update", "PATCH": "patch", "DELETE": "delete"}
-DEFAULT_WATCH_SECONDS = 1800.0
+DEFAULT_WATCH_SECONDS = 1800
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +139,8 @@ class Front:
             raise ConnectionAbortedError
         self._access.check(request)
         if request.verb == "watch":
-            return StreamingResponse(self._watch(http, target, fault), media_type="application/json")
+            lines = self._lines(self._watch(target), http.scope, fault)
+            return StreamingResponse(lines, media_type="application/json")
         response = self._answer(http, target, body)
         if fault.code:
             raise _injected(fault)
@@ -200,7 +201,7 @@ class Front:
 
     def _listed(self, http: HttpRequest, target: Target) -> Response:
         resource, query = target.resource, target.query
-        asked = _version(query.get("resourceVersion") or "0")
+        asked = _number(query, "resourceVersion", 0)
         if asked > self._store.version:
             raise errors.too_large(asked, self._store.version)
         if query.get("resourceVersionMatch") == "Exact" and asked != self._store.version:
@@ -215,22 +216,27 @@ class Front:
         head = {"kind": f"{resource.kind}List", "apiVersion": resource.api_version}
         return JSONResponse(head | {"metadata": {"resourceVersion": version}, "items": items})
 
-    async def _watch(self, http: HttpRequest, target: Target, fault: Fault) -> AsyncIterator[bytes]:
+    def _watch(self, target: Target) -> Watch:
         query = target.query
-        watch = Watch(
+        if "sendInitialEvents" in query:
+            what = "Forbidden: sendInitialEvents is forbidden for watch unless the WatchList feature gate is enabled"
+            raise errors.invalid("ListOptions.meta.k8s.io", "", [("sendInitialEvents", what)])
+        return Watch(
             resource=target.resource,
             namespace=target.namespace,
             match=selectors.by(query.get("labelSelector", ""), query.get("fieldSelector", ""), target.resource.fields),
-            version=query.get("resourceVersion", ""),
-            seconds=float(query.get("timeoutSeconds") or DEFAULT_WATCH_SECONDS),
+            version=_number(query, "resourceVersion", 0),
+            seconds=_number(query, "timeoutSeconds", DEFAULT_WATCH_SECONDS),
             bookmark_seconds=self._bookmark_seconds if query.get("allowWatchBookmarks") == "true" else None,
         )
+
+    async def _lines(self, watch: Watch, scope: Scope, fault: Fault) -> AsyncIterator[bytes]:
         if fault.silent:
             await asyncio.Event().wait()
         async for line in watch.lines(self._store):
             yield line
             if fault.cut:
-                self._cut(http.scope)
+                self._cut(scope)
                 return
 
     def _new_token(self, target: Target) -> Json:
@@ -247,9 +253,10 @@ def _json(text: bytes) -> Any:
         raise errors.bad_request(f"the body is no JSON: {error}") from None
 
 
-def _version(text: str) -> int:
+def _number(query: Mapping[str, str], name: str, default: int) -> int:
+    text = query.get(name) or str(default)
     if not text.isdecimal():
-        raise errors.bad_request(f'resourceVersion: Invalid value: "{text}": no number')
+        raise errors.bad_request(f'{name}: Invalid value: "{text}": no number')
     return int(text)
 
 

@@ -17,7 +17,7 @@ from tests.autoscaler.fake_api.store import Change, Store
 @dataclass(frozen=True, slots=True)
 class Watch:
     """Attributes:
-    version: from where; "" or "0": whatever there is, as ADDED, and then on.
+    version: from where; 0: whatever there is, as ADDED, and then on.
     seconds: after which it ends.
     bookmark_seconds: between two bookmarks; None: none are wanted.
     """
@@ -25,7 +25,7 @@ class Watch:
     resource: Resource
     namespace: str
     match: Match
-    version: str
+    version: int
     seconds: float
     bookmark_seconds: float | None
 
@@ -35,12 +35,12 @@ class Watch:
         bookmark = loop.time() + (self.bookmark_seconds or self.seconds)
         try:
             with store.changed() as changed:
-                after = store.version
-                if self.version in ("", "0"):
+                after = self.version or store.version
+                if after > store.version:
+                    raise errors.too_large(after, store.version)
+                if not self.version:
                     for item in filter(self.match, store.list(self.resource, self.namespace)):
                         yield _line("ADDED", item)
-                else:
-                    after = self._start(store)
                 while (left := end - loop.time()) > 0:
                     changed.clear()
                     changes = store.changes(after)
@@ -59,13 +59,6 @@ class Watch:
                     yield self._bookmark(after)
         except ApiError as error:  # what goes wrong after the first byte can be said only in the stream
             yield _line("ERROR", error.status())
-
-    def _start(self, store: Store) -> int:
-        if not self.version.isdecimal():
-            raise errors.bad_request(f'Invalid value: "{self.version}": resourceVersion is no number')
-        if int(self.version) > store.version:
-            raise errors.too_large(int(self.version), store.version)
-        return int(self.version)
 
     def _seen(self, change: Change) -> bytes | None:
         """A change as it looks through the selector: what comes to match is ADDED, what ceases to is DELETED."""
