@@ -26,6 +26,7 @@ class Ports:
         access: who may call what.
         tls: certificates of both; None = they are in plain text.
         max_request_bytes: of one request, on either.
+        max_connection_age: seconds after which a client is told to make a new connection, on either; 0 = never.
         telemetry: is told of every request.
 
     Attributes:
@@ -42,11 +43,18 @@ class Ports:
         access: Access = EVERYBODY,
         tls: Tls | None = None,
         max_request_bytes: int = MAX_REQUEST_BYTES,
+        max_connection_age: float = 0.0,
         telemetry: Telemetry | None = None,
     ) -> None:
         self.grpc_address = grpc_address
         self.http_address = http_address
-        both: Any = {"access": access, "tls": tls, "max_request_bytes": max_request_bytes, "telemetry": telemetry}
+        both: Any = {
+            "access": access,
+            "tls": tls,
+            "max_request_bytes": max_request_bytes,
+            "max_connection_age": max_connection_age,
+            "telemetry": telemetry,
+        }
         self._grpc = GrpcServer(host, **both)
         self._http = None if http_address is None else HttpServer(host, routes=routes, **both)
 

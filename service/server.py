@@ -62,6 +62,7 @@ class ServerConfig:
         queue: how much may wait.
         lame_duck: seconds after SIGTERM in which new requests are still taken.
         drain_timeout: seconds after SIGTERM, the lame-duck time among them, that accepted requests have to end.
+        max_connection_age: seconds after which clients are told to make a new connection, 0 = never.
         engine_restarts: how often in ten minutes the engine is started again.
         engine_timeout: seconds without a heart beat after which it counts as hung; None: see `service.served`.
         model_control: clients with the right to may load and unload the model.
@@ -85,6 +86,7 @@ class ServerConfig:
     queue: QueueLimits = field(default_factory=QueueLimits)
     lame_duck: float = 0.0
     drain_timeout: float = 25.0
+    max_connection_age: float = 0.0
     engine_restarts: int = 3
     engine_timeout: float | None = None
     model_control: bool = False
@@ -154,6 +156,7 @@ class Server:
             access=config.access,
             tls=config.tls,
             max_request_bytes=config.max_request_bytes,
+            max_connection_age=config.max_connection_age,
             telemetry=self.telemetry,
         )
 

@@ -35,6 +35,7 @@ NIM_NAMES = {
 }
 """What NIM calls the same, for its scripts and charts."""
 LAME_DUCK_SECONDS = 5.0  # Kubernetes tells everybody that an endpoint is gone within a few
+CONNECTION_SECONDS = 60.0  # as fast as servers come; a handshake a minute costs a client nothing that one could measure
 TLS_CA_HELP = "CA of the server's certificate, PEM; with it the connection is encrypted"
 
 
@@ -115,7 +116,13 @@ def _serve(values: dict[str, Any], sample_prompt: str | None) -> None:
         hint = {"did_you_mean": near} if near else {}
         logging.getLogger(__name__).warning("unknown variable", extra={"variable": name, **hint})
     access, tls = access_of(values), tls_of(values)  # what is wrong with them is told before anything is fetched
-    store, model, lame_duck = ModelStore.default(), values["model"], values["lame_duck"]
+    store, model = ModelStore.default(), values["model"]
+
+    def among_others(name: str, seconds: float) -> float:
+        """On loopback there is nobody to be told."""
+        default = 0.0 if is_loopback(values["host"]) else seconds
+        return default if values[name] is None else float(values[name])
+
     store.refuse_what_may_not_be_fetched(model)
     refuse_before_fetching(values)
     wanted = store.resolve(model)
@@ -131,7 +138,8 @@ def _serve(values: dict[str, Any], sample_prompt: str | None) -> None:
         access=access,
         tls=tls,
         max_request_bytes=values["max_request_bytes"],
-        lame_duck=(0.0 if is_loopback(values["host"]) else LAME_DUCK_SECONDS) if lame_duck is None else lame_duck,
+        lame_duck=among_others("lame_duck", LAME_DUCK_SECONDS),
+        max_connection_age=among_others("max_connection_age", CONNECTION_SECONDS),
         queue=queue_limits(values),
         drain_timeout=values["drain_timeout"],
         engine_restarts=values["engine_restarts"],

@@ -51,6 +51,8 @@ class GrpcServer:
         access: who may call what; everybody everything by default.
         tls: the port's certificates; without, it is in plain text.
         max_request_bytes: larger messages are refused with RESOURCE_EXHAUSTED before they are read.
+        max_connection_age: seconds, give or take a tenth, after which a client is told to make a new connection; what
+            runs on the old one ends there. 0 = never.
         telemetry: is told of every RPC.
     """
 
@@ -61,11 +63,14 @@ class GrpcServer:
         access: Access = EVERYBODY,
         tls: Tls | None = None,
         max_request_bytes: int = MAX_REQUEST_BYTES,
+        max_connection_age: float = 0.0,
         telemetry: Telemetry | None = None,
     ) -> None:
         self._host = host
         self._tls = tls
         options = [*OPTIONS, ("grpc.max_receive_message_length", max_request_bytes)]
+        if max_connection_age:
+            options.append(("grpc.max_connection_age_ms", round(1000 * max_connection_age)))
         observed = [] if telemetry is None else [Observe(telemetry)]
         self._server = grpc.aio.server(interceptors=[*observed, Authenticate(access), Guard()], options=options)
         self._health = health.aio.HealthServicer()

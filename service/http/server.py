@@ -7,15 +7,20 @@ read.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
+import math
+import random
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from typing import Any, cast
 
 import msgspec
 import uvicorn
 from starlette.routing import BaseRoute
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.flow_control import CLOSE_HEADER
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from service.host import Host
 from service.http.app import create_app
@@ -29,6 +34,7 @@ from service.telemetry.telemetry import Telemetry
 IDLE_SECONDS = 75  # longer than load balancers keep theirs (60 s), so that none sends into a connection that we close
 HEAD_SECONDS = 15.0  # for the head of a request to arrive, from its first byte on or from the start of the connection
 STALL_SECONDS = 60.0  # for a reader to take what is sent: at less than 1 KB/s nobody reads any more
+AGE_SPREAD = 0.1
 TICK_SECONDS = 1.0  # what the Date header can tell
 BACKLOG = 2048  # connections that the kernel holds while the loop is busy
 
@@ -39,6 +45,7 @@ class HttpServer:
     Args:
         routes, access, max_request_bytes, telemetry: see `create_app`.
         tls: the port's certificates; without, it is in plain text.
+        max_connection_age: seconds, give or take a tenth, after which a connection ends with its next answer. 0: never.
     """
 
     def __init__(
@@ -49,12 +56,13 @@ class HttpServer:
         access: Access = EVERYBODY,
         tls: Tls | None = None,
         max_request_bytes: int = MAX_REQUEST_BYTES,
+        max_connection_age: float = 0.0,
         telemetry: Telemetry | None = None,
     ) -> None:
         app = create_app(host, routes=routes, access=access, max_request_bytes=max_request_bytes, telemetry=telemetry)
         self._config = uvicorn.Config(
             app,
-            http=_Connection,
+            http=cast("type[asyncio.Protocol]", functools.partial(_Connection, max_age=max_connection_age)),
             ws="none",
             lifespan="off",
             log_config=None,
@@ -132,6 +140,11 @@ class _Connection(H11Protocol):
     _head_timer: asyncio.TimerHandle | None = None
     _stall_timer: asyncio.TimerHandle | None = None
 
+    def __init__(self, *args: Any, max_age: float, **options: Any) -> None:
+        super().__init__(*args, **options)
+        spread = 1 + random.uniform(-AGE_SPREAD, AGE_SPREAD)  # those that came together do not come again together
+        self._old_at = self.loop.time() + max_age * spread if max_age else math.inf
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if (encrypted := transport.get_extra_info("ssl_object")) is not None:
@@ -146,6 +159,14 @@ class _Connection(H11Protocol):
         elif self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
+        if self.cycle is not None and not self._waits() and self.loop.time() >= self._old_at:
+            self._let_go(self.cycle)
+
+    def _let_go(self, cycle: RequestResponseCycle) -> None:
+        """The answer says that it is the last one: as if the client had asked for that."""
+        cycle.keep_alive = False
+        if CLOSE_HEADER not in cycle.scope["headers"]:
+            cycle.scope["headers"] = [*cycle.scope["headers"], CLOSE_HEADER]
 
     def connection_lost(self, exc: Exception | None) -> None:
         for timer in (self._head_timer, self._stall_timer):

@@ -352,6 +352,15 @@ SETTINGS = (
         "Kubernetes waits by default before it kills",
     ),
     Setting(
+        name="max_connection_age",
+        parse=parsing.seconds,
+        default=None,
+        metavar="SECONDS",
+        why="when a connection is as old as that, give or take a tenth, its client is told to make a new one, once "
+        "what runs has ended: so clients find replicas that have come, and leave one that is to go. By default 60, and "
+        "0, never, on loopback, where there is one server",
+    ),
+    Setting(
         name="engine_restarts",
         parse=parsing.count(0, 1000),
         default=3,
@@ -425,7 +434,7 @@ SECTIONS = {
     ),
     "LoRA adapters": ("lora_dir", "lora_refresh", "max_loras", "max_cpu_loras", "max_lora_rank"),
     "Queue": ("max_queue_size", "max_queue_tokens", "slow_reader_timeout"),
-    "Life": ("lame_duck", "drain_timeout", "engine_restarts", "engine_timeout", "model_control"),
+    "Life": ("lame_duck", "drain_timeout", "max_connection_age", "engine_restarts", "engine_timeout", "model_control"),
     "Observability": ("log_level", "log_json", "metrics_aliases", "otlp_endpoint", "trace_content"),
 }
 """The headings that help and documentation have settings under."""

@@ -12,6 +12,7 @@ from nemoserve.v1 import generation_pb2 as pb
 from nemoserve.v1 import generation_pb2_grpc as rpc
 
 from tests.service.lives import Life, config, living
+from tests.service_address import service_address
 
 SERVICE_CONFIG = Path(__file__).resolve().parents[2] / "proto" / "nemoserve" / "v1" / "service_config.json"
 
@@ -65,3 +66,26 @@ async def test_a_request_that_meets_a_dead_engine_is_repeated_by_the_client_itse
         dead.die()
         assert await ask(stub) == "abc"
         assert only.engine is not dead
+
+
+async def test_clients_leave_a_replica_that_left_the_service_though_they_ask_without_a_pause(tmp_path: Path) -> None:
+    async with AsyncExitStack() as stack:
+        old = await stack.enter_async_context(living(config(tmp_path, max_connection_age=0.3)))
+        new = await stack.enter_async_context(living(config(tmp_path)))
+        service = stack.enter_context(service_address(old.address))
+        channel = await stack.enter_async_context(grpc.aio.insecure_channel(service.address))
+        stub: Any = rpc.GenerationServiceStub(channel)
+        stop, answers, wanted = asyncio.Event(), list[str](), asyncio.Semaphore(0)
+        asking = [asyncio.create_task(clients(stub, stop, answers, wanted)) for _ in range(4)]
+        await served_some(wanted)
+        assert not new.engine.requests
+        service.endpoint = new.address
+        async with asyncio.timeout(20):
+            await new.engine.until(lambda: bool(new.engine.requests))
+            await old.server.model.idle.wait()
+        before = len(old.engine.requests)
+        await served_some(wanted)
+        assert len(old.engine.requests) == before  # the operator sees it idle, and lets it go
+        stop.set()
+        await asyncio.gather(*asking)
+        assert set(answers) == {"abc"}

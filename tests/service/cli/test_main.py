@@ -204,6 +204,17 @@ def test_new_requests_are_taken_for_a_while_where_others_have_to_hear_of_the_end
     assert [config.lame_duck for config in served] == [seconds]
 
 
+@pytest.mark.parametrize(
+    ("args", "seconds"),
+    [((), 0.0), (("--host", "0.0.0.0"), 60.0), (("--host", "0.0.0.0", "--max-connection-age", "0"), 0.0)],
+)
+def test_clients_make_new_connections_now_and_then_where_there_may_be_other_servers(
+    served: list[ServerConfig], folder: Path, args: tuple[str, ...], seconds: float
+) -> None:
+    CliRunner().invoke(main, ["serve", str(folder), "--allow-anonymous", *args])
+    assert [config.max_connection_age for config in served] == [seconds]
+
+
 def test_people_are_greeted_and_log_collectors_are_not(served: list[ServerConfig], folder: Path) -> None:
     greeted = CliRunner().invoke(main, ["serve", str(folder)])
     ready = f"{folder.name} is ready at 127.0.0.1:8001 (gRPC)"

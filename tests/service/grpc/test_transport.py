@@ -336,3 +336,26 @@ async def test_a_client_without_stubs_calls_by_what_reflection_tells(port: Port)
     methods, events = await asyncio.to_thread(call)
     assert {"inference.GRPCInferenceService.ModelStreamInfer", f"{TYPED}.WatchLoad"} <= methods
     assert "".join(event.delta.text for event in events) == "abc"
+
+
+# -- connections that grow old -----------------------------------------------------------------------------------------
+
+
+async def test_a_client_is_told_to_make_a_new_connection_and_what_runs_on_the_old_one_ends_well(
+    engine: FakeEngine,
+) -> None:
+    async with serving(served(engine), max_connection_age=0.2) as port:
+        engine.gate = Gate()
+        request = pb.GenerateRequest(prompt="Hi", sampling=pb.SamplingParameters(max_tokens=3))
+        stream = port.typed.Generate(request, timeout=20)
+        engine.gate.allow()
+        assert (await stream.read()).HasField("started")
+        async with asyncio.timeout(20):
+            await port.channel.wait_for_state_change(grpc.ChannelConnectivity.READY)
+        engine.gate.allow(100)
+        last: Any = None
+        while (response := await stream.read()) is not grpc.aio.EOF:
+            last = response
+        assert last.finished.usage.completion_tokens == 3
+        for _ in range(3):
+            assert await drained(port.typed.Generate(request, timeout=20))

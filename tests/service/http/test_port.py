@@ -310,3 +310,20 @@ async def test_health_as_kserve_asks_for_it_follows_the_phase() -> None:
         assert error(await port.chat(), 503)["code"] == "unavailable"
         host.alive = False
         assert error(await port.http.get("/v2/health/live"), 503)["type"] == "server_error"
+
+
+# -- connections that grow old -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("age", "ends"), [(0.0, False), (3600.0, False), (1e-9, True)])
+async def test_the_answer_says_when_a_connection_is_old_and_ends_with_it(age: float, ends: bool) -> None:
+    async with serving(FakeHost(), max_connection_age=age) as port:
+        for _ in range(2):
+            response = await port.chat(stream=True, max_tokens=3)
+            assert len(events(response)) > 3
+            assert response.headers.get("connection") == ("close" if ends else None)
+        reader, writer = await asyncio.open_connection(*port.address.split(":"))
+        writer.write(raw_request())
+        if ends:
+            assert b"[DONE]" in await asyncio.wait_for(reader.read(), 20)  # to the end of the connection
+        writer.close()
