@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 import socket
 from functools import partial
@@ -23,6 +24,7 @@ from autoscaler.operator import OperatorSettings, run
 PORT = click.IntRange(0, 65_535)
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 HOLD = HoldLimits()
+FILES = 65_536  # open at once: each replica has a connection, and container runtimes may start with a limit of 1,024
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 120})
@@ -124,6 +126,10 @@ def cli(
 
 def main() -> None:
     """The command line. As process 1 of a container it gets no signal that it has no handler for."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
     if os.getpid() == 1:
         signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))  # until `run` takes over: nothing has begun
     cli(prog_name="nemoserve-autoscaler")

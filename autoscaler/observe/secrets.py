@@ -58,9 +58,9 @@ class Opened:
     """Secrets as they were read. Equal if nothing has changed since."""
 
     files: Secrets
-    api_key: str
+    api_key: str = field(repr=False)
     ca: bytes | None
-    key: bytes | None
+    key: bytes | None = field(repr=False)
     certificate: bytes | None
 
     @property

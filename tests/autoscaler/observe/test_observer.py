@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from autoscaler.observe.servers import MAX_LOAD_BYTES, MAX_TEXT_BYTES
 from autoscaler.settings import Settings, Target
 from service.security.access import Access
 from service.security.keys import KeysFile
-from tests.autoscaler.observe.replicas import FakeReplica, Spec, Web, fleet, names, pod
+from tests.autoscaler.observe.replicas import FakeReplica, Spec, Web, fleet, free_port, names, pod
 from tests.service.fake_engine import FakeEngine
 from tests.service.grpc.ports import served, serving
 from tests.service.security.certificates import Authority
@@ -400,6 +401,27 @@ async def test_certificates_are_shown_and_looked_at(tmp_path: Path) -> None:
             [seen] = await observer.look(here.pods, here.spec, 1.0)
             assert (seen.load is not None) == answers
             await observer.close()
+
+
+async def test_metrics_are_asked_for_with_the_same_key_and_certificates(tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    server, client = authority.server(), authority.client("/CN=operator")
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=str(authority.path))
+    context.load_cert_chain(server.certificate, server.key)
+    context.verify_mode = ssl.CERT_REQUIRED
+    (key := tmp_path / "key").write_text(KEY)
+    shown: dict[str, Any] = {"certificate": client.certificate, "key": client.key}
+    pods, spec = [pod("p", ip="127.0.9.2")], Spec(free_port(), free_port())
+    async with Web(VLLM).at("127.0.9.2", spec.metrics_port, ssl=context) as web:
+        for name, files, answers in (("localhost", shown, True), ("localhost", {}, False), ("elsewhere", shown, False)):
+            secrets = Secrets(api_key=key, ca=authority.path, server_name=name, **files)
+            observer = Observer(secrets, seconds=5.0)
+            [seen] = await observer.look(pods, spec, 1.0)
+            assert (seen.load is not None) == answers
+            assert KEY not in repr(secrets.read())
+            await observer.close()
+    [head] = web.requests
+    assert f"Bearer {KEY}" in head
 
 
 @pytest.mark.parametrize(
