@@ -18,7 +18,6 @@ IDLE_CHANNELS = 4  # kept open for who comes next
 OPTIONS = [
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
-    ("grpc.enable_retries", 0),  # we repeat ourselves, elsewhere; and the hints of replicas are for clients, too
     ("grpc.use_local_subchannel_pool", 1),  # one replica's connection is never that of an earlier one at its address
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),

@@ -42,6 +42,8 @@ HEADER_BYTES = 16 * 2**10  # as the servers take
 HANDSHAKE_MS = 15_000
 # Metadata of one connection, or made anew by gRPC for each
 OF_ONE_HOP = frozenset({"user-agent", "te", "content-type", "host", "connection", "keep-alive", "transfer-encoding"})
+# How an RPC ends whose replica dies or stops; our client has not cancelled it, or this would not be asked.
+LOST = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 # Triton's word for KServe's `timeout` parameter, whose status is that of a lost replica: the time is over everywhere.
 FINAL = "Request timeout expired"
 STATUS = {
@@ -169,7 +171,7 @@ class _Call:
         if end.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and (hint := _retry_after(end)) is not None:
             held.refused(hint)
             return inbox.repeatable
-        if end.code() is grpc.StatusCode.UNAVAILABLE and end.details() != FINAL:
+        if end.code() in LOST and end.details() != FINAL:
             return held.lost(reached=not isinstance(end, _NotReached)) and inbox.repeatable
         held.started()
         return False
@@ -188,11 +190,6 @@ class _Call:
                 return None
             except grpc.aio.AioRpcError as error:
                 return error
-            except asyncio.CancelledError:
-                # That the replica has ended it with CANCELLED is raised as if we were cancelled.
-                if not call.done() or _is_cancelled():
-                    raise
-                return await _error_of(call)
             finally:
                 call.cancel()
                 sending.cancel()
@@ -220,12 +217,15 @@ class _NotReached(grpc.aio.AioRpcError):
 async def _send(inbox: Inbox, call: Any) -> None:
     """All that the client sends, from its first message on."""
     try:
+        await call.wait_for_connection()
         for number in itertools.count():
             if (message := await inbox.get(number)) is None:
                 break
-            await call.write(message)
+            # `call.write` makes INTERNAL of a write that comes too late, whatever status the replica has ended the RPC
+            # with (grpc 1.85): what it calls itself does not.
+            await call._cython_call.send_serialized_message(message)
         await call.done_writing()
-    except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+    except (grpc.aio.AioRpcError, grpc.aio.InternalError):
         pass  # the replica has ended it, as the other direction will see
 
 
@@ -250,13 +250,3 @@ def _retry_after(error: grpc.aio.AioRpcError) -> float | None:
         if key == "retry-after-ms" and isinstance(value, str) and value.isdigit():
             return int(value) / 1000
     return None
-
-
-def _is_cancelled() -> bool:
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
-
-
-async def _error_of(call: Any) -> grpc.aio.AioRpcError:
-    initial, trailing = await call.initial_metadata(), await call.trailing_metadata()
-    return grpc.aio.AioRpcError(await call.code(), initial, trailing, details=await call.details())

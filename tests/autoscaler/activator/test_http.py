@@ -152,6 +152,19 @@ async def test_a_clients_own_timeout_ends_the_wait_with_408(handed: bool) -> Non
         assert here.room.outcomes == {"deadline": 2}
 
 
+async def test_an_answer_that_has_begun_in_time_is_not_cut_off() -> None:
+    async def slow(replica: FakeReplica, request: Request) -> Response:
+        async def parts() -> AsyncIterator[bytes]:
+            yield b"first "
+            await asyncio.sleep(1.1)
+            yield b"last"
+
+        return StreamingResponse(parts())
+
+    async with http_scene() as here, here.replica(route=slow):
+        assert (await here.http.post(CHAT, json={"timeout": 1})).text == "first last"
+
+
 async def test_a_timeout_that_makes_no_sense_is_for_the_replica_to_refuse() -> None:
     async with http_scene() as here, here.replica():
         for timeout in (0, -1, "x", [], True, 1e400):

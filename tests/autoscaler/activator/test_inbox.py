@@ -15,13 +15,18 @@ from autoscaler.activator.inbox import Inbox
 
 
 class Client:
-    """Sends a message whenever the test says so."""
+    """Sends a message whenever the test says so. A read that is cancelled takes its message with it, as in gRPC."""
 
     def __init__(self) -> None:
         self.sent: asyncio.Queue[object] = asyncio.Queue()
+        self.lost = 0
 
     async def read(self) -> object:
-        return await self.sent.get()
+        try:
+            return await self.sent.get()
+        except asyncio.CancelledError:
+            self.lost += 1
+            raise
 
 
 @pytest.fixture
@@ -58,6 +63,7 @@ async def test_an_attempt_that_ends_while_it_waits_loses_nothing(client: Client,
     await asyncio.sleep(0)
     waiting.cancel()
     await asyncio.gather(waiting, return_exceptions=True)
+    assert client.lost == 0
     send(client, b"b", b"c")
     assert [await inbox.get(number) for number in range(3)] == [b"a", b"b", b"c"]
 

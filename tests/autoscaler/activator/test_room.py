@@ -117,6 +117,16 @@ async def test_one_that_was_refused_has_its_old_place_again_and_lets_others_pass
         assert asked.order == [0, 1, 2, 3, 0]
 
 
+async def test_one_that_comes_back_is_before_those_that_came_after_it() -> None:
+    async with requests() as asked:
+        asked.room.serve([replica(capacity=1)])
+        await asked.ask(0, 1, 2, 3)
+        await asked.refuse(0, 0)  # it may come back at once, and the replica takes one, as it seems
+        assert asked.order == [0, 1]
+        await asked.answer(1)
+        assert asked.order == [0, 1, 0, 2]
+
+
 async def test_the_window_shrinks_to_what_the_replica_took_and_grows_with_its_answers() -> None:
     async with requests() as asked:
         asked.room.serve([replica(capacity=4)])
