@@ -440,6 +440,27 @@ async def test_a_long_stream_that_does_not_fit_goes_on_and_is_not_repeated() -> 
         assert await here.call(*[b"x" * 400] * 5) == [b"2000"]
 
 
+async def test_a_long_stream_that_cannot_be_repeated_ends_with_its_replica() -> None:
+    async def swallows(replica: FakeReplica, context: Any) -> None:
+        while (message := await context.read()) is not grpc.aio.EOF:
+            replica.messages.append(message)
+
+    async with (
+        grpc_scene(HoldLimits(max_bytes=1000, max_request_bytes=1000)) as here,
+        here.replica(rpc=swallows) as first,
+        here.replica(serve=False) as second,
+    ):
+        here.serve(first)
+        call = here.stream(timeout=10)
+        for _ in range(5):
+            await call.write(b"x" * 400)
+        await until(lambda: len(first.messages) == 5)
+        here.serve(first, second)
+        await first.stop()
+        assert (await error_of(call.read())).code() is grpc.StatusCode.UNAVAILABLE
+        assert second.calls == []
+
+
 async def test_closing_the_room_tells_who_waits_at_once() -> None:
     async with grpc_scene() as here:
         answer = here.start(here.call(b"x"))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from autoscaler.activator import HoldLimits, Room
 from autoscaler.activator.inbox import Inbox
+from tests.autoscaler.activator.scene import until
 
 
 class Client:
@@ -19,9 +20,10 @@ class Client:
 
     def __init__(self) -> None:
         self.sent: asyncio.Queue[object] = asyncio.Queue()
-        self.lost = 0
+        self.reads = self.lost = 0
 
     async def read(self) -> object:
+        self.reads += 1
         try:
             return await self.sent.get()
         except asyncio.CancelledError:
@@ -60,7 +62,7 @@ async def test_an_attempt_that_ends_while_it_waits_loses_nothing(client: Client,
     send(client, b"a")
     assert await inbox.get(0) == b"a"
     waiting = asyncio.ensure_future(inbox.get(1))
-    await asyncio.sleep(0)
+    await until(lambda: client.reads == 2)
     waiting.cancel()
     await asyncio.gather(waiting, return_exceptions=True)
     assert client.lost == 0
