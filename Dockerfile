@@ -39,16 +39,17 @@ RUN /opt/nemoserve/bin/pip install --no-cache-dir --constraint constraints.txt -
     && /opt/sbom/bin/cyclonedx-py environment --output-reproducible \
         --output-file /opt/nemoserve/sbom.json /opt/nemoserve/bin/python
 
-# Without the simulator, and bytecode but of what is imported; pip's own is not needed again.
+# Nothing but what runs: no pip, no simulator, and no bytecode, which would save half a second of each start.
 FROM ${PYTHON_IMAGE} AS build-autoscaler
 WORKDIR /src
-RUN python -m venv /opt/nemoserve \
+RUN python -m venv --without-pip /opt/nemoserve \
     && python -m venv /opt/sbom \
     && /opt/sbom/bin/pip install --no-cache-dir cyclonedx-bom==7.5.0
 COPY constraints.txt pyproject.toml README.md LICENSE ./
 COPY autoscaler autoscaler
 COPY proto proto
-RUN /opt/nemoserve/bin/pip install --no-cache-dir --no-compile --constraint constraints.txt '.[autoscaler]' \
+RUN /opt/sbom/bin/pip --python /opt/nemoserve/bin/python install --no-cache-dir --no-compile \
+        --constraint constraints.txt '.[autoscaler]' \
     && /opt/sbom/bin/cyclonedx-py environment --output-reproducible \
         --output-file /opt/nemoserve/sbom.json /opt/nemoserve/bin/python
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from service.cli.main import main
 from service.version import VERSION
 from tests.helm.conftest import SETS, pod_specs, rendered, server
 from tests.helm.test_hardening import is_operator
+from tests.test_house import imports, modules, within
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "Dockerfile").read_text()
@@ -70,3 +73,18 @@ def test_jobs_and_servers_run_one_image() -> None:
     images = {spec["containers"][0]["image"] for spec in pod_specs(found)}
     assert len(images) == 1
     assert of_kind(found, "Job")
+
+
+def test_the_operator_imports_what_its_image_has() -> None:
+    """And nothing that a package of others happened to bring."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = [*project["dependencies"], *project["optional-dependencies"]["autoscaler"]]
+    declared = {re.split(r"[<>=\[; ]", each)[0] for each in asked}
+    rooms = {name: path for name, path in modules("autoscaler").items() if not within(name, "autoscaler.simulate")}
+    known = {*sys.stdlib_module_names, "autoscaler", "nemoserve"}
+    imported = {name.partition(".")[0] for path in rooms.values() for name in imports(path)} - known
+    packages = packages_distributions()
+    assert {"grpc", "kubernetes"} <= imported
+    assert [
+        name for name in sorted(imported) if not declared & {each.lower().replace("_", "-") for each in packages[name]}
+    ] == []
