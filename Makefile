@@ -63,7 +63,7 @@ image-autoscaler:  ## build the operator's image
 image-test: setup  ## build the images for CPUs and of the operator with Debian's buildah, run them as the chart does; needs root
 	$(PY) -m tests.image
 
-cluster-test: setup  ## install, upgrade, roll back and uninstall in the cluster of KUBECONFIG; IMAGE=…/nemoserve:0.1.0-cpu
+cluster-test: setup  ## the contract of API servers, then install, upgrade, roll back, uninstall in the cluster of KUBECONFIG; IMAGE=…/nemoserve:0.1.0-cpu
 	IMAGE=$(IMAGE) $(PY) -m tests.cluster
 
 bench: setup  ## tokens/s, TTFT and ITL of the engine beside transformers, in one run
