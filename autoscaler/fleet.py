@@ -45,6 +45,7 @@ class Counters:
     generated_tokens: int = 0
     first_tokens: int = 0  # requests that had their first token
     late_first_tokens: int = 0  # of those, the ones that waited longer for it than the target says
+    slow_requests: int = 0  # of the finished ones, those whose mean time between tokens was longer than the target says
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ from rich.table import Table
 
 from autoscaler.simulate import Curve, Trace, load_trace, read_curve
 from autoscaler.simulate.engines import Engines
+from autoscaler.simulate.options import Slo
 from bench.measure import Machine, this_machine, write_result
 from bench.options import model_path
 from engine.config import EngineConfig
@@ -112,7 +113,7 @@ def engine_times(runner: StepRunner, config: EngineConfig, trace: Trace, seed: i
 
 
 def simulated_times(curve: Curve, trace: Trace) -> tuple[Any, Any]:
-    engines = Engines(trace, curve, ttft_seconds=1.0, choices=None, seed=0)
+    engines = Engines(trace, curve, Slo(), choices=None, seed=0)
     engines.accept([slot := engines.open()])
     engines.run_to(np.inf)
     engines.look([slot])

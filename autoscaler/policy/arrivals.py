@@ -13,7 +13,8 @@ from autoscaler.fleet import Counters, Load, Observation, Phase, Replica
 from autoscaler.policy.work import Mix
 
 STALE_LOOKS = 3
-MEMORY = 600.0  # seconds after which what requests were like has lost 63 % of its weight
+MEMORY = 90.0  # seconds after which what requests were like has lost 63 % of its weight
+ENOUGH = 300.0  # unless there were fewer of them than this
 UNSEEN_TOKENS = 200.0  # new tokens of a request, until some have finished
 UNSEEN_WEIGHT = 10.0  # requests that this guess counts as
 
@@ -29,7 +30,9 @@ class Traffic:
         mix: mean request of the last minutes.
         silent: names of replicas that serve and do not say how much.
         heard: replicas that serve and say how much.
-        finished, late: requests that had their first token since the look before, and those that had it too late.
+        ended: requests that ended since the look before.
+        late: requests that had their first token since then, and had it too late.
+        slow: of those that ended, the ones that had their tokens too slowly.
         step_seconds: mean time between two tokens of a request since the look before; 0: nobody had any.
     """
 
@@ -39,8 +42,9 @@ class Traffic:
     mix: Mix
     silent: frozenset[str] = frozenset()
     heard: tuple[Replica, ...] = ()
-    first_tokens: int = 0
+    ended: int = 0
     late: int = 0
+    slow: int = 0
     step_seconds: float = 0.0
 
 
@@ -67,21 +71,22 @@ class ArrivalMeter:
         at = observation.at
         seconds = 0.0 if self._at is None else max(at - self._at, 0.0)
         self._at = at
-        keep = max(0.0, 1 - seconds / MEMORY)
+        keep = max(0.0, 1 - min(seconds / MEMORY, self._progress * seconds / MEMORY / ENOUGH))
         for name in ("_requests", "_prompt", "_progress", "_generated", "_cached", "_computed"):
             setattr(self, name, getattr(self, name) * keep)
 
         heard: list[Replica] = []
         silent: set[str] = set()
-        first_tokens = late = 0
+        ended = late = slow = 0
         row_seconds = tokens = 0.0
         serving = observation.in_phase(Phase.READY, Phase.DRAINING)
         for replica in serving:
             fresh = replica.load is not None and at - replica.observed_at < self._stale
             if replica.load is not None:
                 change, span = self._update(replica, replica.load)
-                first_tokens += change.first_tokens
+                ended += change.finished_requests
                 late += change.late_first_tokens
+                slow += change.slow_requests
                 row_seconds += span * replica.load.running_requests
                 tokens += change.generated_tokens
             if not fresh:
@@ -100,8 +105,9 @@ class ArrivalMeter:
             mix=self.mix,
             silent=frozenset(silent),
             heard=tuple(heard),
-            first_tokens=first_tokens,
+            ended=ended,
             late=late,
+            slow=slow,
             step_seconds=row_seconds / tokens if tokens else 0.0,
         )
 
@@ -161,4 +167,5 @@ def _values(counters: Counters) -> tuple[int, ...]:
         counters.generated_tokens,
         counters.first_tokens,
         counters.late_first_tokens,
+        counters.slow_requests,
     )

@@ -7,6 +7,7 @@ from collections import deque
 from autoscaler.fleet import Phase, Replica
 
 UNKNOWN = 120.0  # seconds, until one has come
+FASTEST = 1.0  # what is ready at once was not started: somebody made it up, or adopted it
 REMEMBERED = 30
 QUANTILE = 0.9
 
@@ -34,7 +35,7 @@ class ColdStart:
             if each.ready_at is not None and each.name not in self._known:
                 self._known[each.name] = each.ready_at
                 taken = each.ready_at - each.created_at - self._waited.get(each.name, 0.0)
-                if taken >= 0:
+                if taken >= FASTEST:
                     self._taken.append(taken)
 
     @property

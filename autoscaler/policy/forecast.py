@@ -3,7 +3,6 @@
 level    what there is now, smoothed
 trend    the level, and where its slope leads within the horizon
 day      the level, and how much it grew within the horizon at this time of the day before
-record   the most of the last day: what a fleet of constant size would be sized for
 
 Each is held: the answer is the most that was said in the last seconds, so that a replica is given up only when nothing
 has needed it for so long. Work in any unit a second.
@@ -99,10 +98,9 @@ class Forecasts:
     def __init__(self) -> None:
         self._fast, self._slow = Smoothed(FAST), Smoothed(SLOW)
         self._profile = DayProfile()
-        self._held = [Most(0.0) for _ in range(9)]
-        self._record = Most(DAY, grain=60.0)
-        self.names = tuple(f"{kind} held {hold}" for kind in ("level", "trend", "day") for hold in ("1", "10", "60"))
-        self.names += ("record",)
+        self._held = [Most(0.0) for _ in range(7)]
+        self.names = tuple(f"{kind} held {hold}" for kind in ("level", "trend", "day") for hold in ("short", "long"))
+        self.names += ("level held an hour",)
 
     @property
     def level(self) -> float:
@@ -115,12 +113,11 @@ class Forecasts:
         slope = (level - before) / (SLOW - FAST)
         trend = min(max(level + slope * (horizon + FAST), level), STEEPEST * level)
         day = level * min(max(self._profile.growth(at, horizon), 1.0), STEEPEST)
-        holds = (max(horizon, 60.0), max(2 * horizon, 600.0), 3600.0)
-        values = []
-        for place, value in enumerate((level, trend, day)):
-            for number, hold in enumerate(holds):
-                most = self._held[3 * place + number]
-                most.seconds = hold
-                values.append(most.add(at, value))
-        values.append(self._record.add(at, level))
-        return values
+        holds = max(horizon, 60.0), max(2 * horizon, 600.0)
+        values = [(value, hold) for value in (level, trend, day) for hold in holds]
+        values.append((level, max(4 * horizon, 3600.0)))
+        held = []
+        for most, (value, hold) in zip(self._held, values, strict=True):
+            most.seconds = hold
+            held.append(most.add(at, value))
+        return held

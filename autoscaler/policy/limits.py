@@ -97,20 +97,20 @@ class Limits:
         self._out = Pace(1, behavior.scale_out)
         self._in = Pace(-1, behavior.scale_in or Direction(window_seconds=0.0))
         self._known_since: float | None = None
+        self._by_hand = -math.inf  # until when a count that somebody chose stays
 
     def bounds(self, at: float) -> tuple[int, int]:
         """Least and most replicas now."""
         least = max(self._settings.min_replicas, self._schedules.least(at))
         return min(least, self._settings.max_replicas), self._settings.max_replicas
 
-    def restart(self, at: float, current: int) -> None:
-        """Somebody else has chosen the count: it stays as long as if it had been needed until now."""
+    def restart(self, at: float, current: int, horizon: float) -> None:
+        """Somebody else has chosen the count: it stays for a window."""
+        self._by_hand = at + (horizon if self._own_window else self._in.window_seconds)
         self._in.note(at, current)
 
-    def apply(self, at: float, current: int, need: int, horizon: float) -> tuple[int, Limit | None]:
+    def apply(self, at: float, current: int, need: int) -> tuple[int, Limit | None]:
         """What of this need may be followed now."""
-        if self._own_window:
-            self._in.window_seconds = horizon
         if self._known_since is None:
             self._known_since = at
             self._in.note(at, current)
@@ -120,7 +120,7 @@ class Limits:
             self._out.spend(at, int(allowed) - current)
             return int(allowed), Limit.RATE if allowed < need else None
         if need < current:
-            early = at - self._known_since < self._in.window_seconds
+            early = at < self._by_hand or at - self._known_since < self._in.window_seconds
             steady = current if early else min(max(no_more_than, need), current)
             allowed = max(steady, current - self._in.room(at))
             self._in.spend(at, current - int(allowed))

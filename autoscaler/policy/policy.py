@@ -18,10 +18,10 @@ from autoscaler.fleet import Observation, Phase
 from autoscaler.policy.arrivals import ArrivalMeter, Traffic
 from autoscaler.policy.coldstart import ColdStart
 from autoscaler.policy.fluid import flow_of
-from autoscaler.policy.forecast import Forecasts
+from autoscaler.policy.forecast import Forecasts, Most
 from autoscaler.policy.limits import Limits
 from autoscaler.policy.plain import by_queue, by_slots
-from autoscaler.policy.shadows import Look, Promise, Shadows
+from autoscaler.policy.shadows import Look, Mirror, Promise, Shadows
 from autoscaler.policy.work import Engine, engine_of
 from autoscaler.settings import Settings
 
@@ -41,11 +41,14 @@ class QueuePolicy:
         self._meter = ArrivalMeter(INTERVAL)
         self._cold = ColdStart()
         self._forecasts = Forecasts()
-        self._shadows = Shadows(self._forecasts.names)
+        self._shadows = Shadows(self._forecasts.names, settings.max_replicas)
+        self._mirror = Mirror()
+        self._urgent = Most(0.0)  # replicas that the real queue and pages asked for
         self._engine: Engine | None = None
         self._settled = 0.0
         self._busy_at: float | None = None  # when there was something to do
         self._asked: int | None = None  # what we answered
+        self._first = 0  # what there was asked for when we came
         self._found: int | None = None  # what there was asked for at the look before
 
     @property
@@ -60,7 +63,9 @@ class QueuePolicy:
             self._busy_at = at
         least, most = self._limits.bounds(at)
         if self._found is not None and current not in (self._found, self._asked):
-            self._limits.restart(at, current)
+            self._limits.restart(at, current, self._cold.horizon(at, observation.replicas) + INTERVAL)
+        elif self._found is None:
+            self._first = current
         self._found = current
         decision = self._at_zero(observation, least) or self._some(observation, traffic, least, most)
         self._asked = decision.desired
@@ -99,7 +104,7 @@ class QueuePolicy:
             need, why = self._blind(need, current, traffic, why)
             limit = Limit.BLIND if need >= current else None
         wanted = need
-        desired, paced = self._limits.apply(at, current, need, horizon)
+        desired, paced = self._limits.apply(at, current, need)
         limit = paced or limit
         stuck = [each for each in observation.replicas if each.unschedulable_since is not None]
         if stuck and desired > current:
@@ -139,21 +144,30 @@ class QueuePolicy:
         level = self._forecasts.level
         figures = {"demand_work_ratio": level, "replica_work_ratio": each}
         if self._settled < SETTLING or traffic.seconds <= 0:
-            need = max(math.ceil(1.4 * level / each - 1e-6), observation.desired)
-            headroom = 1.4
+            headroom = 1.1
+            need = max(math.ceil(headroom * level / each - 1e-6), observation.desired)
         else:
-            look = Look(observation.at, traffic.seconds, flow, demands, each, horizon, 1.0, lowest, most)
-            shadow = self._shadows.advance(look, promise)
+            efficiency = self._mirror.efficiency
+            look = Look(observation.at, traffic.seconds, flow, demands, each, horizon, efficiency, lowest, most)
+            self._mirror.advance(look, promise, len(traffic.heard), traffic.late, traffic.slow)
+            shadow = self._shadows.advance(look, promise, self._first)
             need, headroom = shadow.ordered, shadow.factor
             figures["forecast_work_ratio"] = demands[shadow.signal]
+            figures["efficiency_ratio"] = efficiency
         figures["headroom_ratio"] = headroom
         why = f"work {level:.2f} s/s, headroom {headroom:.2f}, {each:.2f} s/s each"
+        urgent = 0
         for count, reason in (
             self._for_queue(engine, observation, traffic, wait, level, each, horizon),
             self._for_kv(traffic),
         ):
             if count > need:
                 need, why = count, reason
+            urgent = max(urgent, count)
+        self._urgent.seconds = horizon
+        held = int(self._urgent.add(observation.at, urgent))
+        if held > need:
+            need, why = held, f"{why}; {held} were needed for what waited within the last {horizon:.0f} s"
         return need, why, figures
 
     def _for_queue(

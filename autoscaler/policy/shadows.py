@@ -1,11 +1,13 @@
-"""Fleets that are not there, each led by the same rule with another parameter; the real one follows the cheapest that
-would have kept the promise.
+"""Fleets that are not there, each led by another rule; the real one follows the cheapest that kept the promise.
 
 How much headroom a workload needs, and which forecast of it is any good, differs between workloads by more than any
 constant can cover. But what each choice would have led to can be worked out as the load goes by: a shadow sees the same
 arrivals, gets its replicas one cold start after it asked for them, pays for them from then on, and counts the requests
-that it would have served late. Shares of late requests are forgotten over hours, and start from a belief that is worth
-half an hour of what was seen: little headroom is bad.
+that it would have served late. There are two kinds: those that follow a forecast, with some headroom, and those that
+never change. The latter are what a fleet of constant size would have cost, known as the load goes by.
+
+Before anything was seen there are beliefs: the less headroom, the longer a shadow must have done well before it is
+followed; the fleet that was found is thought to have its reasons.
 
 The choice moves to a safer shadow at once, and to a cheaper one after a while.
 """
@@ -14,20 +16,20 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from autoscaler.policy.fluid import Flow, Fluid
 
-FACTORS = (1.0, 1.08, 1.17, 1.27, 1.4, 1.55, 1.75, 2.0, 2.4)
-RECORD_FACTORS = (0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5)
-MEMORY = 6 * 3600.0  # seconds after which what happened has lost 63 % of its weight
-BELIEF = 1800.0  # seconds that the belief is worth
+FACTORS = (1.0, 1.1, 1.2, 1.32, 1.5, 1.75, 2.1)
+MEMORY = 24 * 3600.0  # seconds after which what happened has lost 63 % of its weight
+BELIEF = 1800.0  # seconds that a belief is worth
 SAFE = 0.6  # of the share that may be late, for a shadow to be followed
 PATIENCE = 300.0  # seconds before a cheaper one is followed
 CHEAPER = 0.98  # of the cost of the one that is followed
 LOOSE = 1.06  # a replica goes only if the rest could take this much more
-SOFT = (0.9, 1.1)  # of the promise: where the first are late, and where all are
+SPREAD = 0.2  # of the logarithm of what requests meet, around what the fluid does: see `Promise.late`
+PENALTY = 2.0  # how much dearer a shadow counts for each time that it has used up what may be late
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +47,11 @@ class Promise:
     late_share: float
 
     def late(self, fluid: Fluid) -> float:
-        """Share of those who come now that are late."""
+        """Share of those who come now that are late: the fluid is a mean, requests are log-normal around it."""
         worst = max(fluid.wait / self.wait, fluid.step / self.step)
-        return min(max((worst - SOFT[0]) / (SOFT[1] - SOFT[0]), 0.0), 1.0)
+        if worst < 0.4:
+            return 0.0
+        return 0.5 * math.erfc(-math.log(worst) / (SPREAD * math.sqrt(2)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +59,14 @@ class Look:
     """What all shadows see.
 
     Attributes:
-        most_work: seconds of work a second that one replica can take.
-        efficiency: replicas of the fluid that a real one is worth.
+        most_work: seconds of work a second that one replica can take, as far as is known.
+        efficiency: share of a replica of the fluid that a real one is worth.
     """
 
     at: float
     seconds: float
     flow: Flow
-    demands: list[float]
+    demands: Sequence[float]
     most_work: float
     horizon: float
     efficiency: float
@@ -71,42 +75,59 @@ class Look:
 
 
 class Shadow:
-    """One fleet. `signal` is the place of its forecast, `factor` its headroom."""
+    """One fleet.
 
-    __slots__ = ("_coming", "_fluid", "cost", "factor", "late", "ordered", "ready", "signal")
+    Attributes:
+        signal, factor: the place of the forecast that it follows, and its headroom.
+        constant: replicas that it always has; None: it follows the forecast.
+        belief: what it is thought to be late, before anything was seen, in shares of what is safe.
+        ordered: replicas that it pays for.
+        late: requests, forgetting.
+        cost: replica-seconds, forgetting.
+    """
 
-    def __init__(self, signal: int, factor: float) -> None:
+    __slots__ = ("_coming", "_fluid", "_ready", "belief", "constant", "cost", "factor", "late", "ordered", "signal")
+
+    def __init__(self, signal: int, factor: float, constant: int | None = None) -> None:
         self.signal = signal
         self.factor = factor
-        self.ordered = self.ready = 0
-        self.late = 0.0  # requests, forgetting
-        self.cost = 0.0  # replica-seconds, forgetting
+        self.constant = constant
+        self.belief = 1.0
+        self.ordered = self._ready = 0
+        self.late = self.cost = 0.0
         self._fluid = Fluid()
         self._coming: deque[tuple[float, int]] = deque()
 
     def need(self, look: Look) -> int:
-        work = self.factor * look.demands[self.signal] / look.most_work
+        if self.constant is not None:
+            return min(max(self.constant, look.lowest), look.highest)
+        work = self.factor * look.demands[self.signal] / (look.most_work * look.efficiency)
         need = math.ceil(work - 1e-6)
         if need < self.ordered:
             need = min(math.ceil(work * LOOSE - 1e-6), self.ordered)
         return min(max(need, look.lowest), look.highest)
 
-    def start(self, look: Look) -> None:
+    def start(self, look: Look, found: int) -> None:
         """Begin with what it needs, as if it had been there."""
-        self.ordered = self.ready = self.need(look)
+        self.ordered = self._ready = self.need(look)
         self.cost = float(self.ordered)
+        if self.constant is None:
+            self.belief = 1.5 + 5 * math.exp(-(self.factor - 1) / 0.35)
+        else:
+            enough = self.constant * look.most_work >= 1.1 * look.demands[0]
+            self.belief = 0.5 if self.constant >= found and enough else 6.0
 
     def advance(self, look: Look, promise: Promise, keep: float) -> None:
         coming = self._coming
         while coming and coming[0][0] <= look.at:
-            self.ready += coming.popleft()[1]
-        self._fluid.advance(look.flow, self.ready * look.efficiency, look.seconds)
+            self._ready += coming.popleft()[1]
+        self._fluid.advance(look.flow, self._ready * look.efficiency, look.seconds)
         self.late = self.late * keep + promise.late(self._fluid) * look.flow.arrivals * look.seconds
         self.cost = self.cost * keep + self.ordered * look.seconds
         need = self.need(look)
         if need > self.ordered:
             coming.append((look.at + look.horizon, need - self.ordered))
-        else:
+        elif need < self.ordered:
             surplus = self.ordered - need
             while surplus and coming:  # those that load go first
                 when, count = coming.pop()
@@ -114,31 +135,27 @@ class Shadow:
                     coming.append((when, count - surplus))
                     count = surplus
                 surplus -= count
-            self.ready -= surplus
+            self._ready -= surplus
         self.ordered = need
 
 
 class Shadows:
     """All of them, and which is followed."""
 
-    def __init__(self, names: Sequence[str]) -> None:
-        """The last signal is the record, which is followed by smaller factors as well."""
-        self._all = [Shadow(signal, factor) for signal in range(len(names) - 1) for factor in FACTORS]
-        self._all += [Shadow(len(names) - 1, factor) for factor in RECORD_FACTORS]
-        self._beliefs = [_belief(each.factor) for each in self._all]
+    def __init__(self, names: Sequence[str], highest: int) -> None:
+        """`names` of forecasts; `highest` count that may be asked for."""
+        self._all = [Shadow(signal, factor) for signal in range(len(names)) for factor in FACTORS]
+        self._all += [Shadow(0, 0.0, count) for count in _counts(highest)]
         self._followed: Shadow | None = None
         self._since = 0.0
         self._seconds = 0.0  # forgetting
         self._requests = 0.0  # forgetting
 
-    @property
-    def followed(self) -> Shadow | None:
-        return self._followed
-
-    def advance(self, look: Look, promise: Promise) -> Shadow:
+    def advance(self, look: Look, promise: Promise, found: int) -> Shadow:
+        """The one to follow. `found` is the count of real replicas that there are meant to be."""
         if self._followed is None:
             for each in self._all:
-                each.start(look)
+                each.start(look, found)
         keep = math.exp(-look.seconds / MEMORY)
         self._seconds = self._seconds * keep + look.seconds
         self._requests = self._requests * keep + look.flow.arrivals * look.seconds
@@ -146,30 +163,74 @@ class Shadows:
             each.advance(look, promise, keep)
         return self._choose(look, promise.late_share * SAFE)
 
-    def late_share(self, place: int) -> float:
-        """Of the shadow at this place, with what was believed before anything was seen."""
+    def late_share(self, shadow: Shadow, safe: float) -> float:
+        """With what was believed before anything was seen."""
         rate = self._requests / self._seconds if self._seconds else 0.0
-        seen = self._all[place].late / rate if rate > 0 else 0.0
-        return (seen + self._beliefs[place] * BELIEF) / (self._seconds + BELIEF)
+        seen = shadow.late / rate if rate > 0 else 0.0
+        return (seen + shadow.belief * safe * BELIEF) / (self._seconds + BELIEF)
 
     def _choose(self, look: Look, safe: float) -> Shadow:
-        shares = [self.late_share(place) for place in range(len(self._all))]
-        good = [place for place, share in enumerate(shares) if share <= safe]
-        if not good:
-            least = min(shares)
-            good = [place for place, share in enumerate(shares) if share <= least * 1.05]
-        best = self._all[min(good, key=lambda place: (self._all[place].cost, shares[place]))]
+        def price(shadow: Shadow) -> tuple[bool, float, float]:
+            """The good ones first, by their cost; the others by theirs, and by how much is late."""
+            share = self.late_share(shadow, safe)
+            if share <= safe:
+                return False, shadow.cost, share
+            return True, shadow.cost * (1 + PENALTY * (share / safe - 1)), share
+
+        best = min(self._all, key=price)
         now = self._followed
-        if now is None or now is best:
-            self._followed, self._since = best, look.at if now is None else self._since
-            return best
-        unsafe = all(self._all[place] is not now for place in good)
-        if unsafe or (look.at - self._since >= PATIENCE and best.cost < CHEAPER * now.cost):
+        if now is None:
             self._followed, self._since = best, look.at
-            return best
-        return now
+        elif best is not now:
+            (bad, cost, share), (was_bad, was, had) = price(best), price(now)
+            safer = was_bad and share < had
+            cheaper = bad == was_bad and look.at - self._since >= PATIENCE and cost < CHEAPER * was
+            if safer or cheaper:
+                self._followed, self._since = best, look.at
+        return self._followed or best
 
 
-def _belief(factor: float) -> float:
-    """Share that is late with this headroom, before anything was seen: 5 % without, a tenth of it with 30 %."""
-    return 0.05 * 10 ** (-(factor - 1) / 0.3)
+class Mirror:
+    """The shadow of the real fleet: what is late there, and is not here, is what the fluid does not know.
+
+    Requests come in bursts within a look, prompts hold up the rows beside them, balancers do not balance. All of that
+    makes a replica of the fluid worth more than a real one; `efficiency` is what a real one is worth, learnt so that
+    as many are late here as there.
+    """
+
+    LEAST, MOST = 0.2, 1.15
+    SECONDS = 3600.0  # in which it changes e-fold if all is wrong
+    SMOOTH = (
+        600.0  # seconds over which late requests are compared: here they are late when they come, there when they go
+    )
+
+    def __init__(self) -> None:
+        self._fluid = Fluid()
+        self._log = 0.0
+        self._requests = self._late = self._slow = self._expected = 0.0  # forgetting
+
+    @property
+    def efficiency(self) -> float:
+        return math.exp(self._log)
+
+    def advance(self, look: Look, promise: Promise, ready: int, late: int, slow: int) -> None:
+        self._fluid.advance(look.flow, ready * self.efficiency, look.seconds)
+        came = look.flow.arrivals * look.seconds
+        keep = math.exp(-look.seconds / self.SMOOTH)
+        self._requests = self._requests * keep + came
+        self._late = self._late * keep + late
+        self._slow = self._slow * keep + slow
+        self._expected = self._expected * keep + promise.late(self._fluid) * came
+        usual = self._requests * promise.late_share * SAFE
+        seen = max(self._late, self._slow)  # many are both
+        error = (seen - self._expected) / max(seen, self._expected, usual, 1e-9)
+        self._log -= error * look.seconds / self.SECONDS
+        self._log = min(max(self._log, math.log(self.LEAST)), math.log(self.MOST))
+
+
+def _counts(highest: int) -> Iterator[int]:
+    """1, 2, 3 … and from 32 on in steps of a sixteenth."""
+    count = 1
+    while count <= highest:
+        yield count
+        count += max(1, count // 16)

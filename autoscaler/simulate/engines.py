@@ -14,6 +14,7 @@ import numpy as np
 import autoscaler.simulate.kernel as kernel
 from autoscaler.fleet import Counters, Load, StepCost
 from autoscaler.simulate.curve import Curve
+from autoscaler.simulate.options import Slo
 from autoscaler.simulate.records import REPLICA, SHAPE, clear, new_requests
 from autoscaler.simulate.traces import Trace
 
@@ -24,7 +25,7 @@ COUNTERS = tuple(Counters.__dataclass_fields__)
 
 
 class Engines:
-    def __init__(self, trace: Trace, curve: Curve, ttft_seconds: float, choices: int | None, seed: int) -> None:
+    def __init__(self, trace: Trace, curve: Curve, slo: Slo, choices: int | None, seed: int) -> None:
         longest = int((trace.input_tokens + trace.output_tokens).max())
         if longest > curve.kv_tokens:
             raise ValueError(f"{trace.name}: a request of {longest} tokens; {curve.name} has KV for {curve.kv_tokens}")
@@ -34,7 +35,7 @@ class Engines:
         self._preemptions = 0  # of engines that are closed
         self._curve, self._choices = curve, choices
         cost = curve.step_cost
-        limits = curve.max_batch_size, curve.max_step_tokens, curve.kv_tokens, ttft_seconds
+        limits = curve.max_batch_size, curve.max_step_tokens, curve.kv_tokens, slo.ttft_seconds, slo.itl_seconds
         costs = cost.base, cost.per_prefill_token, cost.per_decode_row, cost.per_context_token
         self._shape = np.array([(*costs, *limits)], SHAPE)[0]
         self._random = np.array([seed], np.uint64)

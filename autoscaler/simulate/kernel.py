@@ -128,21 +128,24 @@ def start(requests: Any, replica: Any) -> None:
 
 
 @compiled
-def finish(requests: Any, replica: Any, which: int) -> None:
-    requests[which].finished = replica.clock
-    requests[which].state = FINISHED
+def finish(requests: Any, replica: Any, shape: Any, which: int) -> None:
+    request = requests[which]
+    request.finished = replica.clock
+    request.state = FINISHED
+    if replica.clock - request.first_token > shape.itl * (request.output - 1):
+        replica.slow_requests += 1
     replica.outstanding -= 1
     replica.finished_requests += 1
 
 
 @compiled
-def finish_rows(requests: Any, replica: Any, heap: Any) -> None:
+def finish_rows(requests: Any, replica: Any, heap: Any, shape: Any) -> None:
     while replica.rows > 0 and (heap[0] >> 32) <= replica.step:
         which = heap[0] & 0xFFFFFFFF
         remove(heap, replica.rows, 0)
         replica.rows -= 1
         replica.context -= requests[which].input + requests[which].output
-        finish(requests, replica, which)
+        finish(requests, replica, shape, which)
 
 
 @compiled
@@ -157,7 +160,7 @@ def join(requests: Any, replica: Any, heap: Any, shape: Any, which: int) -> None
             replica.late_first_tokens += 1
     left = request.output - request.generated - 1
     if left <= 0:
-        finish(requests, replica, which)
+        finish(requests, replica, shape, which)
         return
     request.state = DECODING
     heap[replica.rows] = ((replica.step + left) << 32) | which
@@ -241,7 +244,7 @@ def commit(requests: Any, replica: Any, heap: Any, shape: Any) -> None:
     replica.computed_prompt_tokens += replica.step_tokens
     replica.generated_tokens += replica.rows
     replica.context += replica.rows
-    finish_rows(requests, replica, heap)
+    finish_rows(requests, replica, heap, shape)
     while replica.joining != NONE:
         which = replica.joining
         replica.joining = requests[which].next
@@ -288,7 +291,7 @@ def leap(requests: Any, replica: Any, heap: Any, shape: Any, until: float) -> bo
     replica.step += steps
     replica.context += rows * steps
     replica.generated_tokens += rows * steps
-    finish_rows(requests, replica, heap)
+    finish_rows(requests, replica, heap, shape)
     return True
 
 

@@ -56,6 +56,7 @@ REPLICA = np.dtype(
         ("generated_tokens", "i8"),
         ("first_tokens", "i8"),
         ("late_first_tokens", "i8"),
+        ("slow_requests", "i8"),
     ]
 )
 
@@ -70,6 +71,7 @@ SHAPE = np.dtype(
         ("max_step_tokens", "i8"),
         ("kv_tokens", "i8"),
         ("ttft", "f8"),
+        ("itl", "f8"),
     ]
 )
 

@@ -39,7 +39,7 @@ GONE_FIRST = (Phase.PENDING, Phase.STARTING, Phase.LOADING)
 
 class World:
     def __init__(self, trace: Trace, policy: Policy, curve: Curve, slo: Slo, options: WorldOptions, seed: int) -> None:
-        self.engines = Engines(trace, curve, slo.ttft_seconds, options.dispatch_choices, seed)
+        self.engines = Engines(trace, curve, slo, options.dispatch_choices, seed)
         self.looks: list[Look] = []
         self.pods: list[Pod] = []  # that are not gone, in the order of their creation
         self.gone: list[Pod] = []
@@ -56,7 +56,7 @@ class World:
         self._samples: dict[str, Sample] = {}  # the latest
         self._snapshots: deque[dict[str, Sample]] = deque()
         for _ in range(options.initial_replicas):
-            pod = self._create(-AGE)
+            pod = self._create(-AGE - options.node_delay_seconds - self._around(options.cold_start_seconds))
             pod.reserved, pod.node, pod.eta_factor = True, -AGE, 1.0
             self._become_ready(pod)
             pod.ready = -AGE

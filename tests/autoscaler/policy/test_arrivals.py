@@ -13,7 +13,15 @@ from tests.autoscaler.policy.scene import load
 
 def counted(requests: int, prompt: int = 100, new: int = 20) -> Counters:
     return Counters(
-        requests, requests * prompt, requests, requests * prompt, 0, requests * new, requests, requests // 10
+        requests,
+        requests * prompt,
+        requests,
+        requests * prompt,
+        0,
+        requests * new,
+        requests,
+        requests // 10,
+        requests // 25,
     )
 
 
@@ -34,7 +42,7 @@ def test_what_was_counted_before_we_looked_is_not_load() -> None:
     assert here.look(100, replica("a", 100, 10_000)).requests == 0
     traffic = here.look(105, replica("a", 105, 10_050))
     assert (traffic.requests, traffic.prompt_tokens) == (10, 1000)
-    assert (traffic.first_tokens, traffic.late) == (50, 5)
+    assert (traffic.ended, traffic.late, traffic.slow) == (50, 5, 2)
 
 
 def test_a_look_that_is_missed_loses_nothing() -> None:
@@ -83,7 +91,7 @@ def test_the_mean_request_is_learnt_and_follows() -> None:
     for step in range(200):
         here.look(100 + 5 * step, replica("a", 100 + 5 * step, requests))
         requests += 100
-    assert here.meter.mix.new_tokens == pytest.approx(20, rel=0.02)
+    assert here.meter.mix.new_tokens == pytest.approx(20, rel=0.06)
     assert here.meter.mix.prompt_tokens == pytest.approx(100)
 
 
@@ -94,7 +102,7 @@ def test_requests_that_run_do_not_make_the_others_look_longer() -> None:
     half = Counters(1000, 100_000, 0, 100_000, 0, 1000 * 50, 1000, 0)  # all have half of their 100 tokens
     running = load(counters=half, running_requests=1000)
     here.look(105, replace(first, load=running, observed_at=105.0))
-    assert here.meter.mix.new_tokens == pytest.approx(100, rel=0.03)
+    assert here.meter.mix.new_tokens == pytest.approx(100, rel=0.05)
 
 
 def test_the_share_of_the_prefix_cache_is_learnt() -> None:

@@ -33,7 +33,7 @@ def test_a_trend_leads_over_the_horizon_and_never_below_what_is() -> None:
     for step in range(200):
         up = rising.add(step * 5.0, 5.0, 10.0 + 0.01 * 5 * step, 120.0)
         down = falling.add(step * 5.0, 5.0, 30.0 - 0.01 * 5 * step, 120.0)
-    trend, level = rising.names.index("trend held 1"), rising.names.index("level held 1")
+    trend, level = rising.names.index("trend held short"), rising.names.index("level held short")
     assert up[trend] == pytest.approx(10.0 + 0.01 * (199 * 5 + 120), abs=0.2)
     assert up[level] == pytest.approx(10.0 + 0.01 * (199 * 5 - 30), abs=0.2)
     assert down[trend] >= down[level] > 0

@@ -58,49 +58,51 @@ def test_settings_that_cannot_be_are_refused(settings: Settings) -> None:
 
 def test_out_needs_to_be_needed_all_along_its_window() -> None:
     here = limits(out=Direction(30.0))
-    assert here.apply(0, 2, 2, 60)[0] == 2
-    assert here.apply(5, 2, 6, 60) == (2, Limit.RATE)
-    assert here.apply(20, 2, 5, 60) == (2, Limit.RATE)
-    assert here.apply(35.1, 2, 7, 60) == (5, Limit.RATE)
-    assert here.apply(51, 5, 7, 60) == (7, None)
+    assert here.apply(0, 2, 2)[0] == 2
+    assert here.apply(5, 2, 6) == (2, Limit.RATE)
+    assert here.apply(20, 2, 5) == (2, Limit.RATE)
+    assert here.apply(35.1, 2, 7) == (5, Limit.RATE)
+    assert here.apply(51, 5, 7) == (7, None)
 
 
 def test_out_by_so_many_in_a_period() -> None:
     here = limits(out=Direction(0.0, max_step=3, period_seconds=60.0))
-    assert here.apply(0, 1, 20, 60) == (4, Limit.RATE)
-    assert here.apply(30, 4, 20, 60) == (4, Limit.RATE)
-    assert here.apply(60, 4, 20, 60) == (7, Limit.RATE)
+    assert here.apply(0, 1, 20) == (4, Limit.RATE)
+    assert here.apply(30, 4, 20) == (4, Limit.RATE)
+    assert here.apply(60, 4, 20) == (7, Limit.RATE)
 
 
 def test_in_waits_for_the_most_of_its_window() -> None:
     here = limits(into=Direction(60.0))
-    here.apply(0, 9, 9, 300)
-    assert here.apply(50, 9, 3, 300) == (9, Limit.STABILIZING)
-    assert here.apply(61, 9, 4, 300)[0] == 4
-    here.apply(70, 4, 7, 300)
-    assert here.apply(100, 7, 2, 300) == (7, Limit.STABILIZING)
+    here.apply(0, 9, 9)
+    assert here.apply(50, 9, 3) == (9, Limit.STABILIZING)
+    assert here.apply(61, 9, 4)[0] == 4
+    here.apply(70, 4, 7)
+    assert here.apply(100, 7, 2) == (7, Limit.STABILIZING)
 
 
-def test_in_without_a_window_of_its_own_waits_as_long_as_a_replica_takes_to_come() -> None:
+def test_in_without_a_window_of_its_own_waits_for_nothing_but_a_choice_by_hand() -> None:
     here = limits()
-    here.apply(0, 9, 9, 300)
-    assert here.apply(290, 9, 3, 300) == (9, Limit.STABILIZING)
-    assert here.apply(301, 9, 3, 300)[0] == 3
+    here.apply(0, 9, 9)
+    assert here.apply(5, 9, 3) == (3, None)
+    here.restart(10, 9, 300)
+    assert here.apply(300, 9, 3) == (9, Limit.STABILIZING)
+    assert here.apply(311, 9, 3) == (3, None)
 
 
 def test_in_by_so_many_in_a_period() -> None:
     here = limits(into=Direction(0.0, max_step=1, period_seconds=30.0))
-    here.apply(0, 9, 9, 60)
-    assert here.apply(5, 9, 3, 60)[0] == 8
-    assert here.apply(10, 8, 3, 60) == (8, Limit.RATE)
-    assert here.apply(35, 8, 3, 60)[0] == 7
+    here.apply(0, 9, 9)
+    assert here.apply(5, 9, 3)[0] == 8
+    assert here.apply(10, 8, 3) == (8, Limit.RATE)
+    assert here.apply(35, 8, 3)[0] == 7
 
 
 def test_what_was_set_by_hand_lives_for_a_window() -> None:
     here = limits(into=Direction(60.0))
-    here.apply(0, 2, 2, 60)
-    here.apply(100, 2, 2, 60)
-    here.restart(105, 8)
-    assert here.apply(105, 8, 2, 60)[0] == 8
-    assert here.apply(160, 8, 2, 60)[0] == 8
-    assert here.apply(166, 8, 2, 60)[0] == 2
+    here.apply(0, 2, 2)
+    here.apply(100, 2, 2)
+    here.restart(105, 8, 300)
+    assert here.apply(105, 8, 2)[0] == 8
+    assert here.apply(160, 8, 2)[0] == 8
+    assert here.apply(166, 8, 2)[0] == 2

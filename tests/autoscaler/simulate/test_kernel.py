@@ -11,6 +11,7 @@ import pytest
 
 from autoscaler.simulate import ARITHMETIC, Curve, Trace, read_curve, trace
 from autoscaler.simulate.engines import Engines
+from autoscaler.simulate.options import Slo
 from autoscaler.simulate.reference import Request, run
 
 CURVE = read_curve(ARITHMETIC)
@@ -42,7 +43,7 @@ def expected(curve: Curve, made: Trace) -> tuple[list[Request], int]:
 
 def served(curve: Curve, made: Trace, random: np.random.Generator) -> tuple[Any, int]:
     """By one engine that is looked at at random times."""
-    engines = Engines(made, curve, 2.0, None, seed=0)
+    engines = Engines(made, curve, Slo(), None, seed=0)
     slot = engines.open()
     engines.accept([slot])
     while engines.now <= made.duration_s:
@@ -80,11 +81,11 @@ def test_a_row_that_kv_has_no_room_for_waits_and_still_gets_all_its_tokens() -> 
 def test_a_request_that_no_replica_can_hold_is_refused_by_name() -> None:
     made = trace("long", [0.0], [500], [600])
     with pytest.raises(ValueError, match=r"a request of 1100 tokens; h100-arithmetic\.json has KV for 1000"):
-        Engines(made, replace(CURVE, kv_tokens=1000), 2.0, None, seed=0)
+        Engines(made, replace(CURVE, kv_tokens=1000), Slo(), None, seed=0)
 
 
 def test_one_request_alone_takes_what_the_formula_says() -> None:
-    engines = Engines(trace("one", [1.0], [1000], [3]), CURVE, 2.0, None, seed=0)
+    engines = Engines(trace("one", [1.0], [1000], [3]), CURVE, Slo(), None, seed=0)
     slot = engines.open()
     engines.accept([slot])
     engines.run_to(100.0)
@@ -98,7 +99,7 @@ def test_one_request_alone_takes_what_the_formula_says() -> None:
 
 def test_what_a_replica_says_of_itself_adds_up() -> None:
     made = some_trace(np.random.default_rng(3))
-    engines = Engines(made, replace(CURVE, max_batch_size=8, kv_tokens=4000), 0.5, None, seed=0)
+    engines = Engines(made, replace(CURVE, max_batch_size=8, kv_tokens=4000), Slo(0.5, 0.0065), None, seed=0)
     slots = [engines.open(), engines.open()]
     engines.accept(slots)
     for now in np.linspace(0.1, made.duration_s + 300, 50):
@@ -115,6 +116,9 @@ def test_what_a_replica_says_of_itself_adds_up() -> None:
     assert sum(load.counters.first_tokens for load in loads) == len(made)
     late = engines.requests["first_token"] - engines.requests["enqueued"] > 0.5
     assert sum(load.counters.late_first_tokens for load in loads) == late.sum()
+    decoding = engines.requests["finished"] - engines.requests["first_token"]
+    slow = decoding > 0.0065 * (made.output_tokens - 1)
+    assert 0 < sum(load.counters.slow_requests for load in loads) == slow.sum()
     assert all(load.queued_tokens == 0 and load.oldest_queued_seconds == 0 for load in loads)
 
 
@@ -123,7 +127,7 @@ def test_looks_change_nothing() -> None:
     curve = replace(CURVE, max_batch_size=16, kv_tokens=6000)
 
     def run_through(ends: list[float]) -> Any:
-        engines = Engines(made, curve, 2.0, None, seed=0)
+        engines = Engines(made, curve, Slo(), None, seed=0)
         slots = [engines.open() for _ in range(4)]
         engines.accept(slots)
         for end in [*ends, 1e6]:

@@ -11,6 +11,7 @@ import pytest
 
 from autoscaler.simulate import ARITHMETIC, Curve, Trace, read_curve, trace
 from autoscaler.simulate.engines import Engines
+from autoscaler.simulate.options import Slo
 from engine.kv.pages import PagePool
 from engine.request import Request, SamplingParams
 from engine.scheduler import Scheduler
@@ -73,7 +74,7 @@ def test_every_request_has_the_times_that_the_engine_would_give_it(gap: float, k
     curve = replace(CURVE, kv_tokens=kv_tokens)
 
     firsts, ends, preemptions = scheduled(curve, made)
-    engines = Engines(made, curve, 2.0, None, seed=0)
+    engines = Engines(made, curve, Slo(), None, seed=0)
     engines.accept([slot := engines.open()])
     engines.run_to(1e9)
     engines.look([slot])
