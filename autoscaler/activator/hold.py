@@ -208,12 +208,14 @@ class Room:
     def serve(self, replicas: Sequence[Replica]) -> None:
         """These take requests from now on, and no others; none: requests wait."""
         known = {window.replica.key: window for window in self._windows}
+        other = known.keys() != {replica.key for replica in replicas}
         self._windows = tuple(Window.of(replica, known.get(replica.key)) for replica in replicas)
         if self._windows:
             self._progress = Progress()
         elif known and self._waiting:
             self.wake.set()
-        self._notify()
+        if other:
+            self._notify()
         self._hand_over()
 
     def progress(self, text: str, share: float | None = None, eta: float | None = None) -> None:

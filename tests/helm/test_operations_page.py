@@ -21,6 +21,7 @@ from tests.helm.conftest import one, rendered
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "operations.md"
+ZERO = ROOT / "docs" / "scale-to-zero.md"
 BEGIN, END = "<!-- sizes -->\n", "<!-- end -->"
 CARDS = ("a100-40gb", "a100-80gb", "h100", "h200")
 LENGTHS = (8_192, 32_768, 131_072)
@@ -52,8 +53,8 @@ def test_the_sizes_are_those_of_the_program() -> None:
 
 
 def commands(program: str) -> list[str]:
-    """Of this page and the chart's README, without comments."""
-    text = PAGE.read_text() + README.read_text()
+    """Of this page, the one on scale to zero, and the chart's README, without comments."""
+    text = PAGE.read_text() + ZERO.read_text() + README.read_text()
     found = re.findall(rf"^\$ ({program} (?:.*\\\n)*.*)$", text, re.MULTILINE)
     return [shlex.join(shlex.split(each.replace("\\\n", " "), comments=True)) for each in found]
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from autoscaler.activator import HoldLimits, Replica, Room
 from autoscaler.activator.refused import Reason, Refused
 from tests.autoscaler.activator.scene import assert_nothing_is_left
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 class Requests:
@@ -241,6 +245,18 @@ async def test_hints_follow_what_is_left_of_the_start(eta: float | None, low: fl
         assert refused.value.reason is Reason.FULL
         assert refused.value.retry_after is not None
         assert low <= refused.value.retry_after <= high
+
+
+def test_the_chart_and_the_page_have_the_same_defaults() -> None:
+    hold = yaml.safe_load((ROOT / "helm/nemoserve/values.yaml").read_text())["autoscaling"]["hold"]
+    limits = HoldLimits()
+    assert hold == {
+        "requests": limits.max_requests,
+        "mebibytes": limits.max_bytes / 2**20,
+        "seconds": limits.hold_seconds,
+    }
+    page = (ROOT / "docs/scale-to-zero.md").read_text()
+    assert [f"| `autoscaling.hold.{name}` | {value} |" in page for name, value in hold.items()] == [True] * 3
 
 
 @pytest.mark.parametrize(
