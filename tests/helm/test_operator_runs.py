@@ -18,6 +18,7 @@ from tests.helm.test_operator import NAME, OPERATOR, container
 from tests.helm.test_operator import operator as deployment
 
 ZERO = "autoscaling.enabled=true,autoscaling.minReplicas=0,autoscaling.scaleToZero.enabled=true"
+ACCOUNT = f"system:serviceaccount:serving:{OPERATOR}"
 APPLIED = ("ServiceAccount", "Role", "RoleBinding", "Deployment", "Service", "QueueAutoscaler")
 
 
@@ -28,19 +29,24 @@ def pod(found: list[Object]) -> Object:
     return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": template["spec"]}
 
 
+def bring(api: FakeApi, found: list[Object], replicas: int) -> None:
+    """What the chart renders, as far as the fake knows the kinds, with a number of servers that somebody asked for."""
+    api.apply(definition(), {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "serving"}})
+    for each in found:
+        if each["kind"] in APPLIED:
+            api.apply(each, namespace="serving")
+    wanted = {"spec": {**api.get(DEPLOYMENTS, NAME, "serving")["spec"], "replicas": replicas}}
+    api.update(DEPLOYMENTS, NAME, lambda old: old | wanted, namespace="serving")
+    api.apply(pod(found), namespace="serving")
+
+
 async def test_a_request_starts_the_first_server_and_nothing_is_forbidden(tmp_path: Path) -> None:
     found = objects(render(HELMS[-1], None, "--set", ZERO))
     async with FakeApi() as api:
-        api.apply(definition(), {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "serving"}})
-        for each in found:
-            if each["kind"] in APPLIED:
-                if each["metadata"]["name"] == NAME and each["kind"] == "Deployment":
-                    each["spec"]["replicas"] = 0
-                api.apply(each, namespace="serving")
-        api.apply(pod(found), namespace="serving")
+        bring(api, found, replicas=0)
         http, rpc = free_port(), free_port()
         here = [
-            f"--kubeconfig={api.kubeconfig(tmp_path, f'system:serviceaccount:serving:{OPERATOR}', 'serving')}",
+            f"--kubeconfig={api.kubeconfig(tmp_path, ACCOUNT, 'serving')}",
             *("--pod-name", f"{OPERATOR}-0", "--namespace=serving", "--metrics-host=127.0.0.1", "--metrics-port=0"),
             *("--activator-host=127.0.0.1", f"--activator-http-port={http}", f"--activator-grpc-port={rpc}"),
         ]
