@@ -140,13 +140,12 @@ class Engines:
         held = (
             some["context"] + some["joining_tokens"] + np.where(computing, some["prompt_size"] - some["prompt_left"], 0)
         )
-        queued_tokens = some["queued_tokens"] + np.where(computing, some["prompt_left"], 0)
         oldest = np.where(some["queued"] > 0, self.now - self.requests["enqueued"][some["head"]], 0.0)
         limits = self._curve.max_batch_size, -(-self._curve.kv_tokens // PAGE_TOKENS), PAGE_TOKENS
         counters = zip(*(some[name].tolist() for name in COUNTERS), strict=True)
         figures = zip(
             some["queued"].tolist(),
-            queued_tokens.tolist(),
+            some["queued_tokens"].tolist(),
             oldest.tolist(),
             (some["outstanding"] - some["queued"]).tolist(),
             (-(-held // PAGE_TOKENS)).tolist(),

@@ -92,7 +92,7 @@ def push(requests: Any, replicas: Any, index: int, which: int, now: float) -> No
         requests[replica.tail].next = which
     replica.tail = which
     replica.queued += 1
-    replica.queued_tokens += request.input - request.cached
+    replica.queued_tokens += request.input
     replica.outstanding += 1
     replica.due = now
     replica.arrived_requests += 1
@@ -116,11 +116,12 @@ def start(requests: Any, replica: Any) -> None:
     request = requests[which]
     replica.head = request.next
     replica.queued -= 1
-    replica.queued_tokens -= request.input + request.generated - request.cached
+    replica.queued_tokens -= request.input + request.generated
     replica.prompt = which
     replica.prompt_size = request.input + request.generated
     replica.prompt_left = replica.prompt_size - request.cached
-    replica.cached_prompt_tokens += request.cached
+    if request.generated == 0:  # what is found again after it was put back is not counted again
+        replica.cached_prompt_tokens += request.cached
     replica.admissions += 1
     request.admission = replica.admissions
     request.state = PREFILLING
@@ -179,7 +180,7 @@ def put_back(requests: Any, replica: Any, which: int) -> None:
     if replica.queued == 0:
         replica.tail = which
     replica.queued += 1
-    replica.queued_tokens += request.input + request.generated - request.cached
+    replica.queued_tokens += request.input + request.generated
     replica.preemptions += 1
 
 

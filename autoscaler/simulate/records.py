@@ -45,7 +45,7 @@ REPLICA = np.dtype(
         ("head", "i4"),
         ("tail", "i4"),
         ("queued", "i4"),
-        ("queued_tokens", "i8"),  # not computed of those in the queue
+        ("queued_tokens", "i8"),  # of those in the queue, as the engine counts them: cached ones too
         ("outstanding", "i4"),  # queued, prompt and rows
         ("preemptions", "i8"),
         ("arrived_requests", "i8"),
