@@ -7,6 +7,9 @@ Needs KUBECONFIG, and for the release an image that the cluster can pull,
 IMAGE=registry.example.com/nemoserve:0.1.0-cpu. It works in namespaces of its own, the release's held to the restricted
 level of Pod Security, and deletes them at the end, and the custom resource definition too, unless it was there. Without
 KUBECONFIG it says so and has tested nothing.
+
+With OPERATOR=registry.example.com/nemoserve:0.1.0-autoscaler the operator comes to the release and goes again, for which
+the cluster gets the definition of QueueAutoscaler, and keeps it.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import uuid
 from collections.abc import Mapping
 
 from helm.chart import CHART, CI
+from helm.manifests import DEPLOY
 from helm.tools import HELMS, tool
 
 CONTRACT = "tests/autoscaler/test_cluster_contract.py"
@@ -45,6 +49,20 @@ def steps(namespace: str, image: str) -> list[list[str]]:
     ]
 
 
+def operated(namespace: str, image: str, operator: str) -> list[list[str]]:
+    """The operator comes to a release that runs, and goes again; each command with its program."""
+    _, upgrade, *_ = [step for step in steps(namespace, image) if step[0] in ("install", "upgrade")]
+    repository, _, tag = operator.rpartition(":")
+    images = f"--set-string=autoscaling.operator.image.repository={repository},autoscaling.operator.image.tag={tag}"
+    within = f"--namespace={namespace}"
+    return [
+        ["kubectl", "apply", "--server-side", f"--filename={DEPLOY / 'crds'}"],
+        ["helm", *upgrade, images, "--set=autoscaling.enabled=true"],
+        ["kubectl", "wait", "qas/nemo-nemoserve", "--for=condition=Ready", "--timeout=2m", within],
+        ["helm", *upgrade],
+    ]
+
+
 def run(program: str, *args: str) -> str:
     print("$", program, *args, flush=True)
     done = subprocess.run([tool(program), *args], stdout=subprocess.PIPE, text=True, timeout=1200, check=True)
@@ -68,12 +86,16 @@ def main(environ: Mapping[str, str]) -> int:
     if ":" not in environ.get("IMAGE", "").rpartition("/")[2]:
         print("no release was tested: IMAGE must be an image with a tag that the cluster can pull")
         return 2
+    operator = environ.get("OPERATOR", "")
     for helm in HELMS:
         namespace = f"nemoserve-{uuid.uuid4().hex[:8]}"
         run("kubectl", "create", "namespace", namespace)
         try:
             run("kubectl", "label", "namespace", namespace, RESTRICTED)
             for step in steps(namespace, environ["IMAGE"]):
+                if step[0] == "uninstall" and operator:
+                    for program, *args in operated(namespace, environ["IMAGE"], operator):
+                        run(helm if program == "helm" else program, *args)
                 run(helm, *step)
             left = run("kubectl", "get", "all,pvc,configmap", f"--namespace={namespace}", "--output=name").split()
             if left := [name for name in left if name != "configmap/kube-root-ca.crt"]:

@@ -8,6 +8,7 @@ from helm.chart import objects
 from helm.tools import HELMS, run
 from tests import cluster
 from tests.helm.conftest import server
+from tests.helm.test_operator import container
 
 
 def test_without_a_cluster_it_claims_nothing(capsys: pytest.CaptureFixture[str]) -> None:
@@ -35,3 +36,12 @@ def test_what_it_installs_is_rendered(helm: str) -> None:
         if command in ("install", "upgrade"):
             done = run(helm, "template", *(each for each in arguments if each not in cluster.READY))
             assert server(objects(done.stdout))["image"] == "registry.example.com:5000/nemoserve:1"
+
+
+@pytest.mark.parametrize("helm", HELMS)
+def test_the_operator_that_it_turns_on_is_rendered(helm: str) -> None:
+    image, operator = "registry.example.com/nemoserve:1-cpu", "registry.example.com/nemoserve:1-autoscaler"
+    apply, on, wait, off = cluster.operated("somewhere", image, operator)
+    assert (apply[0], wait[0], off) == ("kubectl", "kubectl", on[:-2])
+    done = run(helm, "template", *(each for each in on[2:] if each not in cluster.READY))
+    assert container(objects(done.stdout))["image"] == operator
