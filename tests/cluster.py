@@ -8,8 +8,8 @@ IMAGE=registry.example.com/nemoserve:0.1.0-cpu. It works in namespaces of its ow
 level of Pod Security, and deletes them at the end, and the custom resource definition too, unless it was there. Without
 KUBECONFIG it says so and has tested nothing.
 
-With OPERATOR=registry.example.com/nemoserve:0.1.0-autoscaler the operator comes to the release and goes again, for which
-the cluster gets the definition of QueueAutoscaler, and keeps it.
+With OPERATOR=registry.example.com/nemoserve:0.1.0-autoscaler the operator comes to the release and goes again, for
+which the cluster gets the definition of QueueAutoscaler, and keeps it.
 """
 
 from __future__ import annotations
