@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
+from contextlib import AsyncExitStack
+from typing import Any
 
 from autoscaler.clock import Clock
 from autoscaler.cluster.face import QUEUE_AUTOSCALERS, Cluster, ClusterError, Json, WatchEvent
 from autoscaler.lease import Lease
 from autoscaler.metrics import Metrics
-from autoscaler.tend import Tender
+from autoscaler.tend import Tender, running
 from autoscaler.watch import Follower
 
 log = logging.getLogger(__name__)
@@ -30,6 +32,7 @@ class Controller:
 
     Args:
         tender: makes the one for a resource of this name, which tells by the function given that it is gone.
+        bystand: what is done until this process leads, as often as it does not.
         only: names of the resources to look after; none: all.
 
     Attributes:
@@ -44,9 +47,10 @@ class Controller:
         metrics: Metrics,
         clock: Clock,
         only: Collection[str] = (),
+        bystand: Callable[[], Coroutine[Any, Any, None]] | None = None,
     ) -> None:
         self._cluster, self._lease, self._metrics, self._clock = cluster, lease, metrics, clock
-        self._tender, self._only = tender, only
+        self._tender, self._only, self._bystand = tender, only, bystand
         self._names: set[str] = set()
         self._generations: dict[str, int] = {}  # as they were seen last
         self._tenders: dict[str, Tender] = {}
@@ -108,7 +112,10 @@ class Controller:
 
     async def _stand(self) -> None:
         while True:
-            await self._lease.acquire()
+            async with AsyncExitStack() as meanwhile:
+                if self._bystand is not None:
+                    await meanwhile.enter_async_context(running(self._bystand()))
+                await self._lease.acquire()
             self._metrics.leader.set(1)
             acting = asyncio.create_task(self._act())
             try:

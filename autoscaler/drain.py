@@ -13,7 +13,7 @@ when, so that whoever leads next goes on where this one stopped.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -138,8 +138,7 @@ class Hands:
     async def carry_out(self, plan: Plan, scene: Scene) -> None:
         """Capacity that comes back first, then what goes."""
         target, scale, pods = scene.target, scene.scale, scene.pods
-        for name in plan.keep:
-            await self._mark(pods[name], {SERVES: target.name, DRAINING: None}, cost=None)
+        await self.give_back([pods[name] for name in plan.keep], target)
         for name in plan.drain:
             await self._mark(pods[name], {SERVES: None, DRAINING: f"{scene.at:.3f}"})
         if plan.asked == scale.replicas:
@@ -148,6 +147,11 @@ class Hands:
             if not target.ordered and pods[name].deletion_cost != DOOMED:
                 await self._mark(pods[name], {}, cost=str(DOOMED))
         await self._cluster.patch(target.resource, target.name, scale_patch(scale, plan.asked), "scale")
+
+    async def give_back(self, pods: Iterable[Pod], target: TargetRef) -> None:
+        """They serve again."""
+        for each in pods:
+            await self._mark(each, {SERVES: target.name, DRAINING: None}, cost=None)
 
     async def _mark(self, pod: Pod, labels: Mapping[str, str | None], **annotations: str | None) -> None:
         metadata: dict[str, Any] = {"resourceVersion": pod.resource_version}

@@ -62,13 +62,17 @@ class Cover:
             if (each.phase is Phase.READY and each.name not in steps.drain)
             or (each.phase is Phase.DRAINING and each.name in steps.keep)
         ]
-        finishing = [each for each in scene.replicas if each.phase in (Phase.READY, Phase.DRAINING)]
-        room = self._front.room
-        room.serve([_taker(each, scene.pods[each.name], spec) for each in staying or finishing])
-        if not finishing:
-            self._tell_progress(scene.replicas)
+        self.serve(spec, scene, staying)
         endpoints = [each for each in staying if scene.pods[each.name].ready_since is not None]
         await self._label(spec.target.name if spec.settings.scale_to_zero.enabled and not endpoints else None)
+
+    def serve(self, spec: Spec, scene: Scene, staying: Sequence[Replica] = ()) -> None:
+        """What is held, and what comes here still, goes to those that stay, else to those that drain."""
+        finishing = [each for each in scene.replicas if each.phase in (Phase.READY, Phase.DRAINING)]
+        takers = staying or finishing
+        self._front.room.serve([_taker(each, scene.pods[each.name], spec) for each in takers])
+        if not takers:
+            self._tell_progress(scene.replicas)
 
     async def end(self) -> None:
         """The resource is gone. Raises ClusterError."""

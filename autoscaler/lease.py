@@ -33,6 +33,8 @@ from autoscaler.cluster.objects import micro_timestamp
 
 log = logging.getLogger(__name__)
 
+RELEASE_SECONDS = 5.0  # that the API server has to answer a process which ends
+
 
 class NotLeaderError(Exception):
     """What was to be written is the leader's business, and this process does not lead (any more)."""
@@ -101,7 +103,10 @@ class Lease:
         """Give it to whoever asks first. Where that fails the others wait for its end."""
         if self.left <= 0:
             return
-        left, self._renewed = self.left, None  # from here on nothing is written, whatever becomes of the request
+        left, self._renewed = (
+            min(self.left, RELEASE_SECONDS),
+            None,
+        )  # from here on nothing is written, whatever becomes of the request
         try:
             async with asyncio.timeout(left):
                 lease = await self._cluster.get(LEASES, self._name)

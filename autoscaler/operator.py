@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from uuid import uuid4
 
@@ -23,11 +24,11 @@ from autoscaler.metrics import Metrics
 from autoscaler.policy import QueuePolicy
 from autoscaler.probes import create_app
 from autoscaler.reconcile import Observer, Reconciler, Tools
-from autoscaler.tend import Tender
+from autoscaler.tend import Tender, hand_over
 
 log = logging.getLogger(__name__)
 
-GRACE_SECONDS = 5.0  # of the metrics port
+PROBES_SECONDS = 2.0  # that a scrape has at the end
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +48,7 @@ class OperatorSettings:
     metrics_address: str = "0.0.0.0:9090"
     activate: str | None = None
     activator: ActivatorSettings = field(default_factory=ActivatorSettings)
-    stop_seconds: float = 25.0
+    stop_seconds: float = 20.0
     lease_times: LeaseTimes = field(default_factory=LeaseTimes)
     drain_times: DrainTimes = field(default_factory=DrainTimes)
 
@@ -67,16 +68,16 @@ async def run(settings: OperatorSettings, observer: Callable[[], Observer]) -> N
     for number in signals:
         loop.add_signal_handler(number, stop.set)
     try:
-        async with connect(settings.kubeconfig, namespace=settings.namespace) as cluster:
+        async with connect(settings.kubeconfig, namespace=settings.namespace) as cluster, AsyncExitStack() as ending:
             activator = Activator(settings.activator) if settings.activate is not None else None
             if activator is not None:
                 await activator.start()
-            try:
-                front = _front(settings, activator)
-                await _control(_controller(settings, cluster, front, observer), settings, stop)
-            finally:
-                if activator is not None:
-                    await activator.stop(settings.stop_seconds)
+                ending.push_async_callback(activator.stop, 0.0)
+            controller, metrics = _controller(settings, cluster, _front(settings, activator), observer)
+            async with _probes(settings, controller, metrics):
+                acting = asyncio.create_task(controller.run(), name="controller")
+                await asyncio.wait({acting, asyncio.create_task(stop.wait())}, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.gather(_end(acting), *([activator.stop(settings.stop_seconds)] if activator else ()))
     finally:
         for number in signals:
             loop.remove_signal_handler(number)
@@ -88,24 +89,23 @@ def _front(settings: OperatorSettings, activator: Activator | None) -> Front | N
     return Front(settings.activate, settings.pod_name, activator.room)
 
 
-async def _control(made: tuple[Controller, Metrics], settings: OperatorSettings, stop: asyncio.Event) -> None:
-    controller, metrics = made
-    probes = HttpServer(
-        create_app(metrics.registry, ready=lambda: controller.ready, leads=lambda: controller.leads),
-    )
-    port = await probes.start(settings.metrics_address)
+@asynccontextmanager
+async def _probes(settings: OperatorSettings, controller: Controller, metrics: Metrics) -> AsyncIterator[None]:
+    app = create_app(metrics.registry, ready=lambda: controller.ready, leads=lambda: controller.leads)
+    server = HttpServer(app)
+    port = await server.start(settings.metrics_address)
     log.info("operator runs", extra={"metrics_port": port, "lease": settings.lease_name})
-    acting = asyncio.create_task(controller.run(), name="controller")
-    stopped = asyncio.create_task(stop.wait())
     try:
-        await asyncio.wait({acting, stopped}, return_when=asyncio.FIRST_COMPLETED)
-        if acting.done():
-            await acting  # never ends but by a fault of ours
+        yield
     finally:
-        stopped.cancel()
-        acting.cancel()
-        await asyncio.wait({acting})
-        await probes.stop(GRACE_SECONDS)
+        await server.stop(PROBES_SECONDS)
+
+
+async def _end(acting: asyncio.Task[None]) -> None:
+    """It gives the lease back. Raises what it ended with by itself, which is a fault of ours."""
+    acting.cancel()
+    with suppress(asyncio.CancelledError):
+        await acting
 
 
 def _controller(
@@ -130,4 +130,12 @@ def _controller(
     def tender(name: str, gone: Callable[[str], None]) -> Tender:
         return Tender(Reconciler(name, tools), fenced, metrics, clock, front=front, gone=gone)
 
-    return Controller(cluster, lease, tender, metrics, clock, settings.names), metrics
+    async def bystand() -> None:
+        if front is not None:
+            reconciler = Reconciler(front.autoscaler, tools)
+            try:
+                await hand_over(front, reconciler, clock)
+            finally:
+                await reconciler.close()
+
+    return Controller(cluster, lease, tender, metrics, clock, settings.names, bystand), metrics

@@ -14,11 +14,13 @@ from autoscaler.front import Front
 from autoscaler.lease import NotLeaderError
 from autoscaler.metrics import Metrics
 from autoscaler.reconcile import GoneError, Reconciler
+from autoscaler.resource import InvalidSpecError
 from autoscaler.watch import Follower, pause
 
 log = logging.getLogger(__name__)
 
 SHORTEST_SECONDS = 0.5  # between two looks, however much happens
+HAND_OVER_SECONDS = 5.0  # between two looks of who does not lead, while requests are held
 
 
 class Tender:
@@ -137,6 +139,21 @@ class Tender:
             await front.room.wake.wait()
             front.room.wake.clear()
             self.wake()
+
+
+async def hand_over(front: Front, reconciler: Reconciler, clock: Clock) -> None:
+    """While another process leads: requests that came here when this one did still get to a replica."""
+    while True:
+        await clock.wait(front.room.wake, HAND_OVER_SECONDS)
+        front.room.wake.clear()
+        if front.room.held_requests:
+            try:
+                await reconciler.hand_over()
+            except (ClusterError, GoneError, InvalidSpecError, ValueError) as error:
+                log.warning(
+                    "held requests not handed over", extra={"autoscaler": front.autoscaler, "reason": str(error)}
+                )
+        await clock.sleep(SHORTEST_SECONDS)
 
 
 @asynccontextmanager

@@ -6,11 +6,15 @@ What replicas say and what the policy decides is the test's word; time is turned
 from __future__ import annotations
 
 import copy
+import functools
+import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from autoscaler.cluster.client import connect
 from autoscaler.cluster.face import DEPLOYMENTS, EVENTS, PODS, QUEUE_AUTOSCALERS, STATEFUL_SETS, Json, Kind
@@ -33,16 +37,16 @@ from tests.autoscaler.fake_api.workloads import Workloads
 NAME = "nemo"
 KINDS = {"Deployment": DEPLOYMENTS, "StatefulSet": STATEFUL_SETS}
 ACCOUNT = "system:serviceaccount:default:"
-# What docs/autoscaling.md says that the operator needs, and no more.
-RULES = [
-    {"apiGroups": ["autoscaling.nemoserve.dev"], "resources": ["queueautoscalers"], "verbs": ["get", "list", "watch"]},
-    {"apiGroups": ["autoscaling.nemoserve.dev"], "resources": ["queueautoscalers/status"], "verbs": ["patch"]},
-    {"apiGroups": ["apps"], "resources": ["deployments/scale", "statefulsets/scale"], "verbs": ["get", "patch"]},
-    {"apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list", "watch", "patch"]},
-    {"apiGroups": ["events.k8s.io"], "resources": ["events"], "verbs": ["create", "patch"]},
-    {"apiGroups": ["coordination.k8s.io"], "resources": ["leases"], "verbs": ["get", "update", "create"]},
-    {"apiGroups": ["autoscaling"], "resources": ["horizontalpodautoscalers"], "verbs": ["list"]},
-]
+SHIPPED = Path(__file__).parents[3] / "deploy/components/autoscaler/resources.yaml"
+
+
+@functools.cache
+def rules() -> list[Json]:
+    """What the shipped Role lets the operator do, of any name, and of StatefulSets too."""
+    [role] = [each for each in yaml.safe_load_all(SHIPPED.read_text()) if each["kind"] == "Role"]
+    text = json.dumps([{key: rule[key] for key in rule if key != "resourceNames"} for rule in role["rules"]])
+    found: list[Json] = json.loads(text.replace('"deployments/scale"', '"deployments/scale", "statefulsets/scale"'))
+    return found
 
 
 @dataclass
@@ -223,7 +227,7 @@ def scaler(kind: str = "Deployment", name: str = NAME, **spec: Any) -> Json:
 def grant(api: FakeApi, account: str) -> None:
     """What the operator needs, to a service account."""
     group = "rbac.authorization.k8s.io"
-    role = {"kind": "Role", "apiVersion": f"{group}/v1", "metadata": {"name": account}, "rules": RULES}
+    role = {"kind": "Role", "apiVersion": f"{group}/v1", "metadata": {"name": account}, "rules": rules()}
     binding = {
         "kind": "RoleBinding",
         "apiVersion": f"{group}/v1",

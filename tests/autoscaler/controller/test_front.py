@@ -13,6 +13,7 @@ from autoscaler.activator import Room
 from autoscaler.cluster.face import PODS
 from autoscaler.drain import SERVES
 from autoscaler.front import STANDS_IN, Front
+from autoscaler.tend import hand_over
 from tests.autoscaler.controller.clock import until
 from tests.autoscaler.controller.scene import NAME, Scene, scene
 
@@ -113,6 +114,19 @@ async def test_who_led_before_stands_in_no_more(tmp_path: Path) -> None:
         here.reconciler = here.successor()
         await here.look()
         assert here.serving == here.pods
+
+
+async def test_a_process_that_leads_no_more_hands_over_what_it_holds_and_writes_nothing(zero: Scene) -> None:
+    """The one that leads now has made the replica ready."""
+    assert zero.front is not None
+    zero.front.room.serve(())
+    request = await hold(zero)
+    writes = len(zero.api.writes())
+    bystander = asyncio.create_task(hand_over(zero.front, zero.successor(), zero.clock))
+    await zero.clock.turn_until(request.done)
+    bystander.cancel()
+    assert await request == zero.pods[0]
+    assert len(zero.api.writes()) == writes
 
 
 async def test_this_process_stands_in_no_more_when_the_resource_is_gone(zero: Scene) -> None:

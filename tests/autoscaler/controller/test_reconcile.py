@@ -13,7 +13,7 @@ from autoscaler.decision import Limit
 from autoscaler.drain import DRAINING
 from autoscaler.reconcile import GoneError
 from autoscaler.rivals import HPAS
-from tests.autoscaler.controller.scene import NAME, Scene, scaler, scene
+from tests.autoscaler.controller.scene import NAME, Scene, scaler, scene, workload
 from tests.autoscaler.fake_api import Fault
 
 
@@ -127,6 +127,22 @@ async def test_one_that_is_wanted_again_serves_again_and_none_is_made(three: Sce
     assert (three.serving, three.pods, three.asked) == (before, before, 3)
     assert not three.api.list(PODS, label_selector=DRAINING)
     assert "DrainReversed" in three.reasons
+
+
+@pytest.mark.parametrize("change", ["dry run", "gone"])
+async def test_who_acts_no_more_leaves_none_draining(three: Scene, change: str) -> None:
+    before = three.pods
+    three.ears.running = dict.fromkeys(three.pods, 2)
+    three.word.desired = 1
+    await three.look()
+    assert len(three.serving) == 1
+    if change == "dry run":
+        three.change(QUEUE_AUTOSCALERS, NAME, dryRun=True)
+        await three.look()
+    else:
+        three.delete(QUEUE_AUTOSCALERS, NAME)
+        await three.reconciler.end()
+    assert (three.serving, three.pods, three.asked) == (before, before, 3)
 
 
 async def test_who_leads_next_goes_on_where_the_drain_was(three: Scene) -> None:
@@ -353,6 +369,18 @@ async def test_a_write_whose_answer_is_lost_is_not_taken_for_another_hand(three:
     await three.settled()
     await three.look()
     assert three.asked == 4
+    assert "ScaledByHand" not in three.reasons
+
+
+async def test_another_workload_is_no_scale_by_another_hand(three: Scene) -> None:
+    other = workload("Deployment", 1)
+    other["metadata"]["name"] = "other"
+    three.api.apply(other)
+    target = three.resource["spec"]["scaleTargetRef"] | {"name": "other"}
+    three.change(QUEUE_AUTOSCALERS, NAME, scaleTargetRef=target)
+    three.clock.turn(5)
+    await three.reconciler.look()
+    assert three.word.seen[-1].desired == 1
     assert "ScaledByHand" not in three.reasons
 
 
