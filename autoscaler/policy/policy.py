@@ -150,7 +150,7 @@ class QueuePolicy:
             efficiency = self._mirror.efficiency
             look = Look(observation.at, traffic.seconds, flow, demands, each, horizon, efficiency, lowest, most)
             self._mirror.advance(look, promise, len(traffic.heard), traffic.late, traffic.slow)
-            shadow = self._shadows.advance(look, promise, self._first)
+            shadow = self._shadows.advance(look, promise, self._first, self._mirror.floor)
             need, headroom = shadow.ordered, shadow.factor
             figures["forecast_work_ratio"] = demands[shadow.signal]
             figures["efficiency_ratio"] = efficiency

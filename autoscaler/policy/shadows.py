@@ -20,11 +20,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from autoscaler.policy.fluid import Flow, Fluid
+from autoscaler.policy.forecast import Smoothed
 
-FACTORS = (1.0, 1.1, 1.2, 1.32, 1.5, 1.75, 2.1)
+FACTORS = (1.0, 1.08, 1.16, 1.25, 1.36, 1.5, 1.7, 2.0, 2.4)
 MEMORY = 24 * 3600.0  # seconds after which what happened has lost 63 % of its weight
 BELIEF = 1800.0  # seconds that a belief is worth
-SAFE = 0.6  # of the share that may be late, for a shadow to be followed
+SAFE = 0.8  # of the share that may be late, for a shadow to be followed
 PATIENCE = 300.0  # seconds before a cheaper one is followed
 CHEAPER = 0.98  # of the cost of the one that is followed
 LOOSE = 1.06  # a replica goes only if the rest could take this much more
@@ -151,8 +152,9 @@ class Shadows:
         self._seconds = 0.0  # forgetting
         self._requests = 0.0  # forgetting
 
-    def advance(self, look: Look, promise: Promise, found: int) -> Shadow:
-        """The one to follow. `found` is the count of real replicas that there are meant to be."""
+    def advance(self, look: Look, promise: Promise, found: int, floor: float = 0.0) -> Shadow:
+        """The one to follow. `found` is the count of real replicas that there were meant to be at first, `floor` the
+        share that is late whatever one does."""
         if self._followed is None:
             for each in self._all:
                 each.start(look, found)
@@ -161,7 +163,7 @@ class Shadows:
         self._requests = self._requests * keep + look.flow.arrivals * look.seconds
         for each in self._all:
             each.advance(look, promise, keep)
-        return self._choose(look, promise.late_share * SAFE)
+        return self._choose(look, max(promise.late_share * SAFE - floor, promise.late_share * SAFE / 4))
 
     def late_share(self, shadow: Shadow, safe: float) -> float:
         """With what was believed before anything was seen."""
@@ -195,19 +197,24 @@ class Mirror:
 
     Requests come in bursts within a look, prompts hold up the rows beside them, balancers do not balance. All of that
     makes a replica of the fluid worth more than a real one; `efficiency` is what a real one is worth, learnt so that
-    as many are late here as there.
+    as many are late here as there while there is more to do than usual. What is late while there is less to do than
+    usual more replicas would not help: that is the `floor`, up to a limit, so that want of replicas is not taken for it.
     """
 
     LEAST, MOST = 0.2, 1.15
-    SECONDS = 3600.0  # in which it changes e-fold if all is wrong
+    HIGHEST_FLOOR = 0.4  # of the share that may be late
+    SECONDS = 3600.0  # in which efficiency changes e-fold if all is wrong
     SMOOTH = (
         600.0  # seconds over which late requests are compared: here they are late when they come, there when they go
     )
+    USUAL = 3600.0  # seconds that make up what is usual
 
     def __init__(self) -> None:
+        self.floor = 0.0  # share
         self._fluid = Fluid()
         self._log = 0.0
-        self._requests = self._late = self._slow = self._expected = 0.0  # forgetting
+        self._usual = Smoothed(self.USUAL)
+        self._low, self._high = _Tally(), _Tally()
 
     @property
     def efficiency(self) -> float:
@@ -216,16 +223,36 @@ class Mirror:
     def advance(self, look: Look, promise: Promise, ready: int, late: int, slow: int) -> None:
         self._fluid.advance(look.flow, ready * self.efficiency, look.seconds)
         came = look.flow.arrivals * look.seconds
-        keep = math.exp(-look.seconds / self.SMOOTH)
-        self._requests = self._requests * keep + came
-        self._late = self._late * keep + late
-        self._slow = self._slow * keep + slow
-        self._expected = self._expected * keep + promise.late(self._fluid) * came
-        usual = self._requests * promise.late_share * SAFE
-        seen = max(self._late, self._slow)  # many are both
-        error = (seen - self._expected) / max(seen, self._expected, usual, 1e-9)
-        self._log -= error * look.seconds / self.SECONDS
-        self._log = min(max(self._log, math.log(self.LEAST)), math.log(self.MOST))
+        busy = look.demands[0] / max(ready, 1)
+        high = busy >= self._usual.add(busy, look.seconds)
+        tally = self._high if high else self._low
+        tally.add(math.exp(-look.seconds / self.SMOOTH), came, late, slow, promise.late(self._fluid) * came)
+        if not tally.came:
+            return
+        seen, expected = max(tally.late, tally.slow) / tally.came, tally.expected / tally.came + self.floor
+        if high:
+            error = (seen - expected) / max(seen, expected, promise.late_share * SAFE)
+            self._log -= error * look.seconds / self.SECONDS
+            self._log = min(max(self._log, math.log(self.LEAST)), math.log(self.MOST))
+        else:
+            self.floor += (seen - expected) * look.seconds / self.SECONDS
+            self.floor = min(max(self.floor, 0.0), self.HIGHEST_FLOOR * promise.late_share)
+
+
+@dataclass(slots=True)
+class _Tally:
+    """Requests, forgetting: that came, that were late or slow (many are both), that were expected to be."""
+
+    came: float = 0.0
+    late: float = 0.0
+    slow: float = 0.0
+    expected: float = 0.0
+
+    def add(self, keep: float, came: float, late: float, slow: float, expected: float) -> None:
+        self.came = self.came * keep + came
+        self.late = self.late * keep + late
+        self.slow = self.slow * keep + slow
+        self.expected = self.expected * keep + expected
 
 
 def _counts(highest: int) -> Iterator[int]:
