@@ -29,8 +29,8 @@ class BrokenAnswerError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Waits:
-    """How long first tokens took: `counts[i]` of them at most `bounds[i]` seconds, and more than the bound before; the
-    last of `counts`, which has one more, longer than all. Nothing is known of a server without buckets."""
+    """How long something took: `counts[i]` times at most `bounds[i]` seconds, and more than the bound before; the last
+    of `counts`, which has one more, longer than all. Nothing is known of a server without buckets."""
 
     bounds: tuple[float, ...] = ()
     counts: tuple[int, ...] = ()
@@ -50,7 +50,7 @@ class Waits:
 @dataclass(frozen=True, slots=True)
 class Answer:
     """Attributes:
-    load: without `late_first_tokens`, which depends on what is promised.
+    load: without `late_first_tokens` and `slow_requests`, which depend on what is promised.
     phase: None: it does not say.
     eta_seconds: until it is ready; None: it is, or does not say.
     """
@@ -58,7 +58,8 @@ class Answer:
     load: Load
     phase: Phase | None = None
     eta_seconds: float | None = None
-    waits: Waits = field(default_factory=Waits)
+    waits: Waits = field(default_factory=Waits)  # for first tokens
+    gaps: Waits = field(default_factory=Waits)  # between the tokens of a request, its mean
 
 
 def read_load(load: pb.Load) -> Answer:
@@ -67,7 +68,9 @@ def read_load(load: pb.Load) -> Answer:
         if isinstance(value, int | float):
             check(each.name, value)
     phase = PHASES.get(load.phase)
-    waits = read_waits(load.time_to_first_token.bounds, load.time_to_first_token.counts)
+    waits, gaps = (
+        read_waits(each.bounds, each.counts) for each in (load.time_to_first_token, load.time_per_output_token)
+    )
     return Answer(
         load=Load(
             queued_requests=load.queued_requests,
@@ -98,6 +101,7 @@ def read_load(load: pb.Load) -> Answer:
         phase=phase,
         eta_seconds=load.eta_seconds or None if phase is Phase.LOADING else None,
         waits=waits,
+        gaps=gaps,
     )
 
 
@@ -127,17 +131,18 @@ class Totals:
     def __init__(self) -> None:
         self._server, self._engine = _Sums(), _Sums()
 
-    def add(self, answer: Answer) -> tuple[Counters, Waits]:
-        """Of all answers until now, in their order."""
-        told, waits = answer.load.counters, answer.waits
-        arrived, prompts, finished, *waited = self._server.add(
-            (told.arrived_requests, told.arrived_prompt_tokens, told.finished_requests, *waits.counts)
+    def add(self, answer: Answer) -> tuple[Counters, Waits, Waits]:
+        """Of all answers until now, in their order; how long first tokens took, and the others."""
+        told, waits, gaps = answer.load.counters, answer.waits, answer.gaps
+        arrived, prompts, finished, *rest = self._server.add(
+            (told.arrived_requests, told.arrived_prompt_tokens, told.finished_requests, *waits.counts, *gaps.counts)
         )
+        waited, between = tuple(rest[: len(waits.counts)]), tuple(rest[len(waits.counts) :])
         computed, cached, generated = self._engine.add(
             (told.computed_prompt_tokens, told.cached_prompt_tokens, told.generated_tokens)
         )
         counters = Counters(arrived, prompts, finished, computed, cached, generated, first_tokens=sum(waited))
-        return counters, Waits(waits.bounds, tuple(waited))
+        return counters, Waits(waits.bounds, waited), Waits(gaps.bounds, between)
 
 
 class _Sums:

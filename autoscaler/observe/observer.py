@@ -130,8 +130,9 @@ class Observer:
         memory = self._memories[pod.uid]
         self._complain(pod, memory, str(found) if isinstance(found, SilentError) else "")
         if isinstance(found, Answer):
-            counters, waits = memory.totals.add(found)
-            counters = replace(counters, late_first_tokens=waits.longer_than(settings.target.ttft_seconds))
+            counters, waits, gaps = memory.totals.add(found)
+            late, slow = waits.longer_than(settings.target.ttft_seconds), gaps.longer_than(settings.target.itl_seconds)
+            counters = replace(counters, late_first_tokens=late, slow_requests=slow)
             memory.load = replace(found.load, counters=counters)
             memory.answer, memory.observed_at, memory.restarts = found, at, pod.restarts
         phase, eta = _phase(pod, memory, heard=isinstance(found, Answer), at=at)

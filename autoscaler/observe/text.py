@@ -21,13 +21,19 @@ WANTED = (
     *("requests_queued", "tokens_queued", "queue_oldest_seconds", "requests_running", "requests_capacity"),
     *("kv_cache_usage_ratio", "cache_config_info", "phase", "requests_arrived_total", "prompt_tokens_arrived_total"),
     *("requests_finished_total", "prompt_tokens_total", "prefix_cache_hit_tokens_total", "generation_tokens_total"),
-    *("time_to_first_token_seconds_bucket", "step_base_seconds", "seconds_per_prefill_token"),
+    *(
+        "time_to_first_token_seconds_bucket",
+        "time_per_output_token_seconds_bucket",
+        "step_base_seconds",
+        "seconds_per_prefill_token",
+    ),
     *("seconds_per_decode_row", "seconds_per_context_token"),
 )
 WANTED_OF_VLLM = (
     *("num_requests_waiting", "num_requests_running", "kv_cache_usage_perc", "gpu_cache_usage_perc"),
     *("cache_config_info", "request_success_total", "prompt_tokens_total", "prefix_cache_queries_total"),
     *("prefix_cache_hits_total", "generation_tokens_total", "time_to_first_token_seconds_bucket"),
+    *("request_time_per_output_token_seconds_bucket",),
 )
 NAMES = frozenset((*(OURS + name for name in WANTED), *(VLLM + name for name in WANTED_OF_VLLM)))
 Labels = Mapping[str, str]
@@ -146,6 +152,7 @@ def _of_ours(samples: _Samples) -> Answer:
         ),
         phase=phases.get(phase),
         waits=waits,
+        gaps=samples.waits(OURS + "time_per_output_token_seconds_bucket"),
     )
 
 
@@ -177,6 +184,7 @@ def _of_vllm(samples: _Samples) -> Answer:
             ),
         ),
         waits=waits,
+        gaps=samples.waits(VLLM + "request_time_per_output_token_seconds_bucket"),
     )
 
 

@@ -25,7 +25,7 @@ from autoscaler.policy.forecast import Smoothed
 FACTORS = (1.0, 1.08, 1.16, 1.25, 1.36, 1.5, 1.7, 2.0, 2.4)
 MEMORY = 24 * 3600.0  # seconds after which what happened has lost 63 % of its weight
 BELIEF = 1800.0  # seconds that a belief is worth
-SAFE = 0.8  # of the share that may be late, for a shadow to be followed
+SAFE = 0.7  # of the share that may be late, for a shadow to be followed
 PATIENCE = 300.0  # seconds before a cheaper one is followed
 CHEAPER = 0.98  # of the cost of the one that is followed
 LOOSE = 1.06  # a replica goes only if the rest could take this much more
@@ -198,7 +198,7 @@ class Mirror:
     Requests come in bursts within a look, prompts hold up the rows beside them, balancers do not balance. All of that
     makes a replica of the fluid worth more than a real one; `efficiency` is what a real one is worth, learnt so that
     as many are late here as there while there is more to do than usual. What is late while there is less to do than
-    usual more replicas would not help: that is the `floor`, up to a limit, so that want of replicas is not taken for it.
+    usual more replicas would not help: that is the `floor`, up to a limit, lest want of replicas is taken for it.
     """
 
     LEAST, MOST = 0.2, 1.15

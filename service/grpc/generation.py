@@ -209,9 +209,9 @@ class GenerationServicer(rpc.GenerationServiceServicer):
         if (info := info_of(self._host)) is not None:
             load.kv_page_tokens, load.max_step_tokens = info.page_size, info.max_batch_tokens
         if self._telemetry is not None:
-            waits = self._telemetry.first_tokens
-            load.time_to_first_token.bounds.extend(waits.bounds)
-            load.time_to_first_token.counts.extend(waits.counts)
+            waits, gaps = self._telemetry.first_tokens, self._telemetry.per_token
+            load.time_to_first_token.MergeFrom(pb.Histogram(bounds=waits.bounds, counts=waits.counts))
+            load.time_per_output_token.MergeFrom(pb.Histogram(bounds=gaps.bounds, counts=gaps.counts))
         return load
 
 

@@ -17,6 +17,7 @@ COUNTED = ("prompt_tokens", "generation_tokens")  # vLLM's names are ours
 TIMED = {
     "time_to_first_token": "time_to_first_token",
     "inter_token_latency": "inter_token_latency",
+    "request_time_per_output_token": "time_per_output_token",
     "e2e_request_latency": "request_duration",
     "request_queue_time": "queue_time",
     "request_prefill_time": "request_prefill",

@@ -66,6 +66,11 @@ class Metrics:
         """Seconds from arrival to first token, of all models together."""
         return together([each.first_token for each in self._models.values()])
 
+    @property
+    def per_token(self) -> Histogram:
+        """Mean seconds from token to token of each request that ended, of all models together."""
+        return together([each.per_token for each in self._models.values()])
+
     def exposition(self, accept: str = "") -> tuple[bytes, str]:
         """The text of all metrics, and its content type: Prometheus' or OpenMetrics', as the Accept header asks."""
         encode, content_type = choose_encoder(accept)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from engine import EngineStats
@@ -31,9 +31,9 @@ def _latencies() -> Histogram:
     return Histogram(_LATENCIES)
 
 
-def together(latencies: Iterable[Histogram]) -> Histogram:
-    """Of several that have the buckets of requests."""
-    total = _latencies()
+def together(latencies: Sequence[Histogram]) -> Histogram:
+    """Of one or more that have the same buckets."""
+    total = Histogram(latencies[0].bounds)
     for each in latencies:
         total.counts = [a + b for a, b in zip(total.counts, each.counts, strict=True)]
         total.sum += each.sum
@@ -46,6 +46,7 @@ class ModelNumbers:
 
     first_token: Histogram = field(default_factory=_latencies)
     between_tokens: Histogram = field(default_factory=token_latencies)
+    per_token: Histogram = field(default_factory=token_latencies)
     queue: Histogram = field(default_factory=_latencies)
     prefill: Histogram = field(default_factory=_latencies)
     decode: Histogram = field(default_factory=_latencies)
@@ -66,6 +67,7 @@ COUNTERS: Mapping[str, tuple[str, Callable[[ModelNumbers], int]]] = {
 HISTOGRAMS: Mapping[str, tuple[str, Callable[[ModelNumbers], Histogram]]] = {
     "time_to_first_token": ("From a request's arrival to its first token.", lambda of: of.first_token),
     "inter_token_latency": ("From token to token of a completion.", lambda of: of.between_tokens),
+    "time_per_output_token": ("Mean from token to token of a request that ended.", lambda of: of.per_token),
     "queue_time": ("From a request's arrival to its first step.", lambda of: of.queue),
     "request_prefill": ("From a request's first step to its first token.", lambda of: of.prefill),
     "request_decode": ("From a request's first token to its end.", lambda of: of.decode),

@@ -137,6 +137,8 @@ class WatchedRequest:
             numbers.running -= 1
             numbers.duration.add(record.ended)
             numbers.decode.add(record.ended - record.first_token)
+            if (gaps := sum(record.between_tokens.counts)) > 0:
+                numbers.per_token.add(record.between_tokens.sum / gaps)
         if self._span is not None:
             self._span.end(record)
         log_request(record)

@@ -44,6 +44,11 @@ class Telemetry:
         """Seconds from arrival to first token, of all requests that had one."""
         return self.metrics.first_tokens
 
+    @property
+    def per_token(self) -> Histogram:
+        """Mean seconds from token to token of each request that ended."""
+        return self.metrics.per_token
+
     def open(
         self,
         protocol: str,

@@ -1003,6 +1003,7 @@ class Load(google.protobuf.message.Message):
     TIME_TO_FIRST_TOKEN_FIELD_NUMBER: builtins.int
     KV_PAGE_TOKENS_FIELD_NUMBER: builtins.int
     MAX_STEP_TOKENS_FIELD_NUMBER: builtins.int
+    TIME_PER_OUTPUT_TOKEN_FIELD_NUMBER: builtins.int
     phase: Global___Phase.ValueType
     progress: builtins.float
     """While loading: between 0 and 1."""
@@ -1055,6 +1056,10 @@ class Load(google.protobuf.message.Message):
     def time_to_first_token(self) -> Global___Histogram:
         """Seconds from the arrival at the server's door to the first token, of requests that had one, since the server's start."""
 
+    @property
+    def time_per_output_token(self) -> Global___Histogram:
+        """Mean seconds from token to token of each request that ended with more than one, since the server's start."""
+
     def __init__(
         self,
         *,
@@ -1089,9 +1094,10 @@ class Load(google.protobuf.message.Message):
         time_to_first_token: Global___Histogram | None = ...,
         kv_page_tokens: builtins.int = ...,
         max_step_tokens: builtins.int = ...,
+        time_per_output_token: Global___Histogram | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["time_to_first_token", b"time_to_first_token"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["arrived_prompt_tokens", b"arrived_prompt_tokens", "arrived_requests", b"arrived_requests", "capacity", b"capacity", "decode_tokens_per_second", b"decode_tokens_per_second", "detail", b"detail", "engine_version", b"engine_version", "eta_seconds", b"eta_seconds", "finished_requests", b"finished_requests", "generated_tokens", b"generated_tokens", "kv_page_tokens", b"kv_page_tokens", "kv_pages_total", b"kv_pages_total", "kv_pages_used", b"kv_pages_used", "max_step_tokens", b"max_step_tokens", "oldest_queued_seconds", b"oldest_queued_seconds", "phase", b"phase", "preemptions", b"preemptions", "prefill_tokens_per_second", b"prefill_tokens_per_second", "prefix_cache_hit_tokens", b"prefix_cache_hit_tokens", "prefix_cache_query_tokens", b"prefix_cache_query_tokens", "progress", b"progress", "prompt_tokens", b"prompt_tokens", "queued_requests", b"queued_requests", "queued_tokens", b"queued_tokens", "running_requests", b"running_requests", "seconds_per_context_token", b"seconds_per_context_token", "seconds_per_decode_row", b"seconds_per_decode_row", "seconds_per_prefill_token", b"seconds_per_prefill_token", "started_at", b"started_at", "step_base_seconds", b"step_base_seconds", "steps", b"steps", "time_to_first_token", b"time_to_first_token"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["time_per_output_token", b"time_per_output_token", "time_to_first_token", b"time_to_first_token"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["arrived_prompt_tokens", b"arrived_prompt_tokens", "arrived_requests", b"arrived_requests", "capacity", b"capacity", "decode_tokens_per_second", b"decode_tokens_per_second", "detail", b"detail", "engine_version", b"engine_version", "eta_seconds", b"eta_seconds", "finished_requests", b"finished_requests", "generated_tokens", b"generated_tokens", "kv_page_tokens", b"kv_page_tokens", "kv_pages_total", b"kv_pages_total", "kv_pages_used", b"kv_pages_used", "max_step_tokens", b"max_step_tokens", "oldest_queued_seconds", b"oldest_queued_seconds", "phase", b"phase", "preemptions", b"preemptions", "prefill_tokens_per_second", b"prefill_tokens_per_second", "prefix_cache_hit_tokens", b"prefix_cache_hit_tokens", "prefix_cache_query_tokens", b"prefix_cache_query_tokens", "progress", b"progress", "prompt_tokens", b"prompt_tokens", "queued_requests", b"queued_requests", "queued_tokens", b"queued_tokens", "running_requests", b"running_requests", "seconds_per_context_token", b"seconds_per_context_token", "seconds_per_decode_row", b"seconds_per_decode_row", "seconds_per_prefill_token", b"seconds_per_prefill_token", "started_at", b"started_at", "step_base_seconds", b"step_base_seconds", "steps", b"steps", "time_per_output_token", b"time_per_output_token", "time_to_first_token", b"time_to_first_token"]) -> None: ...
 
 Global___Load: typing_extensions.TypeAlias = Load
 

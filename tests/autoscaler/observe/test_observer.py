@@ -56,6 +56,7 @@ async def test_a_look_says_of_each_replica_what_it_says_of_itself() -> None:
             prefix_cache_hit_tokens=15_000,
             generated_tokens=20_000,
             time_to_first_token=pb.Histogram(bounds=[1.0, 3.0], counts=[70, 20, 5]),
+            time_per_output_token=pb.Histogram(bounds=[0.05, 0.07], counts=[60, 20, 4]),
         )
         observer = patient()
 
@@ -83,6 +84,7 @@ async def test_a_look_says_of_each_replica_what_it_says_of_itself() -> None:
                 generated_tokens=20_000,
                 first_tokens=95,
                 late_first_tokens=15,  # 5, and half of those between 1 and 3 seconds: 2 are promised
+                slow_requests=14,  # 4, and half of those between 50 and 70 ms: 60 are promised
             ),
         )
         assert seen[0].load == Load()

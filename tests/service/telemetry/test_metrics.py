@@ -39,7 +39,7 @@ async def running() -> AsyncIterator[Observed]:
 async def test_counters_agree_with_what_clients_saw(running: Observed) -> None:
     asks = [ask("x" * (1 + i % 7), max_tokens=1 + i % 5, n=1 + i % 3, stop_token_ids=[99] * (i % 2)) for i in range(60)]
     answers = await asyncio.gather(*(drained(running.port.typed.Generate(each, timeout=10)) for each in asks))
-    prompt = cached = generated = gaps = 0
+    prompt = cached = generated = gaps = several = 0
     outcomes: Counter[str] = Counter()
     for responses in answers:
         [started] = [each.started for each in responses if each.HasField("started")]
@@ -47,7 +47,9 @@ async def test_counters_agree_with_what_clients_saw(running: Observed) -> None:
         cached += started.cached_tokens
         deltas = [each.delta for each in responses if each.HasField("delta")]
         generated += sum(len(delta.token_ids) for delta in deltas)
-        gaps += sum(len(delta.token_ids) for delta in deltas) - len({delta.index for delta in deltas})
+        here = sum(len(delta.token_ids) for delta in deltas) - len({delta.index for delta in deltas})
+        gaps += here
+        several += here > 0
         reasons = {each.finished.reason for each in responses if each.HasField("finished")}
         outcomes["length" if pb.FINISH_REASON_LENGTH in reasons else "stop"] += 1
     scrape = running.scrape()
@@ -55,10 +57,12 @@ async def test_counters_agree_with_what_clients_saw(running: Observed) -> None:
     assert scrape.value("nemoserve_prefix_cache_hit_tokens_total", model="toy") == cached
     assert scrape.value("nemoserve_generation_tokens_total", model="toy") == generated
     assert scrape.value("nemoserve_inter_token_latency_seconds_count", model="toy") == gaps
+    assert scrape.value("nemoserve_time_per_output_token_seconds_count", model="toy") == several
     for name in ("time_to_first_token", "queue_time", "request_duration", "request_prefill", "request_decode"):
         assert scrape.value(f"nemoserve_{name}_seconds_count", model="toy") == len(asks)
     load = (await running.port.typed.GetLoad(pb.GetLoadRequest())).load
     assert scrape.value("nemoserve_requests_arrived_total") == load.arrived_requests == len(asks)
+    assert sum(load.time_per_output_token.counts) == several
     assert scrape.value("nemoserve_requests_finished_total") == load.finished_requests == len(asks)
     assert scrape.value("nemoserve_prompt_tokens_arrived_total") == load.arrived_prompt_tokens == prompt
     assert len(outcomes) == 2
