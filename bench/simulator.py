@@ -180,17 +180,17 @@ def main(model: str, curve: Path, rates: str, seconds: float, prompt: int, outpu
 
 
 def show(result: Result, console: Console) -> None:
-    """Two lines for each case: the engine, and the simulator; times in milliseconds."""
+    """Two lines for each case: the engine, and the simulator. Times are milliseconds; ratio and corr. are of TTFT."""
     table = Table(title=f"{result.model}; simulated with {result.curve}", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("requests/s")
+    table.add_column("rate")
     table.add_column("", no_wrap=True)
-    for column in ("TTFT p50", "p90", "p99", "ITL p50", "p90", "p99", "sum of TTFT", "correlation"):
+    for column in ("TTFT p50", "p90", "p99", "ITL p50", "p90", "p99", "ratio", "corr."):
         table.add_column(column, justify="right")
     for case in result.cases:
         rate = case.trace.partition("rate=")[2].partition(",")[0]
         for name, side, ends in (
             ("engine", case.engine, ("", "")),
-            ("simulated", case.simulated, (f"x {case.ttft_ratio:.3f}", f"{case.ttft_correlation:.3f}")),
+            ("simulated", case.simulated, (f"{case.ttft_ratio:.3f}", f"{case.ttft_correlation:.3f}")),
         ):
             figures = [f"{1e3 * value:.0f}" for value in (*side.ttft, *side.itl)]
             table.add_row(rate if side is case.engine else "", name, *figures, *ends)
