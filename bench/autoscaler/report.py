@@ -59,6 +59,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     wait_p50_seconds: float
     wait_p99_seconds: float
     scale_events: float
+    max_ready: float
+    fluid_to_static: float  # what the work takes if it could be spread evenly
 
     @property
     def mean_violations(self) -> float:
@@ -130,6 +132,8 @@ def rows(runs: Sequence[Run]) -> list[Row]:
                 wait_p50_seconds=fmean(run.wait_p50_seconds for run in group),
                 wait_p99_seconds=fmean(run.wait_p99_seconds for run in group),
                 scale_events=fmean(run.scale_outs + run.scale_ins for run in group),
+                max_ready=fmean(run.max_ready for run in group),
+                fluid_to_static=fmean(run.fluid_gpu_hours / run.static_gpu_hours for run in group),
             )
         )
     return found
@@ -198,20 +202,25 @@ def markdown(score: Score) -> str:
 
 
 def _scenario_table(score: Score, curve: str, scenario: str) -> list[str]:
+    mine = [row for row in score.rows if (row.curve, row.scenario) == (curve, scenario)]
+    static = next(row for row in mine if row.policy == "static")
     parts = [f"#### {curve}, {scenario}\n"]
+    parts.append(
+        f"Static has {static.max_ready:.1f} replicas on average over seeds; work alone is {static.fluid_to_static:.2f} "
+        "of its GPU-hours.\n"
+    )
     parts.append(
         "| policy | cold start | violations, mean (worst seed) | after a jump | ÷ static | ÷ oracle | "
         "queue wait p50, p99 | scale events | lost |"
     )
     parts.append("|---|---|---|---|---|---|---|---|---|")
-    for row in score.rows:
-        if (row.curve, row.scenario) == (curve, scenario):
-            late = f"{row.mean_violations:.2%} ({max(row.violations):.2%}) | {fmean(row.unscalable):.2%}"
-            waits = f"{row.wait_p50_seconds:.2f} s, {row.wait_p99_seconds:.1f} s"
-            parts.append(
-                f"| {row.policy} | {row.cold_start_seconds:.0f} s | {late} | {row.to_static:.2f} | "
-                f"{row.to_oracle:.2f} | {waits} | {row.scale_events:.0f} | {fmean(row.lost):.2%} |"
-            )
+    for row in mine:
+        late = f"{row.mean_violations:.2%} ({max(row.violations):.2%}) | {fmean(row.unscalable):.2%}"
+        waits = f"{row.wait_p50_seconds:.2f} s, {row.wait_p99_seconds:.1f} s"
+        parts.append(
+            f"| {row.policy} | {row.cold_start_seconds:.0f} s | {late} | {row.to_static:.2f} | "
+            f"{row.to_oracle:.2f} | {waits} | {row.scale_events:.0f} | {fmean(row.lost):.2%} |"
+        )
     return [*parts, ""]
 
 

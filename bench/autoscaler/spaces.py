@@ -73,7 +73,7 @@ def wva(curve: Curve, at: Axes) -> Parameters:
 
 def dynamo(curve: Curve, at: Axes) -> Parameters:
     return {
-        "target_scale": between(0.15, 1.2, at[0]),
+        "target_scale": between(0.05, 1.2, at[0]),
         "throughput_interval_seconds": one_of((30.0, 60.0, 180.0), at[1]),
         "down_sensitivity": one_of((0.5, 0.65, 0.8), at[2]),
         "predictor": one_of(("constant", "kalman"), at[3]),

@@ -34,6 +34,8 @@ def test_replicas_that_start_count_as_idle_when_more_are_wanted() -> None:
     assert hpa().decide(look(0, [load(20)] * 4, pending=4)).desired == 8
     # With two: 80 / 6 / 10 = 1.33, ceil(1.33 * 6) = 8.
     assert hpa().decide(look(0, [load(20)] * 4, pending=2)).desired == 8
+    # Ten at 21 each: ratio 2.1, but 210 / 20 / 10 = 1.05 is within the tolerance.
+    assert hpa().decide(look(0, [load(21)] * 10, pending=10)).desired == 20
 
 
 def test_replicas_that_do_not_answer_are_at_their_target_when_fewer_are_wanted() -> None:

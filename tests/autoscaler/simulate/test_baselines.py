@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from autoscaler.decision import Limit, Policy
@@ -105,6 +107,8 @@ def test_wva_counts_replicas_that_load_as_supply() -> None:
 def test_wva_takes_what_is_in_use_for_the_capacity_where_requests_queue() -> None:
     # k2 = 160 000 in use; demand 4 * (160 000 + 10 * 100) = 644 000; / 0.85 - 640 000 = 117 647: one more
     assert seen_twice(made("wva"), queued=10, kv_tokens=160_000) == 5
+    # With 200 in each queue: 4 * (160 000 + 200 * 100) = 720 000; / 0.85 - 640 000 = 207 059: two more
+    assert seen_twice(made("wva"), queued=200, kv_tokens=160_000) == 6
 
 
 def test_wva_removes_what_is_spare_rounded_down() -> None:
@@ -142,6 +146,13 @@ def test_dynamo_takes_the_largest_batch_that_keeps_both_promises() -> None:
     assert ENGINE.best_rate(mix, ttft=9.0, itl=9.0) == pytest.approx(64 / (100 * (0.01 + 5.45e-4 * 64)))
 
 
+def test_dynamo_takes_no_batch_that_prompts_cannot_follow() -> None:
+    # 100 * 1000 / (1900 + 100) = 50 requests end as fast as prompts are computed in what they leave of a step
+    large = replace(ENGINE, kv_tokens=10**6)
+    step = 0.01 + 1e-5 * 19 * 50 + 1e-6 * 1950 * 50
+    assert large.best_rate(Mix(1.0, 1900.0, 100.0), ttft=9.0, itl=9.0) == pytest.approx(50 / (100 * step))
+
+
 def traffic(rate: float, seconds: float) -> Counters:
     count = round(rate * seconds)
     return Counters(count, 1000 * count, count, 1000 * count, 0, 200 * count)
@@ -163,6 +174,7 @@ def test_dynamo_adds_one_when_all_are_late_and_holds_while_it_starts() -> None:
     policy.decide(look(0, [load(), load()]))
     assert policy.decide(look(5, [late, late])).desired == 3
     assert policy.decide(look(10, [late, late], loading=1)).desired == 3
+    assert policy.decide(look(12, [late, late], draining=1)).desired == 2
     assert policy.decide(look(15, [late, late, load()])).desired == 3  # one is idle: not all
 
 
