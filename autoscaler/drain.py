@@ -71,6 +71,7 @@ class Scene:
         pods: those that count for the workload's controller, by name.
         replicas: the same, as they say themselves.
         others: which are being deleted, and finish what they accepted.
+        draining: Unix seconds since when, by the pod's name.
         fresh_since: Unix seconds; a load seen before is not known any more.
     """
 
@@ -80,12 +81,8 @@ class Scene:
     pods: Mapping[str, Pod]
     replicas: tuple[Replica, ...]
     others: tuple[Replica, ...]
+    draining: Mapping[str, float]
     fresh_since: float
-
-    @property
-    def draining(self) -> Mapping[str, float]:
-        """Unix seconds since when, by the pod's name."""
-        return {name: since for name, pod in self.pods.items() if (since := draining_since(pod)) is not None}
 
     @property
     def wanted(self) -> int:

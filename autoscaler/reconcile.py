@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -84,6 +84,7 @@ class Reconciler:
         self._rival: str | None = None
         self._rival_at = -math.inf
         self._asked: int | None = None  # that the workload should be asked for, if nobody else has changed it
+        self._draining: dict[str, float] = {}  # see `_since`
         self._untold: Scaled | None = None  # what the status does not say yet
 
     async def look(self) -> float:
@@ -144,7 +145,8 @@ class Reconciler:
         at = self._tools.clock.wall()
         replicas = await self._observer.look(pods, spec, at)
         here = {each.name: each for each in pods if each.holds_place}
-        seen = [_as_marked(each, here) for each in replicas]
+        self._draining = self._since(here, at)
+        seen = [_as_marked(each, self._draining) for each in replicas]
         return Scene(
             at=at,
             target=target,
@@ -152,8 +154,15 @@ class Reconciler:
             pods=here,
             replicas=tuple(each for each in seen if each.name in here),
             others=tuple(each for each in seen if each.name not in here),
+            draining=self._draining,
             fresh_since=at - STALE_INTERVALS * policy.interval_seconds,
         )
+
+    def _since(self, pods: Mapping[str, Pod], at: float) -> dict[str, float]:
+        """When each that drains began to: as it is marked, which may be by a clock ahead of ours, and no later than it
+        was seen here first."""
+        marks = {name: since for name, pod in pods.items() if (since := draining_since(pod)) is not None}
+        return {name: self._draining.get(name, min(since, at)) for name, since in marks.items()}
 
     async def _look_for_rival(self, resource: Json, spec: Spec) -> None:
         now = self._tools.clock.monotonic()
@@ -228,8 +237,7 @@ class Reconciler:
             self._cover.serve(spec, await self._see(spec, self._policy_for(spec)))
 
 
-def _as_marked(replica: Replica, pods: Mapping[str, Pod]) -> Replica:
+def _as_marked(replica: Replica, draining: Collection[str]) -> Replica:
     """A server does not know that it drains for us: that stands with its pod."""
-    pod = pods.get(replica.name)
-    marked = pod is not None and draining_since(pod) is not None
-    return replace(replica, phase=Phase.DRAINING) if marked and replica.phase is Phase.READY else replica
+    marked = replica.name in draining and replica.phase is Phase.READY
+    return replace(replica, phase=Phase.DRAINING) if marked else replica

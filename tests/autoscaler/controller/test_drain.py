@@ -53,6 +53,7 @@ def scene(
         pods=pods,
         replicas=tuple(seen),
         others=(),
+        draining={name: NOW - ago for name, ago in (since or {}).items()},
         fresh_since=NOW - 15,
     )
 

@@ -158,6 +158,20 @@ async def test_who_leads_next_goes_on_where_the_drain_was(three: Scene) -> None:
     assert three.asked == 2
 
 
+async def test_a_drain_goes_on_though_it_was_begun_by_a_clock_far_ahead(three: Scene) -> None:
+    three.ears.running = dict.fromkeys(three.pods, 1)
+    three.word.desired = 2
+    three.clock.skew = 3600.0
+    await three.look()
+    [drains] = set(three.pods) - set(three.serving)
+    three.clock.skew = 0.0
+    three.reconciler = three.successor()
+    await three.look()
+    three.ears.running[drains] = 0
+    await three.look()
+    assert drains not in three.pods
+
+
 async def test_what_loads_goes_first_and_at_once(tmp_path: Path) -> None:
     async with scene(tmp_path, replicas=3, nodes=2) as here:
         served = here.serving
