@@ -35,6 +35,18 @@ def test_the_page_names(name: str) -> None:
     assert re.search(rf"`[^`\n]*\b{name.lstrip('-')}", PAGE), name
 
 
+def test_the_chart_shows_metrics_that_there_are() -> None:
+    files = (each for each in (ROOT / "helm/nemoserve").rglob("*") if each.suffix in (".json", ".yaml"))
+    shown = set(re.findall(rf"{PREFIX}([a-z_]+)", "".join(each.read_text() for each in files)))
+    there = {each.removeprefix(PREFIX) for family in Metrics().registry.collect() for each in _samples(family.name)}
+    assert shown
+    assert shown - there == set()
+
+
+def _samples(name: str) -> list[str]:
+    return [name, *(f"{name}_{end}" for end in ("total", "bucket", "sum", "count"))]
+
+
 def test_the_tests_that_it_names_are_there() -> None:
     there = "".join(each.read_text() for each in (ROOT / "tests/autoscaler").rglob("test_*.py"))
     named = re.findall(r"`(test_\w+)`", PAGE)

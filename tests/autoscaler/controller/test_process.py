@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import logging
 import os
 import re
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import httpx
 import pytest
+from click.testing import CliRunner
 
 from autoscaler.cluster.face import LEASES, QUEUE_AUTOSCALERS
+from autoscaler.main import cli
 from tests.autoscaler.api_under_test import definition
 from tests.autoscaler.controller.clock import until
 from tests.autoscaler.controller.scene import ACCOUNT, NAME, grant, scaler, workload
@@ -93,18 +96,33 @@ async def test_it_leads_tells_and_gives_the_lease_back_at_its_end(tmp_path: Path
         assert "status" not in api.get(QUEUE_AUTOSCALERS, "other")  # which --name leaves out
 
 
+async def test_a_process_that_finds_no_cluster_ends_with_one_line_that_says_why() -> None:
+    async with operator("--kubeconfig", "/no/such/file") as running:
+        assert await running.end() == 1
+        assert running.lines[-1].startswith("Error: 0 InvalidConfiguration: cannot use /no/such/file")
+        assert "Traceback" not in running.log
+
+
+@pytest.fixture
+def logs_as_before() -> Iterator[None]:
+    handlers, level = logging.root.handlers[:], logging.root.level
+    yield
+    logging.root.handlers[:] = handlers
+    logging.root.setLevel(level)
+
+
+@pytest.mark.usefixtures("logs_as_before")
 @pytest.mark.parametrize(
     ("args", "code", "said"),
     [
-        (["--kubeconfig", "/no/such/file"], 1, "Error: 0 InvalidConfiguration: cannot use /no/such/file"),
         ([], 1, "cannot use this pod's service account"),
         (["--name", "a", "--activate", "b"], 2, "--activate b is none of --name a"),
         (["--metrics-port", "99999"], 2, "99999 is not in the range"),
         (["--tls-server-name", "nemo"], 2, "no file of authorities"),
+        (["--hold-seconds", "0"], 2, "0.0 is not in the range x>0"),
     ],
 )
-async def test_what_cannot_be_ends_with_one_line_that_says_why(args: list[str], code: int, said: str) -> None:
-    async with operator(*args) as running:
-        assert await running.end() == code
-        assert said in running.log
-        assert "Traceback" not in running.log
+def test_what_cannot_be_is_refused_with_the_reason(args: list[str], code: int, said: str) -> None:
+    found = CliRunner(env={"KUBECONFIG": None, "POD_NAMESPACE": None}).invoke(cli, args)
+    assert found.exit_code == code
+    assert said in found.output
