@@ -90,6 +90,17 @@ def test_the_operator_runs_without_what_simulates_it() -> None:
     assert offenders(operator, "autoscaler.simulate", "numpy", "numba") == []
 
 
+def test_what_decides_in_the_operator_knows_no_cluster_no_clock_and_no_chance() -> None:
+    pure = ("autoscaler.policy", "autoscaler.decision", "autoscaler.fleet", "autoscaler.settings", "autoscaler.victims")
+    rooms = {name: path for name, path in modules("autoscaler").items() if any(within(name, each) for each in pure)}
+    assert offenders(rooms, "autoscaler.cluster", "autoscaler.clock", "time", "random", "asyncio", "kubernetes") == []
+
+
+def test_one_room_of_the_operator_knows_the_client_of_kubernetes() -> None:
+    elsewhere = {name: path for name, path in modules("autoscaler").items() if not within(name, "autoscaler.cluster")}
+    assert offenders(elsewhere, "kubernetes", "aiohttp") == []
+
+
 def test_nobody_imports_bench_or_tests() -> None:
     assert offenders(modules("engine", "service", "autoscaler", "helm"), "bench", "tests") == []
 
