@@ -33,7 +33,8 @@ class Traffic:
         ended: requests that ended since the look before.
         late: requests that had their first token since then, and had it too late.
         slow: of those that ended, the ones that had their tokens too slowly.
-        step_seconds: mean time between two tokens of a request since the look before; 0: nobody had any.
+        tokens: that were generated since then.
+        row_seconds: that requests were in the batch since then, one with the next.
     """
 
     seconds: float
@@ -45,7 +46,8 @@ class Traffic:
     ended: int = 0
     late: int = 0
     slow: int = 0
-    step_seconds: float = 0.0
+    tokens: int = 0
+    row_seconds: float = 0.0
 
 
 @dataclass(slots=True)
@@ -78,16 +80,18 @@ class ArrivalMeter:
         heard: list[Replica] = []
         silent: set[str] = set()
         ended = late = slow = 0
-        row_seconds = tokens = 0.0
+        tokens, row_seconds = 0, 0.0
         serving = observation.in_phase(Phase.READY, Phase.DRAINING)
         for replica in serving:
             fresh = replica.load is not None and at - replica.observed_at < self._stale
             if replica.load is not None:
+                before = self._seen.get(replica.name)
+                rows = replica.load if before is None else before.load
                 change, span = self._update(replica, replica.load)
                 ended += change.finished_requests
                 late += change.late_first_tokens
                 slow += change.slow_requests
-                row_seconds += span * replica.load.running_requests
+                row_seconds += span * (rows.running_requests + replica.load.running_requests) / 2
                 tokens += change.generated_tokens
             if not fresh:
                 if replica.phase is Phase.READY:
@@ -108,7 +112,8 @@ class ArrivalMeter:
             ended=ended,
             late=late,
             slow=slow,
-            step_seconds=row_seconds / tokens if tokens else 0.0,
+            tokens=tokens,
+            row_seconds=row_seconds,
         )
 
     @property

@@ -8,12 +8,13 @@ from autoscaler.fleet import Phase, Replica
 
 UNKNOWN = 120.0  # seconds, until one has come
 FASTEST = 1.0  # what is ready at once was not started: somebody made it up, or adopted it
+NODE = 300.0  # seconds that a node may take to come; what waits longer waits for want of one
 REMEMBERED = 30
 QUANTILE = 0.9
 
 
 class ColdStart:
-    """Quantiles of created → ready, without the time that no node had room.
+    """Quantiles of created → ready, without what goes beyond `NODE` of the time that no node had room.
 
     The first starts that are seen may be those of before this policy: times of creation and readiness are facts of the
     replicas, so that nothing is lost by a restart.
@@ -34,7 +35,7 @@ class ColdStart:
                 self._waited[each.name] = max(at - each.created_at, 0.0)
             if each.ready_at is not None and each.name not in self._known:
                 self._known[each.name] = each.ready_at
-                taken = each.ready_at - each.created_at - self._waited.get(each.name, 0.0)
+                taken = each.ready_at - each.created_at - max(self._waited.get(each.name, 0.0) - NODE, 0.0)
                 if taken >= FASTEST:
                     self._taken.append(taken)
 
@@ -66,4 +67,4 @@ class ColdStart:
         return max(expected - age, 0.1 * age, 1.0)
 
     def _age(self, at: float, replica: Replica) -> float:
-        return max(at - replica.created_at - self._waited.get(replica.name, 0.0), 0.0)
+        return max(at - replica.created_at - max(self._waited.get(replica.name, 0.0) - NODE, 0.0), 0.0)

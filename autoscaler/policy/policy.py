@@ -22,12 +22,13 @@ from autoscaler.policy.forecast import Forecasts, Most
 from autoscaler.policy.limits import Limits
 from autoscaler.policy.plain import by_queue, by_slots
 from autoscaler.policy.shadows import Look, Mirror, Promise, Shadows
-from autoscaler.policy.work import Engine, engine_of
+from autoscaler.policy.work import Calibration, Engine, engine_of, scaled
 from autoscaler.settings import Settings
 
 INTERVAL = 5.0  # seconds between two looks
 SETTLING = 60.0  # seconds of arrivals before shadows start: the first rates are chance
 KV_SHARE = 0.9  # of its pages that a replica may use
+NODE_SECONDS = 120.0  # that a node may take to come, before we take it that there is none
 QUEUE_SHARE = 0.5  # of the time that may go by in the queue, at which the real one is a reason to grow
 
 
@@ -44,6 +45,7 @@ class QueuePolicy:
         self._shadows = Shadows(self._forecasts.names, settings.max_replicas)
         self._mirror = Mirror()
         self._urgent = Most(0.0)  # replicas that the real queue and pages asked for
+        self._calibration = Calibration()
         self._engine: Engine | None = None
         self._settled = 0.0
         self._busy_at: float | None = None  # when there was something to do
@@ -106,7 +108,11 @@ class QueuePolicy:
         wanted = need
         desired, paced = self._limits.apply(at, current, need)
         limit = paced or limit
-        stuck = [each for each in observation.replicas if each.unschedulable_since is not None]
+        stuck = [
+            each
+            for each in observation.replicas
+            if each.unschedulable_since is not None and at - each.unschedulable_since >= NODE_SECONDS
+        ]
         if stuck and desired > current:
             desired, limit = current, Limit.NO_NODES
             why += f"; no node for {len(stuck)} pending, no further growth"
@@ -134,6 +140,11 @@ class QueuePolicy:
     ) -> tuple[int, str, dict[str, float]]:
         target = self._settings.target
         mix = traffic.mix
+        if traffic.heard and traffic.seconds > 0:
+            said, count = flow_of(engine, mix, traffic.requests, traffic.prompt_tokens), len(traffic.heard)
+            rows = traffic.row_seconds / traffic.seconds / count
+            self._calibration.add(engine, mix, said.prefill / count, rows, traffic.tokens / count, traffic.seconds)
+        engine = scaled(engine, self._calibration.factor)
         flow = flow_of(engine, mix, traffic.requests, traffic.prompt_tokens)
         each = engine.most_work(mix, target.itl_seconds)
         work = flow.prefill + flow.arrivals * flow.out * flow.row_seconds
@@ -154,6 +165,7 @@ class QueuePolicy:
             need, headroom = shadow.ordered, shadow.factor
             figures["forecast_work_ratio"] = demands[shadow.signal]
             figures["efficiency_ratio"] = efficiency
+            figures["step_cost_ratio"] = self._calibration.factor
         figures["headroom_ratio"] = headroom
         why = f"work {level:.2f} s/s, headroom {headroom:.2f}, {each:.2f} s/s each"
         urgent = 0

@@ -24,7 +24,8 @@ from autoscaler.policy.forecast import Smoothed
 
 FACTORS = (1.0, 1.08, 1.16, 1.25, 1.36, 1.5, 1.7, 2.0, 2.4)
 MEMORY = 24 * 3600.0  # seconds after which what happened has lost 63 % of its weight
-BELIEF = 1800.0  # seconds that a belief is worth
+BELIEF = 12.0  # horizons that a belief is worth: what is believed wrongly costs as long as replicas take to come
+BELIEF_SECONDS = (1800.0, 3600.0)  # least and most of it
 SAFE = 0.7  # of the share that may be late, for a shadow to be followed
 PATIENCE = 300.0  # seconds before a cheaper one is followed
 CHEAPER = 0.98  # of the cost of the one that is followed
@@ -150,6 +151,7 @@ class Shadows:
         self._followed: Shadow | None = None
         self._since = 0.0
         self._seconds = 0.0  # forgetting
+        self._belief = BELIEF_SECONDS[1]
         self._requests = 0.0  # forgetting
 
     def advance(self, look: Look, promise: Promise, found: int, floor: float = 0.0) -> Shadow:
@@ -160,6 +162,7 @@ class Shadows:
                 each.start(look, found)
         keep = math.exp(-look.seconds / MEMORY)
         self._seconds = self._seconds * keep + look.seconds
+        self._belief = min(max(BELIEF * look.horizon, BELIEF_SECONDS[0]), BELIEF_SECONDS[1])
         self._requests = self._requests * keep + look.flow.arrivals * look.seconds
         for each in self._all:
             each.advance(look, promise, keep)
@@ -169,7 +172,7 @@ class Shadows:
         """With what was believed before anything was seen."""
         rate = self._requests / self._seconds if self._seconds else 0.0
         seen = shadow.late / rate if rate > 0 else 0.0
-        return (seen + shadow.belief * safe * BELIEF) / (self._seconds + BELIEF)
+        return (seen + shadow.belief * safe * self._belief) / (self._seconds + self._belief)
 
     def _choose(self, look: Look, safe: float) -> Shadow:
         def price(shadow: Shadow) -> tuple[bool, float, float]:
@@ -201,7 +204,7 @@ class Mirror:
     usual more replicas would not help: that is the `floor`, up to a limit, lest want of replicas is taken for it.
     """
 
-    LEAST, MOST = 0.2, 1.15
+    LEAST, MOST = 0.2, 1.08
     HIGHEST_FLOOR = 0.4  # of the share that may be late
     SECONDS = 3600.0  # in which efficiency changes e-fold if all is wrong
     SMOOTH = (
@@ -226,7 +229,9 @@ class Mirror:
         busy = look.demands[0] / max(ready, 1)
         high = busy >= self._usual.add(busy, look.seconds)
         tally = self._high if high else self._low
-        tally.add(math.exp(-look.seconds / self.SMOOTH), came, late, slow, promise.late(self._fluid) * came)
+        for each in (self._low, self._high):
+            each.fade(math.exp(-look.seconds / self.SMOOTH))
+        tally.add(came, late, slow, promise.late(self._fluid) * came)
         if not tally.came:
             return
         seen, expected = max(tally.late, tally.slow) / tally.came, tally.expected / tally.came + self.floor
@@ -248,11 +253,17 @@ class _Tally:
     slow: float = 0.0
     expected: float = 0.0
 
-    def add(self, keep: float, came: float, late: float, slow: float, expected: float) -> None:
-        self.came = self.came * keep + came
-        self.late = self.late * keep + late
-        self.slow = self.slow * keep + slow
-        self.expected = self.expected * keep + expected
+    def fade(self, keep: float) -> None:
+        self.came *= keep
+        self.late *= keep
+        self.slow *= keep
+        self.expected *= keep
+
+    def add(self, came: float, late: float, slow: float, expected: float) -> None:
+        self.came += came
+        self.late += late
+        self.slow += slow
+        self.expected += expected
 
 
 def _counts(highest: int) -> Iterator[int]:

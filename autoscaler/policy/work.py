@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 from autoscaler.fleet import Load, StepCost
@@ -87,6 +87,50 @@ class Engine:
             ratio = rows * self.request_seconds(mix) / (mix.new_tokens * self.cost.base)
             most = min(most, ratio / (1 + ratio))
         return most
+
+
+class Calibration:
+    """How much longer steps take than their costs say: the fit of an engine may be of other times, or of another mix.
+
+    Rows that were in the batch, over the tokens that they got, are the time of a step, whatever is said of it.
+    """
+
+    MEMORY = 600.0  # seconds after which what was seen has lost 63 % of its weight
+    PRIOR = 1000.0  # seconds of rows that the costs themselves are worth
+    LEAST, MOST = 0.5, 2.0
+
+    def __init__(self) -> None:
+        self._took = self._expected = self.PRIOR
+
+    @property
+    def factor(self) -> float:
+        return min(max(self._took / self._expected, self.LEAST), self.MOST)
+
+    def add(self, engine: Engine, mix: Mix, prefill: float, rows: float, tokens: float, seconds: float) -> None:
+        """Of one replica on average. `prefill` is seconds of work per second by the costs as they are said, `rows` and
+        `tokens` are those of this time."""
+        fade = 1 - math.exp(-seconds / self.MEMORY)
+        self._took += (self.PRIOR - self._took) * fade
+        self._expected += (self.PRIOR - self._expected) * fade
+        free = 1 - prefill * self.factor
+        if rows > 0 and tokens > 0 and free > 0.1:
+            step = (engine.cost.base + rows * engine.row_seconds(mix)) / free
+            self._took += rows * seconds
+            self._expected += tokens * step
+
+
+def scaled(engine: Engine, factor: float) -> Engine:
+    """One whose steps take that many times as long."""
+    cost = engine.cost
+    return replace(
+        engine,
+        cost=StepCost(
+            cost.base * factor,
+            cost.per_prefill_token * factor,
+            cost.per_decode_row * factor,
+            cost.per_context_token * factor,
+        ),
+    )
 
 
 def engine_of(loads: Iterable[Load]) -> Engine | None:

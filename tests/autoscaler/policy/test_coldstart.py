@@ -39,7 +39,7 @@ def test_one_that_takes_longer_says_that_they_do() -> None:
 
 def test_time_without_a_node_is_none_of_a_cold_start() -> None:
     cold = ColdStart()
-    cold.observe(700, (Replica("a", Phase.PENDING, 100.0, unschedulable_since=100.0),))
+    cold.observe(1000, (Replica("a", Phase.PENDING, 100.0, unschedulable_since=100.0),))
     cold.observe(740, (Replica("a", Phase.READY, 100.0, ready_at=740.0),))
     assert cold.seconds == 40.0
 

@@ -161,7 +161,7 @@ def test_samples_that_are_missing_never_scale_in(dropped: set[int], begin: int) 
 def test_a_queue_that_waits_for_replicas_asks_for_no_more() -> None:
     world = World(policy(), lambda at: TEN, cold=120.0, replicas=2)
     asked = [decision.desired for decision in world.run(600)]
-    assert max(asked) <= 20
+    assert max(asked) <= 25  # ten for what comes, the rest for what waited until they were there
     assert asked[12] >= 8  # within a minute, while none of them has come
 
 

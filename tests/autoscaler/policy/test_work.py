@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from autoscaler.fleet import StepCost
 from autoscaler.policy.fluid import Fluid, flow_of
-from autoscaler.policy.work import LEAST, MOST, Engine, Mix, engine_of
+from autoscaler.policy.work import LEAST, MOST, Calibration, Engine, Mix, engine_of, scaled
 from tests.autoscaler.policy.scene import COST, NEW, PROMPT, REQUEST_SECONDS, load
 
 MIX = Mix(PROMPT, NEW)
@@ -67,3 +67,21 @@ def test_figures_that_cannot_be_count_as_not_known() -> None:
     engine = engine_of([load(step_cost=cost) for cost in [*odd, COST]])
     assert engine is not None
     assert engine.cost == COST
+
+
+def test_costs_that_are_said_wrong_are_put_right_by_the_steps_that_are_seen() -> None:
+    real, said = Engine(COST), scaled(Engine(COST), 0.7)
+    calibration = Calibration()
+    rate, rows = 0.6 / REQUEST_SECONDS, 60.0
+    step = (COST.base + rows * real.row_seconds(MIX)) / (1 - rate * real.prefill_seconds(MIX))
+    for _ in range(720):
+        calibration.add(said, MIX, rate * said.prefill_seconds(MIX), rows, rows * 5.0 / step, 5.0)
+    assert calibration.factor == pytest.approx(1 / 0.7, rel=0.03)
+    assert scaled(said, calibration.factor).cost.base == pytest.approx(COST.base, rel=0.03)
+
+
+def test_steps_that_nobody_took_say_nothing() -> None:
+    calibration = Calibration()
+    for rows, tokens in ((0.0, 100.0), (10.0, 0.0)):
+        calibration.add(Engine(COST), MIX, 0.1, rows, tokens, 5.0)
+    assert calibration.factor == 1.0
