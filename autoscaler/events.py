@@ -23,6 +23,7 @@ CONTROLLER = "autoscaling.nemoserve.dev/operator"
 SERIES_SECONDS = 600.0
 WRITE_SECONDS = 60.0
 REMEMBERED = 256  # different ones
+MAX_INSTANCE = 128  # letters
 
 
 @dataclass(slots=True)
@@ -87,7 +88,7 @@ class Recorder:
             },
             "eventTime": micro_timestamp(now),
             "reportingController": CONTROLLER,
-            "reportingInstance": self._instance,
+            "reportingInstance": self._instance[:MAX_INSTANCE],
             "regarding": {
                 "apiVersion": about.get("apiVersion", ""),
                 "kind": about.get("kind", ""),

@@ -105,7 +105,9 @@ def news(before: Json, conditions: tuple[Condition, ...]) -> list[Condition]:
 
 
 def shortened(text: str, most: int = MAX_TEXT) -> str:
-    return text if len(text) <= most else f"{text[: most - 1]}…"
+    """In bytes, as the API server counts them."""
+    cut = text.encode()
+    return text if len(cut) <= most else cut[: most - 3].decode(errors="ignore") + "…"
 
 
 def _condition(before: Json | None, condition: Condition, generation: int, at: float) -> Json:
