@@ -14,17 +14,17 @@ from autoscaler.activator import Activator, ActivatorSettings
 from autoscaler.activator.http_server import HttpServer
 from autoscaler.clock import SystemClock
 from autoscaler.cluster.client import connect
+from autoscaler.cluster.events import Recorder
 from autoscaler.cluster.face import Cluster
-from autoscaler.controller import Controller
-from autoscaler.drain import DrainTimes
-from autoscaler.events import Recorder
-from autoscaler.front import Front
-from autoscaler.lease import FencedCluster, Lease, LeaseTimes
-from autoscaler.metrics import Metrics
+from autoscaler.cluster.lease import FencedCluster, Lease, LeaseTimes
+from autoscaler.controller.controller import Controller
+from autoscaler.controller.drain import DrainTimes
+from autoscaler.controller.front import Front
+from autoscaler.controller.metrics import Metrics
+from autoscaler.controller.probes import create_app
+from autoscaler.controller.reconcile import Observer, Reconciler, Tools
+from autoscaler.controller.tend import Tender, hand_over
 from autoscaler.policy import QueuePolicy
-from autoscaler.probes import create_app
-from autoscaler.reconcile import Observer, Reconciler, Tools
-from autoscaler.tend import Tender, hand_over
 
 log = logging.getLogger(__name__)
 

@@ -91,7 +91,13 @@ def test_the_operator_runs_without_what_simulates_it() -> None:
 
 
 def test_what_decides_in_the_operator_knows_no_cluster_no_clock_and_no_chance() -> None:
-    pure = ("autoscaler.policy", "autoscaler.decision", "autoscaler.fleet", "autoscaler.settings", "autoscaler.victims")
+    pure = (
+        "autoscaler.policy",
+        "autoscaler.decision",
+        "autoscaler.fleet",
+        "autoscaler.settings",
+        "autoscaler.controller.victims",
+    )
     rooms = {name: path for name, path in modules("autoscaler").items() if any(within(name, each) for each in pure)}
     assert offenders(rooms, "autoscaler.cluster", "autoscaler.clock", "time", "random", "asyncio", "kubernetes") == []
 

@@ -22,7 +22,7 @@ from nemoserve.v1 import generation_pb2 as pb
 from nemoserve.v1 import generation_pb2_grpc as rpc
 
 from autoscaler.cluster.face import DEPLOYMENTS, EVENTS, PODS, QUEUE_AUTOSCALERS
-from autoscaler.drain import SERVES
+from autoscaler.controller.drain import SERVES
 from tests.autoscaler.api_under_test import definition
 from tests.autoscaler.fake_api import FakeApi
 from tests.autoscaler.fake_api.nodes import Container

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from grpc_health.v1 import health_pb2  # noqa: F401  (the probes' protocol is a dependency of the server)
 
-from autoscaler.metrics import Metrics
+from autoscaler.controller.metrics import Metrics
 from helm.chart import CHART, SCHEMA, of_kind
 from helm.readme import PAGE, current, values
 from service.models.catalog import CATALOG

@@ -17,15 +17,15 @@ from typing import Any
 import yaml
 
 from autoscaler.cluster.client import connect
+from autoscaler.cluster.events import Recorder
 from autoscaler.cluster.face import DEPLOYMENTS, EVENTS, PODS, QUEUE_AUTOSCALERS, STATEFUL_SETS, Json, Kind
 from autoscaler.cluster.objects import Pod
+from autoscaler.controller.drain import SERVES
+from autoscaler.controller.front import Front
+from autoscaler.controller.metrics import Metrics
+from autoscaler.controller.reconcile import Reconciler, Tools
 from autoscaler.decision import Decision, Limit
-from autoscaler.drain import SERVES
-from autoscaler.events import Recorder
 from autoscaler.fleet import Load, Observation, Phase, Replica
-from autoscaler.front import Front
-from autoscaler.metrics import Metrics
-from autoscaler.reconcile import Reconciler, Tools
 from autoscaler.resource import Spec
 from autoscaler.settings import Settings
 from tests.autoscaler.api_under_test import definition

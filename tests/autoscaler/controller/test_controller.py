@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from autoscaler.cluster.client import connect
+from autoscaler.cluster.events import Recorder
 from autoscaler.cluster.face import DEPLOYMENTS, LEASES, QUEUE_AUTOSCALERS
-from autoscaler.controller import Controller
-from autoscaler.events import Recorder
-from autoscaler.lease import FencedCluster, Lease
-from autoscaler.metrics import Metrics
-from autoscaler.reconcile import Reconciler, Tools
-from autoscaler.tend import Tender
+from autoscaler.cluster.lease import FencedCluster, Lease
+from autoscaler.controller.controller import Controller
+from autoscaler.controller.metrics import Metrics
+from autoscaler.controller.reconcile import Reconciler, Tools
+from autoscaler.controller.tend import Tender
 from tests.autoscaler.api_under_test import definition
 from tests.autoscaler.controller.clock import Time, TurnedClock, until
 from tests.autoscaler.controller.line import Line

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autoscaler.cluster.objects import Pod, Scale
-from autoscaler.drain import DOOMED, DRAINING, DrainTimes, Plan, Scene, plan
+from autoscaler.controller.drain import DOOMED, DRAINING, DrainTimes, Plan, Scene, plan
+from autoscaler.controller.victims import choose
 from autoscaler.fleet import Load, Phase, Replica
 from autoscaler.resource import TargetRef
-from autoscaler.victims import choose
 
 NOW = 1_000_000.0
 TIMES = DrainTimes(settle=3.0, limit=300.0)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from autoscaler.cluster.client import connect
+from autoscaler.cluster.events import SERIES_SECONDS, WRITE_SECONDS, Recorder
 from autoscaler.cluster.face import EVENTS, Json
-from autoscaler.events import SERIES_SECONDS, WRITE_SECONDS, Recorder
-from autoscaler.status import shortened
+from autoscaler.controller.status import shortened
 from tests.autoscaler.controller.clock import TurnedClock
 from tests.autoscaler.fake_api import FakeApi
 
@@ -73,6 +73,7 @@ async def test_the_same_much_later_is_another_event(book: Book) -> None:
 
 async def test_other_words_are_another_event(book: Book) -> None:
     await book.write("1 of 3 are silent")
+    book.clock.turn(1)
     await book.write("2 of 3 are silent")
     assert [each["note"] for each in book.events] == ["1 of 3 are silent", "2 of 3 are silent"]
 

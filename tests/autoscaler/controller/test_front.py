@@ -11,9 +11,9 @@ import pytest
 
 from autoscaler.activator import Room
 from autoscaler.cluster.face import PODS
-from autoscaler.drain import SERVES
-from autoscaler.front import STANDS_IN, Front
-from autoscaler.tend import hand_over
+from autoscaler.controller.drain import SERVES
+from autoscaler.controller.front import STANDS_IN, Front
+from autoscaler.controller.tend import hand_over
 from tests.autoscaler.controller.clock import until
 from tests.autoscaler.controller.scene import NAME, Scene, scene
 

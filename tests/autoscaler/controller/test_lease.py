@@ -13,7 +13,7 @@ import pytest
 from autoscaler.clock import SystemClock
 from autoscaler.cluster.client import connect
 from autoscaler.cluster.face import LEASES, PODS
-from autoscaler.lease import FencedCluster, Lease, LeaseTimes, NotLeaderError
+from autoscaler.cluster.lease import FencedCluster, Lease, LeaseTimes, NotLeaderError
 from tests.autoscaler.controller.clock import Time, TurnedClock, until
 from tests.autoscaler.controller.line import Line
 from tests.autoscaler.fake_api import FakeApi, Fault

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from autoscaler.controller.metrics import PREFIX, Metrics
 from autoscaler.decision import Limit
 from autoscaler.main import cli
-from autoscaler.metrics import PREFIX, Metrics
 from tests.autoscaler.api_under_test import definition
 
 ROOT = Path(__file__).parents[3]

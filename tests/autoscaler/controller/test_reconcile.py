@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from autoscaler.cluster.face import PODS, QUEUE_AUTOSCALERS, ClusterError
+from autoscaler.controller.drain import DRAINING
+from autoscaler.controller.reconcile import GoneError
+from autoscaler.controller.rivals import HPAS
 from autoscaler.decision import Limit
-from autoscaler.drain import DRAINING
-from autoscaler.reconcile import GoneError
-from autoscaler.rivals import HPAS
 from tests.autoscaler.controller.scene import NAME, Scene, scaler, scene, workload
 from tests.autoscaler.fake_api import Fault
 

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from autoscaler.status import DECISIONS, TEXT_SECONDS, Condition, Is, Report, Scaled, merged, news, worth_writing
+from autoscaler.controller.status import (
+    DECISIONS,
+    TEXT_SECONDS,
+    Condition,
+    Is,
+    Report,
+    Scaled,
+    merged,
+    news,
+    worth_writing,
+)
 
 NOW = 1_764_144_000.0  # 2025-11-26T08:00:00Z
 READY = Condition("Ready", Is.TRUE, "Reconciled", "all is well")

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
+from autoscaler.controller.status import Is
+from autoscaler.controller.verdict import Verdict, judge
 from autoscaler.decision import Decision, Limit
 from autoscaler.resource import Spec, TargetRef
 from autoscaler.settings import ScaleToZero, Settings
-from autoscaler.status import Is
-from autoscaler.verdict import Verdict, judge
 
 TARGET = TargetRef("apps/v1", "Deployment", "nemo")
 SETTINGS = Settings(min_replicas=2, max_replicas=5)

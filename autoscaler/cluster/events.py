@@ -15,7 +15,7 @@ from uuid import uuid4
 from autoscaler.clock import Clock
 from autoscaler.cluster.face import EVENTS, Cluster, ClusterError, Json
 from autoscaler.cluster.objects import micro_timestamp
-from autoscaler.status import shortened
+from autoscaler.controller.status import shortened
 
 log = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from autoscaler.controller.status import Condition, Is
 from autoscaler.decision import Decision, Limit
 from autoscaler.resource import Spec
-from autoscaler.status import Condition, Is
 
 LIMITS = {
     Limit.MIN_REPLICAS: "there are no fewer than minReplicas, or than a schedule asks for",

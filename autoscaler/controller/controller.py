@@ -6,7 +6,7 @@ a request that waits for a replica ──┘      wakes it; else it wakes by its
 
 A process that does not lead knows the resources all the same, and begins at once when it does. One whose lead ends
 stops its tasks before it tries to lead again; whatever of theirs is still under way is stopped by the fence around
-every write (`autoscaler.lease`).
+every write (`autoscaler.cluster.lease`).
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import Any
 
 from autoscaler.clock import Clock
 from autoscaler.cluster.face import QUEUE_AUTOSCALERS, Cluster, ClusterError, Json, WatchEvent
-from autoscaler.lease import Lease
-from autoscaler.metrics import Metrics
-from autoscaler.tend import Tender, running
-from autoscaler.watch import Follower
+from autoscaler.cluster.lease import Lease
+from autoscaler.cluster.watch import Follower
+from autoscaler.controller.metrics import Metrics
+from autoscaler.controller.tend import Tender, running
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from autoscaler.status import Condition
+from autoscaler.controller.status import Condition
 
 PREFIX = "nemoserve_autoscaler_"
 DECISION_BUCKETS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)

@@ -17,20 +17,20 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from autoscaler.clock import Clock
+from autoscaler.cluster.events import Recorder
 from autoscaler.cluster.face import PODS, QUEUE_AUTOSCALERS, Cluster, ClusterError, Json
 from autoscaler.cluster.objects import Pod, items, pod, scale
+from autoscaler.controller.drain import DRAINING, DrainTimes, Hands, Scene, draining_since, plan
+from autoscaler.controller.front import Cover, Front
+from autoscaler.controller.metrics import Metrics
+from autoscaler.controller.rivals import rival
+from autoscaler.controller.status import Report, Scaled
+from autoscaler.controller.tell import Teller, refusal, report_of
+from autoscaler.controller.verdict import Verdict, judge
 from autoscaler.decision import Decision, Policy
-from autoscaler.drain import DRAINING, DrainTimes, Hands, Scene, draining_since, plan
-from autoscaler.events import Recorder
 from autoscaler.fleet import Observation, Phase, Replica
-from autoscaler.front import Cover, Front
-from autoscaler.metrics import Metrics
 from autoscaler.resource import InvalidSpecError, Spec, TargetRef, read_spec
-from autoscaler.rivals import rival
 from autoscaler.settings import Settings
-from autoscaler.status import Report, Scaled
-from autoscaler.tell import Teller, refusal, report_of
-from autoscaler.verdict import Verdict, judge
 
 log = logging.getLogger(__name__)
 

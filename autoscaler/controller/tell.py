@@ -7,14 +7,14 @@ import math
 from collections.abc import Mapping
 
 from autoscaler.clock import Clock
+from autoscaler.cluster.events import Recorder
 from autoscaler.cluster.face import QUEUE_AUTOSCALERS, Cluster, Json
+from autoscaler.controller.drain import Plan, Scene
+from autoscaler.controller.metrics import Metrics
+from autoscaler.controller.status import Condition, Is, Report, Scaled, merged, news, worth_writing
+from autoscaler.controller.verdict import Verdict
 from autoscaler.decision import Decision
-from autoscaler.drain import Plan, Scene
-from autoscaler.events import Recorder
 from autoscaler.fleet import Phase
-from autoscaler.metrics import Metrics
-from autoscaler.status import Condition, Is, Report, Scaled, merged, news, worth_writing
-from autoscaler.verdict import Verdict
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class Teller:
         self._started: dict[str, float] = {}  # creation of pods that were not ready yet, by name
 
     async def record(self, about: Json, reason: str, action: str, note: str, *, warning: bool = False) -> None:
-        """An Event, see `autoscaler.events.Recorder`."""
+        """An Event, see `autoscaler.cluster.events.Recorder`."""
         await self._recorder.record(about, reason, action, note, warning=warning)
 
     async def announce(self, resource: Json, scene: Scene, steps: Plan, verdict: Verdict) -> None:

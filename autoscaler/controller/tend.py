@@ -10,12 +10,12 @@ from typing import Any
 
 from autoscaler.clock import Clock
 from autoscaler.cluster.face import PODS, Cluster, ClusterError
-from autoscaler.front import Front
-from autoscaler.lease import NotLeaderError
-from autoscaler.metrics import Metrics
-from autoscaler.reconcile import GoneError, Reconciler
+from autoscaler.cluster.lease import NotLeaderError
+from autoscaler.cluster.watch import Follower, pause
+from autoscaler.controller.front import Front
+from autoscaler.controller.metrics import Metrics
+from autoscaler.controller.reconcile import GoneError, Reconciler
 from autoscaler.resource import InvalidSpecError
-from autoscaler.watch import Follower, pause
 
 log = logging.getLogger(__name__)
 

@@ -19,9 +19,9 @@ from typing import Any
 
 from autoscaler.cluster.face import PODS, Cluster, ClusterError
 from autoscaler.cluster.objects import DELETION_COST, Pod, Scale, scale_patch
+from autoscaler.controller.victims import SERVING, choose, drained
 from autoscaler.fleet import Replica
 from autoscaler.resource import TargetRef
-from autoscaler.victims import SERVING, choose, drained
 
 SERVES = "nemoserve.dev/serves"  # label: name of the workload; the Service selects it
 DRAINING = "nemoserve.dev/draining-since"  # label: Unix seconds

@@ -14,7 +14,7 @@ from autoscaler.activator.hold import Room
 from autoscaler.activator.replica import Replica as Taker
 from autoscaler.cluster.face import PODS, Cluster, ClusterError
 from autoscaler.cluster.objects import Pod, items
-from autoscaler.drain import SERVES, Plan, Scene
+from autoscaler.controller.drain import SERVES, Plan, Scene
 from autoscaler.fleet import Phase, Replica
 from autoscaler.resource import Spec
 
