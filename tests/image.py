@@ -33,7 +33,8 @@ from tests.helm.test_operator_runs import ACCOUNT, bring
 ROOT = Path(__file__).resolve().parents[1]
 IMAGE, OPERATOR = "localhost/nemoserve:test", "localhost/nemoserve-autoscaler:test"
 TARGETS = {"server-cpu": IMAGE, "autoscaler": OPERATOR}
-PACKAGES = "python3.11,python3.11-venv,python3-distutils,python3-lib2to3,python-is-python3,ca-certificates,g++"
+PACKAGES = "python3.11,python3.11-venv,python3-distutils,python3-lib2to3,python-is-python3,ca-certificates"
+COMPILER = {"server-cpu": ",g++", "autoscaler": ""}  # what the Dockerfile would install
 SETTINGS = """\
 [containers]
 default_ulimits = ["nofile=4096:4096", "nproc=4096:4096"]
@@ -71,14 +72,16 @@ class Builder:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=self._environ, timeout=1800, check=check)
         return done.stdout.strip()
 
-    def bootstrap(self) -> str:
+    def bootstrap(self, target: str) -> str:
         """A base image of Debian's own packages."""
-        root = self._folder / "root"
-        self.run("debootstrap", "--variant=minbase", f"--include={PACKAGES}", "bookworm", str(root))
-        archive = self._folder / "root.tar"
-        self.run("tar", "--directory", str(root), "--create", "--file", str(archive), ".")
-        self.run("podman", "import", str(archive), "localhost/python:test")
-        return "localhost/python:test"
+        root, image = self._folder / f"root-{target}", f"localhost/python:{target}"
+        packages = PACKAGES + COMPILER[target]
+        self.run("debootstrap", "--variant=minbase", f"--include={packages}", "bookworm", str(root))
+        archive = self._folder / f"{target}.tar"
+        exclude = [f"--exclude=./{each}" for each in ("var/cache/apt", "var/lib/apt/lists", "usr/share/doc")]
+        self.run("tar", "--directory", str(root), *exclude, "--create", "--file", str(archive), ".")
+        self.run("podman", "import", str(archive), image)
+        return image
 
     def build(self, base: str, target: str) -> None:
         policy = f"--signature-policy={self._folder / 'policy.json'}"
@@ -188,9 +191,8 @@ def main(targets: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="nemoserve-image-") as name:
         folder = Path(name)
         builder = Builder(folder)
-        base = os.environ.get("BASE") or builder.bootstrap()
         for target in targets or TARGETS:
-            builder.build(base, target)
+            builder.build(os.environ.get("BASE") or builder.bootstrap(target), target)
             CHECKS[target](builder, folder)
         builder.run("buildah", "rmi", "--all", "--force", check=False)
     print("built, ran as a user without rights on a root that cannot be written, answered, and ended with 0")
