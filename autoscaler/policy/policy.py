@@ -113,7 +113,7 @@ class QueuePolicy:
             for each in observation.replicas
             if each.unschedulable_since is not None and at - each.unschedulable_since >= NODE_SECONDS
         ]
-        if stuck and desired > current:
+        if stuck and desired >= current:
             desired, limit = current, Limit.NO_NODES
             why += f"; no node for {len(stuck)} pending, no further growth"
         bounded = min(max(desired, lowest), most)
@@ -207,7 +207,8 @@ class QueuePolicy:
         if max(oldest, prompts / max(soon, 1)) < QUEUE_SHARE * wait:
             return 0, ""
         backlog = prompts + requests * mix.new_tokens * engine.row_seconds(mix)
-        count = math.ceil((level + backlog / horizon) / each - 1e-6)
+        most = level if loads else math.inf  # for a queue that goes, no more than twice what will be needed then
+        count = math.ceil((level + min(backlog / horizon, most)) / each - 1e-6)
         return count, f"{requests} wait, the first for {oldest:.1f} s: {backlog:.1f} s of work beside {level:.2f} s/s"
 
     def _for_kv(self, traffic: Traffic) -> tuple[int, str]:

@@ -34,6 +34,7 @@ class Server:
     ready: float
     requests: float = 0.0  # that arrived
     done: float = 0.0
+    late: float = 0.0
     seen: tuple[float, Load] | None = None
 
 
@@ -88,13 +89,14 @@ class World:
     def _load(self, server: Server) -> Load:
         waiting, arrived, done = server.requests - server.done, int(server.requests), int(server.done)
         rate = self.rate(self.at) / max(sum(each.ready <= self.at for each in self.servers.values()), 1)
+        step = COST.base / (1 - min(rate, self.can) * REQUEST_SECONDS) if self.can * REQUEST_SECONDS < 1 else 0.03
         return load(
             step_cost=self.cost,
             queued_requests=int(waiting),
             queued_tokens=int(waiting * PROMPT),
             oldest_queued_seconds=waiting / self.can,
-            running_requests=int(min(rate, self.can) * 6),
-            counters=Counters(arrived, arrived * PROMPT, done, done * PROMPT, 0, done * NEW, done, 0),
+            running_requests=int(min(rate, self.can) * NEW * step),
+            counters=Counters(arrived, arrived * PROMPT, done, done * PROMPT, 0, done * NEW, done, int(server.late)),
         )
 
     def run(self, seconds: float) -> list[Decision]:
@@ -109,7 +111,10 @@ class World:
             serving = [each for each in self.servers.values() if each.ready <= self.at]
             for server in serving:
                 server.requests += self.rate(self.at) * step / len(serving)
-                server.done = min(server.requests, server.done + self.can * step)
+                done = min(server.requests, server.done + self.can * step)
+                if server.requests - done > 2 * self.can:
+                    server.late += done - server.done
+                server.done = done
             self.at += step
         self.decisions += decisions
         return decisions

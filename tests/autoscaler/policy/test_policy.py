@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -113,8 +114,10 @@ def test_never_outside_the_bounds_and_always_the_same(
 def test_constant_load_leads_to_a_constant_count_that_serves_it(work: float, cold: float, begin: int) -> None:
     world = World(policy(), lambda at: work / REQUEST_SECONDS, cold=cold, replicas=begin)
     asked = [decision.desired for decision in world.run(1.5 * 3600)]
-    settled = asked[180:]
-    assert settled == sorted(settled, reverse=True)  # what it learns is how little is enough
+    changes = [after - before for before, after in pairwise(asked[180:]) if after != before]
+    turns = sum((before < 0) != (after < 0) for before, after in pairwise(changes))
+    assert turns <= 3  # it learns how little is enough, and may have to take back a step
+    assert sum(max(change, 0) for change in changes) <= 2
     assert work / 0.9 <= asked[-1] <= max(begin, 1.4 * work / 0.9 + 1)
 
 
@@ -194,7 +197,7 @@ def test_pods_without_a_node_stop_growth_and_say_so() -> None:
     assert {decision.desired for decision in world.run(300)} == {asked}
     world.rate = lambda at: TEN / 10
     world.run(2 * 3600)
-    assert world.desired < 7  # and it can still shrink
+    assert world.desired < asked  # and it can still shrink
 
 
 def test_a_restart_keeps_what_is_there_until_it_has_a_history() -> None:
