@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from autoscaler.policy.fluid import Flow, Fluid
 from autoscaler.policy.forecast import Smoothed
 
-FACTORS = (1.0, 1.08, 1.16, 1.25, 1.36, 1.5, 1.7, 2.0, 2.4)
+FACTORS = (1.0, 1.06, 1.12, 1.18, 1.24, 1.3, 1.36, 1.5, 1.7, 2.0, 2.4)
 MEMORY = 24 * 3600.0  # seconds after which what happened has lost 63 % of its weight
 BELIEF = 12.0  # horizons that a belief is worth: what is believed wrongly costs as long as replicas take to come
 BELIEF_SECONDS = (1800.0, 3600.0)  # least and most of it
@@ -207,9 +207,9 @@ class Mirror:
     LEAST, MOST = 0.2, 1.08
     HIGHEST_FLOOR = 0.4  # of the share that may be late
     SECONDS = 3600.0  # in which efficiency changes e-fold if all is wrong
-    SMOOTH = (
-        600.0  # seconds over which late requests are compared: here they are late when they come, there when they go
-    )
+    FORGETS = 6 * 3600.0  # in which it comes back to 1 by itself: with nobody late there is nothing to learn from
+    # Over these seconds late requests are compared: the fluid's are late when they come, real ones when they go
+    SMOOTH = 600.0
     USUAL = 3600.0  # seconds that make up what is usual
 
     def __init__(self) -> None:
@@ -237,7 +237,7 @@ class Mirror:
         seen, expected = max(tally.late, tally.slow) / tally.came, tally.expected / tally.came + self.floor
         if high:
             error = (seen - expected) / max(seen, expected, promise.late_share * SAFE)
-            self._log -= error * look.seconds / self.SECONDS
+            self._log -= error * look.seconds / self.SECONDS + self._log * look.seconds / self.FORGETS
             self._log = min(max(self._log, math.log(self.LEAST)), math.log(self.MOST))
         else:
             self.floor += (seen - expected) * look.seconds / self.SECONDS
