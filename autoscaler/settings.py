@@ -28,7 +28,7 @@ class Direction:
 @dataclass(frozen=True, slots=True)
 class Behavior:
     scale_out: Direction = field(default_factory=lambda: Direction(window_seconds=0.0))
-    # None: as long as a replica takes to come
+    # None: no window beside that of the policy, which keeps a need at least as long as a replica takes to come
     scale_in: Direction | None = None
 
 

@@ -64,7 +64,7 @@ class QueuePolicy:
         if self._busy_at is None or self._is_busy(observation, traffic):
             self._busy_at = at
         least, most = self._limits.bounds(at)
-        if self._found is not None and current not in (self._found, self._asked):
+        if self._found is not None and not self._is_ours(current):
             self._limits.restart(at, current, self._cold.horizon(at, observation.replicas) + INTERVAL)
         elif self._found is None:
             self._first = current
@@ -72,6 +72,11 @@ class QueuePolicy:
         decision = self._at_zero(observation, least) or self._some(observation, traffic, least, most)
         self._asked = decision.desired
         return decision
+
+    def _is_ours(self, current: int) -> bool:
+        """Whether what is asked for now is what was found before, what we answered to that, or on the way there."""
+        ends = [each for each in (self._found, self._asked) if each is not None]
+        return min(ends) <= current <= max(ends)
 
     # -- from and to nothing -------------------------------------------------------------------------------------
 
@@ -101,6 +106,8 @@ class QueuePolicy:
         lowest = max(least, 1)
         need, why, figures = self._need(observation, traffic, horizon, lowest, most)
         figures |= {"horizon_seconds": horizon, "silent_replicas": float(len(traffic.silent))}
+        if self._cold.seconds is not None:
+            figures["cold_start_seconds"] = self._cold.seconds
         limit: Limit | None = None
         if traffic.silent:
             need, why = self._blind(need, current, traffic, why)

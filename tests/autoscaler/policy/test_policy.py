@@ -266,7 +266,8 @@ def test_reasons_have_numbers() -> None:
     reason = world.decisions[-1].reason
     for word in ("work", "s/s", "headroom", "→", "ready", "loading"):
         assert word in reason, reason
-    assert {"demand_work_ratio", "headroom_ratio", "horizon_seconds"} <= set(world.decisions[-1].figures)
+    told = {"demand_work_ratio", "headroom_ratio", "horizon_seconds", "cold_start_seconds", "replica_work_ratio"}
+    assert told <= set(world.decisions[-1].figures)
 
 
 @pytest.mark.parametrize("count", [10, 1000])
