@@ -72,8 +72,11 @@ def wva(curve: Curve, at: Axes) -> Parameters:
 
 
 def dynamo(curve: Curve, at: Axes) -> Parameters:
+    # Where a step that is full of prompts takes long, more must be held back for those that wait behind it
+    full_step = curve.max_step_tokens * curve.step_cost.per_prefill_token
+    low, high = (0.15, 1.2) if full_step < 0.2 else (0.06, 0.48)
     return {
-        "target_scale": between(0.05, 1.2, at[0]),
+        "target_scale": between(low, high, at[0]),
         "throughput_interval_seconds": one_of((30.0, 60.0, 180.0), at[1]),
         "down_sensitivity": one_of((0.5, 0.65, 0.8), at[2]),
         "predictor": one_of(("constant", "kalman"), at[3]),
