@@ -56,12 +56,16 @@ class Metrics:
         self._figures: dict[str, Gauge] = {}
 
     def show_figures(self, autoscaler: str, figures: Mapping[str, float]) -> None:
-        """What a decision was worked out from, each under its name. What is no name of a metric is left out."""
+        """What a decision was worked out from, each under its name. A figure is left out if its name cannot be that of
+        a metric, or is that of one above, as `cold_start_seconds` is: a policy must not be able to break a look."""
         for name, value in figures.items():
             if name not in self._figures:
                 if len(self._figures) >= MAX_FIGURES or not re.fullmatch(r"[a-z][a-z0-9_]*", name):
                     continue
-                self._figures[name] = self._gauge(name, "Of the latest decision", "autoscaler")
+                try:
+                    self._figures[name] = self._gauge(name, "Of the latest decision", "autoscaler")
+                except ValueError:  # the registry has this name already
+                    continue
             self._figures[name].labels(autoscaler).set(value)
 
     def show_conditions(self, autoscaler: str, conditions: Sequence[Condition]) -> None:

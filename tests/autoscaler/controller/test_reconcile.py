@@ -80,6 +80,15 @@ async def test_a_cold_start_is_measured(tmp_path: Path) -> None:
         assert here.metric("cold_start_seconds_sum") == pytest.approx(60, abs=6)
 
 
+async def test_a_figure_may_bear_the_name_of_a_metric(three: Scene) -> None:
+    """As the cold start that the policy has learnt does: it stands in the status, and the histogram stays as it is."""
+    three.word.figures = {"cold_start_seconds": 62.5, "reconcile_total": 1.0, "no name": 1.0, "headroom_ratio": 1.2}
+    await three.look(60)
+    assert three.status["learned"] == {"coldStartSeconds": 62.5}
+    assert three.metric("cold_start_seconds") is None
+    assert three.metric("headroom_ratio") == 1.2
+
+
 # -- fewer -----------------------------------------------------------------------------------------------------------
 
 
