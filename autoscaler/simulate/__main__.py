@@ -143,7 +143,7 @@ def heading(trace: Trace, curve: Curve, slo: Slo, options: WorldOptions) -> str:
         f"{trace.name}: {len(trace)} requests in {trace.duration_s / 3600:.2f} h, {rate:.1f}/s, on average "
         f"{trace.input_tokens.mean():.0f} tokens in and {trace.output_tokens.mean():.0f} out\n"
         f"replicas: {curve.name}: {curve.model}; {curve.machine}\n"
-        f"promise: first token in {slo.ttft_seconds:g} s, then {slo.itl_seconds:g} s per token; cold start "
+        f"promise: first token in {slo.ttft_seconds:.3g} s, then {slo.itl_seconds:.3g} s per token; cold start "
         f"{options.cold_start_seconds:g} s; {options.initial_replicas} replicas at first, at most "
         f"{options.max_replicas}; not scored: the first {options.warmup:g} s\n"
     )

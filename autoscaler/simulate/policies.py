@@ -3,21 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 from autoscaler.decision import Decision, Policy
 from autoscaler.fleet import Observation
+from autoscaler.policy import QueuePolicy
 from autoscaler.settings import ScaleToZero, Settings, Target
+from autoscaler.simulate.baselines import BASELINES
 from autoscaler.simulate.curve import Curve
 from autoscaler.simulate.options import Slo, WorldOptions
 from autoscaler.simulate.traces import Trace
-
-BASELINES = "autoscaler.simulate.baselines"
-# Parameters, the settings of the workload, and how long a replica takes to start
-Factory = Callable[[Mapping[str, Any], Settings, float], Policy]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +52,10 @@ def make_policy(name: str, setup: Setup) -> Policy:
             raise ValueError(f"policy {name!r}: static:N takes N from 1 to max-replicas, {setup.options.max_replicas}")
         return Static(int(rest))
     if kind == "ours":
-        ours: Policy = import_module("autoscaler.policy").QueuePolicy(setup.settings)
-        return ours
-    known = baselines()
-    if kind not in known:
-        raise ValueError(f"policy {name!r}: not one of {', '.join(['ours', 'static:N', *sorted(known)])}")
-    return known[kind](parse_options(name, rest), setup.settings, setup.options.cold_start_seconds)
+        return QueuePolicy(setup.settings)
+    if kind not in BASELINES:
+        raise ValueError(f"policy {name!r}: not one of {', '.join(['ours', 'static:N', *sorted(BASELINES)])}")
+    return BASELINES[kind](parse_options(name, rest), setup.settings, setup.options.cold_start_seconds)
 
 
 def parse_options(name: str, rest: str) -> dict[str, Any]:
@@ -76,13 +70,3 @@ def parse_options(name: str, rest: str) -> dict[str, Any]:
         except ValueError:
             options[key] = value
     return options
-
-
-def baselines() -> Mapping[str, Factory]:
-    try:
-        known: Mapping[str, Factory] = import_module(BASELINES).BASELINES
-    except ModuleNotFoundError as error:
-        if error.name != BASELINES:
-            raise
-        return {}
-    return known
