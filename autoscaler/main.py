@@ -89,22 +89,11 @@ def cli(
             key=tls_key,
             server_name=tls_server_name,
         )
-        limits = HoldLimits(
-            max_requests=hold_requests,
-            max_bytes=hold_mebibytes << 20,
-            max_request_bytes=min(HOLD.max_request_bytes, hold_mebibytes << 20),
-            hold_seconds=hold_seconds,
-        )
-        tls = (
-            TlsFiles(certificate=tls_cert, key=tls_key, ca=tls_ca, server_name=tls_server_name)
-            if (tls_cert is not None and tls_key is not None and tls_ca is not None)
-            else None
-        )
         activator = ActivatorSettings(
             grpc_address=f"{activator_host}:{activator_grpc_port}",
             http_address=f"{activator_host}:{activator_http_port}",
-            limits=limits,
-            tls=tls,
+            limits=HoldLimits(max_requests=hold_requests, max_bytes=hold_mebibytes << 20, hold_seconds=hold_seconds),
+            tls=_activator_tls(secrets),
         )
     except ValueError as error:
         raise click.UsageError(str(error)) from error
@@ -122,6 +111,13 @@ def cli(
         asyncio.run(run(settings, partial(Observer, secrets)))
     except (ClusterError, OSError, ValueError) as error:
         raise click.ClickException(str(error)) from error
+
+
+def _activator_tls(secrets: Secrets) -> TlsFiles | None:
+    """None: the servers' ports are plain text, and so are the activator's."""
+    if secrets.ca is None or secrets.certificate is None or secrets.key is None:
+        return None
+    return TlsFiles(certificate=secrets.certificate, key=secrets.key, ca=secrets.ca, server_name=secrets.server_name)
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from autoscaler.activator.replica import Replica as Taker
 from autoscaler.cluster.face import PODS, Cluster, ClusterError
 from autoscaler.cluster.objects import Pod, items
 from autoscaler.controller.drain import SERVES, Plan, Scene
+from autoscaler.controller.victims import SERVING
 from autoscaler.fleet import Phase, Replica
 from autoscaler.resource import Spec
 
@@ -68,7 +69,7 @@ class Cover:
 
     def serve(self, spec: Spec, scene: Scene, staying: Sequence[Replica] = ()) -> None:
         """What is held, and what comes here still, goes to those that stay, else to those that drain."""
-        finishing = [each for each in scene.replicas if each.phase in (Phase.READY, Phase.DRAINING)]
+        finishing = [each for each in scene.replicas if each.phase in SERVING]
         takers = staying or finishing
         self._front.room.serve([_taker(each, scene.pods[each.name], spec) for each in takers])
         if not takers:

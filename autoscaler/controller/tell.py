@@ -13,13 +13,13 @@ from autoscaler.controller.drain import Plan, Scene
 from autoscaler.controller.metrics import Metrics
 from autoscaler.controller.status import Condition, Is, Report, Scaled, merged, news, worth_writing
 from autoscaler.controller.verdict import Verdict
+from autoscaler.controller.victims import SERVING
 from autoscaler.decision import Decision
 from autoscaler.fleet import Phase
 
 log = logging.getLogger(__name__)
 
 COMING = (Phase.PENDING, Phase.STARTING, Phase.LOADING)
-SERVING = (Phase.READY, Phase.DRAINING)
 # Figures of decisions that are facts about the workload, and stand in the status.
 LEARNED = {"cold_start_seconds": "coldStartSeconds", "replica_work_ratio": "replicaWorkRatio"}
 NAMED = 5  # pods, in a message
