@@ -90,6 +90,18 @@ class Scene:
         return max(0, self.scale.replicas - len(self.draining))
 
 
+def let_go(pods: Mapping[str, Pod], scale: Scale, target: TargetRef) -> frozenset[str]:
+    """Names of those that are not asked for any more, and that their controller has still to delete: it will, and what
+    was decided about them stays decided. While a Deployment rolls out it has more pods than it is asked for, none of
+    which is doomed."""
+    surplus = max(0, len(pods) - scale.replicas)
+    if target.ordered:
+        going = sorted(pods.values(), key=lambda each: each.ordinal, reverse=True)
+    else:
+        going = [each for each in pods.values() if each.deletion_cost == DOOMED]
+    return frozenset(each.name for each in going[:surplus])
+
+
 def plan(scene: Scene, desired: int, times: DrainTimes) -> Plan:
     """What to do next, so that there will be `desired` replicas."""
     asked, since = scene.scale.replicas, scene.draining

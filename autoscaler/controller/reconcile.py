@@ -20,10 +20,10 @@ from autoscaler.clock import Clock
 from autoscaler.cluster.events import Recorder
 from autoscaler.cluster.face import PODS, QUEUE_AUTOSCALERS, Cluster, ClusterError, Json
 from autoscaler.cluster.objects import Pod, items, pod, scale
-from autoscaler.controller.drain import DRAINING, DrainTimes, Hands, Scene, draining_since, plan
+from autoscaler.controller.drain import DRAINING, DrainTimes, Hands, Plan, Scene, draining_since, let_go, plan
 from autoscaler.controller.front import Cover, Front
 from autoscaler.controller.metrics import Metrics
-from autoscaler.controller.rivals import rival
+from autoscaler.controller.rivals import OLDER, rival
 from autoscaler.controller.status import Report, Scaled
 from autoscaler.controller.tell import Teller, refusal, report_of
 from autoscaler.controller.verdict import Verdict, judge
@@ -145,8 +145,10 @@ class Reconciler:
         at = self._tools.clock.wall()
         replicas = await self._observer.look(pods, spec, at)
         here = {each.name: each for each in pods if each.holds_place}
+        going = let_go(here, asked, target)
+        here = {name: each for name, each in here.items() if name not in going}
         self._draining = self._since(here, at)
-        seen = [_as_marked(each, self._draining) for each in replicas]
+        seen = [_as_marked(each, self._draining, going) for each in replicas]
         return Scene(
             at=at,
             target=target,
@@ -193,7 +195,9 @@ class Reconciler:
             await self._teller.record(resource, "ScaledByHand", "Look", note)
         self._asked = asked
         # Who does not act leaves the workload as if it had never been touched: what drains serves again.
-        steps = plan(scene, verdict.desired if verdict.acts else asked, self._tools.drain)
+        # But what an older QueueAutoscaler has begun is not ours to undo.
+        yields = self._rival is not None and self._rival.startswith(OLDER)
+        steps = Plan(asked) if yields else plan(scene, verdict.desired if verdict.acts else asked, self._tools.drain)
         if self._cover is not None and not spec.dry_run:
             await self._cover.arrange(spec, scene, steps)
         self._asked = None  # until it is certain what has become of it
@@ -237,7 +241,7 @@ class Reconciler:
             self._cover.serve(spec, await self._see(spec, self._policy_for(spec)))
 
 
-def _as_marked(replica: Replica, draining: Collection[str]) -> Replica:
-    """A server does not know that it drains for us: that stands with its pod."""
-    marked = replica.name in draining and replica.phase is Phase.READY
+def _as_marked(replica: Replica, draining: Collection[str], going: Collection[str]) -> Replica:
+    """A server does not know that it drains for us, or will be deleted: that stands with its pod."""
+    marked = (replica.name in draining and replica.phase is Phase.READY) or replica.name in going
     return replace(replica, phase=Phase.DRAINING) if marked else replica

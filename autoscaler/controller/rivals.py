@@ -13,6 +13,7 @@ from autoscaler.resource import TargetRef
 
 log = logging.getLogger(__name__)
 
+OLDER = "QueueAutoscaler/"  # how the word for a rival of our own kind begins
 HPAS = Kind("autoscaling", "v2", "horizontalpodautoscalers")
 
 
@@ -20,7 +21,7 @@ async def rival(cluster: Cluster, resource: Json, target: TargetRef) -> str | No
     """Its kind and name; None: there is none, as far as may be seen. Raises ClusterError."""
     for each in items(await cluster.list(QUEUE_AUTOSCALERS)):
         if _scales(each, target) and _age(each) < _age(resource):
-            return f"QueueAutoscaler/{each['metadata']['name']}"
+            return f"{OLDER}{each['metadata']['name']}"
     for each in await _hpas(cluster):
         if _scales(each, target):
             return f"HorizontalPodAutoscaler/{each['metadata']['name']}"

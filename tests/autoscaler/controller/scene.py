@@ -106,8 +106,8 @@ class Scene:
         self.front: Front | None = None
         self.reconciler = self.successor()
 
-    def successor(self) -> Reconciler:
-        """Another process, which knows nothing yet."""
+    def successor(self, name: str = NAME) -> Reconciler:
+        """Another process, which knows nothing yet; or what looks at another resource."""
         recorder = Recorder(self.line, "operator-0", self.clock)
         policy: Callable[[Settings], Word] = lambda settings: self.word  # noqa: E731
         tools = Tools(
@@ -119,7 +119,7 @@ class Scene:
             policy=policy,
             front=self.front,
         )
-        return Reconciler(NAME, tools)
+        return Reconciler(name, tools)
 
     async def look(self, seconds: float = 5.0) -> None:
         """After so long, and then until the cluster has done what follows from it."""

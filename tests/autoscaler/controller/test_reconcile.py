@@ -181,6 +181,31 @@ async def test_a_drain_goes_on_though_it_was_begun_by_a_clock_far_ahead(three: S
     assert drains not in three.pods
 
 
+@pytest.mark.parametrize("kind", ["Deployment", "StatefulSet"])
+async def test_one_that_was_let_go_is_not_taken_back_before_its_controller_has_deleted_it(
+    tmp_path: Path, kind: str
+) -> None:
+    async with scene(tmp_path, kind=kind, replicas=3) as here:
+        here.word.desired = 2
+        await here.look()
+        [drains] = set(here.pods) - set(here.serving)
+        here.ears.running = {name: 1 for name in here.serving}
+        here.workloads.stall(True)
+        here.clock.turn(5)
+        await here.reconciler.look()
+        assert here.asked == 2
+        assert drains in here.pods
+        writes = len(here.api.writes(resource="pods"))
+        here.word.desired = None
+        here.clock.turn(1)
+        await here.reconciler.look()
+        assert here.word.seen[-1].desired == 2
+        assert len(here.api.writes(resource="pods")) == writes
+        here.workloads.stall(False)
+        await here.settled()
+        assert drains not in here.pods
+
+
 async def test_what_loads_goes_first_and_at_once(tmp_path: Path) -> None:
     async with scene(tmp_path, replicas=3, nodes=2) as here:
         served = here.serving
@@ -308,6 +333,17 @@ async def test_of_two_resources_with_the_same_workload_the_older_one_acts(three:
     await three.look()
     assert three.asked == 4
     assert three.condition("ScalingActive")[2].startswith("QueueAutoscaler/late scales")
+
+
+async def test_the_younger_of_two_resources_leaves_the_drains_of_the_older_alone(three: Scene) -> None:
+    three.clock.turn(5)
+    three.api.apply(scaler(name="late"))
+    three.ears.running = dict.fromkeys(three.pods, 1)
+    three.word.desired = 2
+    await three.look()
+    assert len(three.serving) == 2
+    await three.successor("late").look()
+    assert len(three.serving) == 2
 
 
 # -- wrong, and gone -------------------------------------------------------------------------------------------------

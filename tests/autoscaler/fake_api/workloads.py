@@ -49,6 +49,7 @@ class Workloads:
         self._pods = api.machinery.resource("", "pods")
         self._sets = api.machinery.resource("apps", "replicasets")
         self._again = asyncio.Event()
+        self._stalled = False
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
@@ -68,10 +69,18 @@ class Workloads:
         self._nodes.room = room
         self._again.set()
 
+    def stall(self, stalled: bool) -> None:
+        """No controller does anything, as while a new leader of them is found."""
+        self._stalled = stalled
+        self._again.set()
+
     async def _run(self) -> None:
         with self._api.store.changed() as self._again:
             while True:
                 self._again.clear()
+                if self._stalled:
+                    await self._again.wait()
+                    continue
                 self._collect_garbage()
                 for kind in ("deployments", "statefulsets"):
                     resource = self._api.machinery.resource("apps", kind)
