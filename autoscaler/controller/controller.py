@@ -117,13 +117,16 @@ class Controller:
                     await meanwhile.enter_async_context(running(self._bystand()))
                 await self._lease.acquire()
             self._metrics.leader.set(1)
-            acting = asyncio.create_task(self._act())
+            acting, keeping = asyncio.create_task(self._act()), asyncio.create_task(self._lease.keep())
             try:
-                await self._lease.keep()
+                await asyncio.wait({acting, keeping}, return_when=asyncio.FIRST_COMPLETED)
+                if acting.done():
+                    acting.result()  # a fault of ours: who leads and does not act is in the way of others
             finally:
                 self._metrics.leader.set(0)
-                acting.cancel()
-                await asyncio.gather(acting, return_exceptions=True)
+                for task in (acting, keeping):
+                    task.cancel()
+                await asyncio.gather(acting, keeping, return_exceptions=True)
 
     async def _act(self) -> None:
         """A task for each resource, until this one is cancelled."""

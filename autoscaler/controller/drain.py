@@ -111,7 +111,8 @@ def plan(scene: Scene, desired: int, times: DrainTimes) -> Plan:
     excess = asked - desired
     missing = min(excess, max(0, asked - len(scene.replicas)))  # asked for, and not even made: the first to go
     ordered = scene.target.ordered
-    victims = choose(scene.replicas, excess - missing, fresh_since=scene.fresh_since, ordered=ordered)
+    unready = {name for name, pod in scene.pods.items() if pod.phase not in SERVING}
+    victims = choose(scene.replicas, excess - missing, fresh_since=scene.fresh_since, ordered=ordered, unready=unready)
     doomed: dict[str, str] = {}
     for each in victims:
         if (why := _may_go(each, since.get(each.name), scene.at, times)) is not None:

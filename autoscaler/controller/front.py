@@ -65,7 +65,8 @@ class Cover:
         ]
         self.serve(spec, scene, staying)
         endpoints = [each for each in staying if scene.pods[each.name].ready_since is not None]
-        await self._label(spec.target.name if spec.settings.scale_to_zero.enabled and not endpoints else None)
+        stands_in = spec.settings.scale_to_zero.enabled and not spec.dry_run and not endpoints
+        await self._label(spec.target.name if stands_in else None)
 
     def serve(self, spec: Spec, scene: Scene, staying: Sequence[Replica] = ()) -> None:
         """What is held, and what comes here still, goes to those that stay, else to those that drain."""

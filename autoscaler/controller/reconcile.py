@@ -24,7 +24,7 @@ from autoscaler.controller.drain import DRAINING, DrainTimes, Hands, Plan, Scene
 from autoscaler.controller.front import Cover, Front
 from autoscaler.controller.metrics import Metrics
 from autoscaler.controller.rivals import OLDER, rival
-from autoscaler.controller.status import Report, Scaled
+from autoscaler.controller.status import Report, Scaled, zero_is_ours
 from autoscaler.controller.tell import Teller, refusal, report_of
 from autoscaler.controller.verdict import Verdict, judge
 from autoscaler.decision import Decision, Policy
@@ -109,7 +109,7 @@ class Reconciler:
             return await self._refuse(refusal(resource, word, f"{spec.target} cannot be scaled: {error}"), resource)
         await self._look_for_rival(resource, spec)
         decision = self._decide(policy, scene)
-        verdict = judge(spec, scene.scale.replicas, decision, self._rival)
+        verdict = judge(spec, scene.scale.replicas, decision, self._rival, zero_is_ours=zero_is_ours(resource))
         self._untold = await self._act(resource, spec, scene, verdict) or self._untold
         held = self._cover.held_requests if self._cover is not None else 0
         report = report_of(resource, scene, decision, verdict, held=held, scaled=self._untold)
@@ -162,9 +162,9 @@ class Reconciler:
 
     def _since(self, pods: Mapping[str, Pod], at: float) -> dict[str, float]:
         """When each that drains began to: as it is marked, which may be by a clock ahead of ours, and no later than it
-        was seen here first."""
+        was seen here first, nor than now, where a clock was set back."""
         marks = {name: since for name, pod in pods.items() if (since := draining_since(pod)) is not None}
-        return {name: self._draining.get(name, min(since, at)) for name, since in marks.items()}
+        return {name: min(self._draining.get(name, since), at) for name, since in marks.items()}
 
     async def _look_for_rival(self, resource: Json, spec: Spec) -> None:
         now = self._tools.clock.monotonic()
@@ -198,7 +198,7 @@ class Reconciler:
         # But what an older QueueAutoscaler has begun is not ours to undo.
         yields = self._rival is not None and self._rival.startswith(OLDER)
         steps = Plan(asked) if yields else plan(scene, verdict.desired if verdict.acts else asked, self._tools.drain)
-        if self._cover is not None and not spec.dry_run:
+        if self._cover is not None:
             await self._cover.arrange(spec, scene, steps)
         self._asked = None  # until it is certain what has become of it
         await self._hands.carry_out(steps, scene)

@@ -92,6 +92,13 @@ def merged(before: Json, report: Report, at: float) -> Json:
     return after
 
 
+def zero_is_ours(resource: Json) -> bool:
+    """Whether the resource itself wanted no replica, as it was looked at last: who finds none then sees no pause."""
+    status = resource.get("status") or {}
+    reasons = {each["type"]: each["reason"] for each in status.get("conditions", ())}
+    return status.get("desired") == 0 and reasons.get("ScalingActive") in ("Deciding", "Pinned")
+
+
 def worth_writing(before: Json, after: Json, seconds: float) -> bool:
     """Whether a status that was last written `seconds` ago should be written anew."""
     return after != before and (seconds >= TEXT_SECONDS or _without_text(before) != _without_text(after))

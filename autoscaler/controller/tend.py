@@ -75,8 +75,11 @@ class Tender:
             result, seconds = await self._look()
         self._metrics.reconciles.labels(self._reconciler.name, result).inc()
         if result == "gone" and not self._woken.is_set():  # else it may have been made anew
-            await self._end()
-            return False
+            if await self._end():
+                return False
+            self._failures += 1
+            await self._clock.sleep(pause(self._failures))
+            return True
         if result == "ok":
             self._watch_pods()
             await self._clock.wait(self._woken, seconds)
@@ -109,14 +112,17 @@ class Tender:
         self._failures += 1
         return result, pause(self._failures, after)
 
-    async def _end(self) -> None:
+    async def _end(self) -> bool:
+        """Whether all that was begun is tidied up."""
         name = self._reconciler.name
         log.info("resource gone", extra={"autoscaler": name})
         self._gone(name)
         try:
             await self._reconciler.end()
+            return True
         except (ClusterError, NotLeaderError) as error:
-            log.warning("not tidied up", extra={"autoscaler": name, "reason": str(error)})
+            log.warning("not tidied up yet", extra={"autoscaler": name, "reason": str(error)})
+            return False
 
     def _watch_pods(self) -> None:
         if (selector := self._reconciler.selector) == self._selector:

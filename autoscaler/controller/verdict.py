@@ -36,8 +36,9 @@ class Verdict:
     limited: Condition
 
 
-def judge(spec: Spec, asked: int, decision: Decision, rival: str | None) -> Verdict:
-    """`asked`: replicas that the workload is asked for; `rival`: who else scales it."""
+def judge(spec: Spec, asked: int, decision: Decision, rival: str | None, *, zero_is_ours: bool = False) -> Verdict:
+    """`asked`: replicas that the workload is asked for; `rival`: who else scales it; `zero_is_ours`: that it is asked
+    for none is by the resource's own former word."""
     settings = spec.settings
     if rival is not None:
         return _held(decision.desired, "OtherScaler", f"{rival} scales {spec.target} too: delete one of the two")
@@ -46,7 +47,8 @@ def judge(spec: Spec, asked: int, decision: Decision, rival: str | None) -> Verd
         reason = f"pinned to {desired} by spec.replicas; load alone would have {decision.desired}"
         limited = _limited(Limit.MAX_REPLICAS if desired < spec.pin else None)
         return Verdict(desired, reason, not spec.dry_run, _active(Is.FALSE, "Pinned", reason), limited)
-    if asked == 0 and not settings.scale_to_zero.enabled:
+    zero_is_off = asked == 0 and not settings.scale_to_zero.enabled
+    if zero_is_off and not zero_is_ours:
         return _held(0, "Paused", f"{spec.target} was scaled to 0 by hand; scale it to 1 or more to go on")
     lowest = 0 if settings.scale_to_zero.enabled else settings.min_replicas
     desired = min(max(decision.desired, lowest), settings.max_replicas)
@@ -54,7 +56,8 @@ def judge(spec: Spec, asked: int, decision: Decision, rival: str | None) -> Verd
         active = _active(Is.FALSE, "DryRun", f"{desired} replicas would be right; spec.dryRun is true")
     else:
         active = _active(Is.TRUE, "Deciding", "replicas follow load")
-    return Verdict(desired, decision.reason, not spec.dry_run, active, _limited(decision.limit))
+    reason = "scale to zero is off" if zero_is_off else decision.reason
+    return Verdict(desired, reason, not spec.dry_run, active, _limited(decision.limit))
 
 
 def _held(desired: int, word: str, message: str) -> Verdict:

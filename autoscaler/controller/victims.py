@@ -8,7 +8,7 @@ A StatefulSet takes the highest ordinals, and there is nothing to choose.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from autoscaler.fleet import Phase, Replica
 
@@ -17,20 +17,33 @@ SERVING = (Phase.READY, Phase.DRAINING)  # may have requests
 BUSY = (1, 0, 0, 0)
 
 
-def choose(replicas: Sequence[Replica], count: int, *, fresh_since: float, ordered: bool = False) -> list[Replica]:
+def choose(
+    replicas: Sequence[Replica],
+    count: int,
+    *,
+    fresh_since: float,
+    ordered: bool = False,
+    unready: Collection[str] = (),
+) -> list[Replica]:
     """`count` of them, whoever goes first is first.
 
     Args:
         fresh_since: Unix seconds; a load that was seen before is not known any more, and counts as the busiest.
         ordered: they go by their ordinals.
+        unready: names of pods that are not ready, whatever their servers say. Such a one that serves gets nothing new,
+            and a ReplicaSet deletes it before all that are ready: so it drains before them.
     """
     if count <= 0:
         return []
     if ordered:
         return sorted(replicas, key=ordinal, reverse=True)[:count]
-    return sorted(replicas, key=lambda each: (ORDER.index(each.phase), _work(each, fresh_since), -each.created_at))[
-        :count
-    ]
+
+    def order(each: Replica) -> tuple[int, bool, tuple[int, int, int, int], float]:
+        cut_off = each.phase in SERVING and each.name in unready
+        phase = Phase.DRAINING if cut_off else each.phase
+        return ORDER.index(phase), not cut_off, _work(each, fresh_since), -each.created_at
+
+    return sorted(replicas, key=order)[:count]
 
 
 def drained(replica: Replica, since: float) -> bool:

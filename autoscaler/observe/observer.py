@@ -167,8 +167,8 @@ def _phase(pod: Pod, memory: _Memory, *, heard: bool, at: float) -> tuple[Phase,
         return pod.phase, None
     if heard:
         return said, memory.answer.eta_seconds if memory.answer is not None else None
-    # A server that loads may be too busy to answer; one that began anew is another one.
-    if pod.phase is Phase.STARTING and said is Phase.LOADING and memory.restarts == pod.restarts:
+    # A server may be too busy to answer anybody, the kubelet included; one that began anew is another one.
+    if pod.phase is Phase.STARTING and said in (Phase.LOADING, *SERVING) and memory.restarts == pod.restarts:
         eta = memory.answer.eta_seconds if memory.answer is not None else None
         return said, None if eta is None else max(0.0, eta - (at - memory.observed_at))
     return pod.phase, None

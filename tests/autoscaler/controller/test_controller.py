@@ -12,9 +12,10 @@ import pytest
 
 from autoscaler.cluster.client import connect
 from autoscaler.cluster.events import Recorder
-from autoscaler.cluster.face import DEPLOYMENTS, LEASES, QUEUE_AUTOSCALERS
+from autoscaler.cluster.face import DEPLOYMENTS, LEASES, PODS, QUEUE_AUTOSCALERS
 from autoscaler.cluster.lease import FencedCluster, Lease
 from autoscaler.controller.controller import Controller
+from autoscaler.controller.drain import DRAINING, SERVES
 from autoscaler.controller.metrics import Metrics
 from autoscaler.controller.reconcile import Reconciler, Tools
 from autoscaler.controller.tend import Tender
@@ -301,3 +302,32 @@ async def test_a_fault_of_ours_in_one_resource_does_not_stop_the_others(stage: S
     looks = stage.a.looks()
     await stage.turn_until(lambda: stage.a.looks() > looks)
     assert stage.api.get(QUEUE_AUTOSCALERS, NAME)["status"]["desired"] == 1
+
+
+async def test_a_fault_outside_of_all_looks_ends_the_process_and_gives_the_lease_back(stage: Stage) -> None:
+    def broken(name: str, gone: Callable[[str], None]) -> Tender:
+        raise OSError("a key cannot be read")
+
+    process = stage.a
+    process.controller = Controller(process.line, process.lease, broken, process.metrics, stage.clock)
+    process.start()
+    assert process.task is not None
+    await until(process.task.done)
+    with pytest.raises(ExceptionGroup) as ended:
+        await process.task
+    assert isinstance(ended.value.exceptions[0], OSError)
+    await stage.b.lease.acquire()
+
+
+async def test_what_was_begun_is_tidied_up_though_the_api_server_fails_at_first(stage: Stage) -> None:
+    """Else what drained would not serve again, and a pod of ours would be an endpoint, for ever."""
+    stage.word.desired = 2
+    await stage.lead_by_a()
+    await stage.turn_until(lambda: stage.asked == 2 and len(stage.api.list(PODS, label_selector=SERVES)) == 2)
+    stage.word.desired = 1
+    await stage.turn_until(lambda: len(stage.api.list(PODS, label_selector=DRAINING)) == 1, step=0.25)
+    stage.api.faults.append(Fault(verb="patch", path="/pods/", code=500))
+    resource = stage.api.machinery.resource("autoscaling.nemoserve.dev", "queueautoscalers")
+    stage.api.machinery.delete(resource, "default", NAME, {})
+    await stage.turn_until(lambda: len(stage.api.list(PODS, label_selector=SERVES)) == 2)
+    assert stage.asked == 2

@@ -89,6 +89,12 @@ def test_a_stateful_set_takes_the_highest_ordinals() -> None:
     assert order(*fleet, ordered=True) == ["nemo-10", "nemo-2", "nemo-0"]
 
 
+def test_one_that_serves_and_is_not_ready_to_the_cluster_drains_first_as_that_deletes_it_first() -> None:
+    here = scene(3, [replica("idle"), replica("draining"), replica("overloaded", running=30, seen=20)], {"draining": 5})
+    here = replace(here, pods=here.pods | {"overloaded": replace(here.pods["overloaded"], phase=Phase.STARTING)})
+    assert plan(here, 2, TIMES) == Plan(3, keep=("draining",), drain=("overloaded",))
+
+
 def test_more_are_asked_for_at_once_and_who_drains_serves_again() -> None:
     fleet = [replica("a"), replica("b")]
     assert plan(scene(2, fleet, {"b": 5}), 4, TIMES) == Plan(4, keep=("b",))

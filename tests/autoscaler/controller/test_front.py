@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from autoscaler.activator import Room
-from autoscaler.cluster.face import PODS
+from autoscaler.cluster.face import PODS, QUEUE_AUTOSCALERS
 from autoscaler.controller.drain import SERVES
 from autoscaler.controller.front import STANDS_IN, Front
 from autoscaler.controller.tend import hand_over
@@ -137,3 +137,18 @@ async def test_this_process_stands_in_no_more_when_the_resource_is_gone(zero: Sc
     assert OPERATOR not in zero.serving
     assert SERVES not in zero.api.get(PODS, OPERATOR)["metadata"]["labels"]
     assert takers(zero) == []
+
+
+async def test_in_a_dry_run_it_stands_in_for_nobody_and_hands_over_what_it_holds(zero: Scene) -> None:
+    zero.word.desired = 0
+    for _ in range(3):
+        await zero.look()
+    assert (zero.pods, zero.serving) == ([], [OPERATOR])
+    request = await hold(zero)
+    zero.change(QUEUE_AUTOSCALERS, NAME, dryRun=True)
+    zero.scale_by_hand(1)
+    await zero.settled()
+    await zero.look()
+    assert zero.serving == zero.pods
+    await until(request.done)
+    assert await request == zero.pods[0]

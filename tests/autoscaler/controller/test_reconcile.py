@@ -181,6 +181,19 @@ async def test_a_drain_goes_on_though_it_was_begun_by_a_clock_far_ahead(three: S
     assert drains not in three.pods
 
 
+async def test_a_drain_goes_on_though_the_clock_was_set_back_meanwhile(three: Scene) -> None:
+    three.ears.running = dict.fromkeys(three.pods, 1)
+    three.word.desired = 2
+    await three.look()
+    [drains] = set(three.pods) - set(three.serving)
+    await three.look()
+    three.clock.skew = -3600.0
+    await three.look()
+    three.ears.running[drains] = 0
+    await three.look()
+    assert drains not in three.pods
+
+
 @pytest.mark.parametrize("kind", ["Deployment", "StatefulSet"])
 async def test_one_that_was_let_go_is_not_taken_back_before_its_controller_has_deleted_it(
     tmp_path: Path, kind: str
@@ -281,6 +294,28 @@ async def test_zero_by_hand_is_a_pause(three: Scene) -> None:
     await three.look()
     assert three.asked == 3
     assert three.condition("ScalingActive")[:2] == ("True", "Deciding")
+
+
+@pytest.mark.parametrize("by", ["policy", "pin"])
+async def test_zero_by_the_resource_itself_is_no_pause_once_that_asks_for_it_no_more(three: Scene, by: str) -> None:
+    if by == "policy":
+        three.change(QUEUE_AUTOSCALERS, NAME, minReplicas=0, scaleToZero={"enabled": True})
+        three.word.desired = 0
+    else:
+        three.change(QUEUE_AUTOSCALERS, NAME, replicas=0)
+    for _ in range(3):
+        await three.look()
+    assert three.asked == 0
+    three.change(QUEUE_AUTOSCALERS, NAME, minReplicas=2, scaleToZero=None, replicas=None)
+    three.word.desired = 0  # what the policy says of a workload at 0 without scale to zero
+    three.reconciler = three.successor()
+    await three.look()
+    assert three.asked == 2
+    assert three.status["reason"] == "scale to zero is off"
+    three.scale_by_hand(0)
+    await three.look()
+    await three.look()
+    assert (three.asked, three.condition("ScalingActive")[1]) == (0, "Paused")
 
 
 async def test_a_dry_run_tells_once_and_does_nothing(tmp_path: Path) -> None:

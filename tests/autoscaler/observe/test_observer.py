@@ -227,6 +227,21 @@ async def test_a_server_that_loads_says_for_how_long_even_when_it_is_too_busy_to
         await observer.close()
 
 
+async def test_a_server_that_is_too_busy_to_answer_anybody_serves_all_the_same() -> None:
+    """The kubelet's probe fails as the look does; it may have a full batch."""
+    async with fleet(1) as here:
+        [replica] = here.replicas
+        observer = patient()
+        ready = pod("p", Phase.READY, ip=replica.ip)
+        await observer.look([ready], here.spec, 100.0)
+        replica.code = grpc.StatusCode.UNAVAILABLE
+        [seen] = await observer.look([replace(ready, phase=Phase.STARTING)], here.spec, 105.0)
+        assert (seen.phase, seen.observed_at) == (Phase.READY, 100.0)
+        [seen] = await observer.look([replace(ready, phase=Phase.STARTING, restarts=1)], here.spec, 110.0)
+        assert seen.phase is Phase.STARTING
+        await observer.close()
+
+
 async def test_ready_is_when_it_became_ready_first() -> None:
     async with fleet(1) as here:
         [replica] = here.replicas
