@@ -59,7 +59,7 @@ class Cover:
         """For what is about to be done. Raises ClusterError."""
         staying = [
             each
-            for each in scene.replicas
+            for each in _answering(scene)
             if (each.phase is Phase.READY and each.name not in steps.drain)
             or (each.phase is Phase.DRAINING and each.name in steps.keep)
         ]
@@ -70,8 +70,7 @@ class Cover:
 
     def serve(self, spec: Spec, scene: Scene, staying: Sequence[Replica] = ()) -> None:
         """What is held, and what comes here still, goes to those that stay, else to those that drain."""
-        finishing = [each for each in scene.replicas if each.phase in SERVING]
-        takers = staying or finishing
+        takers = staying or _answering(scene)
         self._front.room.serve([_taker(each, scene.pods[each.name], spec) for each in takers])
         if not takers:
             self._tell_progress(scene.replicas)
@@ -109,6 +108,15 @@ class Cover:
         except ClusterError as error:
             if not error.not_found or pod_name == self._front.pod_name:
                 raise
+
+
+def _answering(scene: Scene) -> list[Replica]:
+    """Those that serve, and answer their kubelet or did answer us just now: who answers nobody gets nothing more."""
+    return [
+        each
+        for each in scene.replicas
+        if each.phase in SERVING and (scene.pods[each.name].ready_since is not None or each.observed_at >= scene.at)
+    ]
 
 
 def _taker(replica: Replica, pod: Pod, spec: Spec) -> Taker:

@@ -69,7 +69,7 @@ class QueuePolicy:
         elif self._found is None:
             self._first = current
         self._found = current
-        decision = self._at_zero(observation, least) or self._some(observation, traffic, least, most)
+        decision = self._at_zero(observation, traffic, least) or self._some(observation, traffic, least, most)
         self._asked = decision.desired
         return decision
 
@@ -84,12 +84,14 @@ class QueuePolicy:
         waiting = any(each.load.running_requests or each.load.queued_requests for each in traffic.heard if each.load)
         return bool(observation.held_requests or traffic.requests or traffic.silent or waiting)
 
-    def _at_zero(self, observation: Observation, least: int) -> Decision | None:
+    def _at_zero(self, observation: Observation, traffic: Traffic, least: int) -> Decision | None:
         """What there is to say while nothing is asked for, or nothing is to be; None: as usual."""
         zero, current = self._settings.scale_to_zero, observation.desired
         if current == 0 and not zero.enabled and self._settings.min_replicas > 0:
             return Decision(0, "paused: set to 0 by hand, and scale to zero is off")
         if current == 0 and least == 0 and not observation.held_requests:
+            if traffic.requests > 0 and observation.in_phase(Phase.DRAINING):
+                return None  # they come to the last one while it drains: it is to stay
             return Decision(0, "no requests")
         if not zero.enabled or least > 0 or current == 0:
             return None

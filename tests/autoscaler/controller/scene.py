@@ -79,6 +79,7 @@ class Ears:
     running: dict[str, int] = field(default_factory=dict)
     loading: set[str] = field(default_factory=set)
     silent: set[str] = field(default_factory=set)
+    busy: set[str] = field(default_factory=set)  # they served, and answer nobody now
     heard: dict[str, float] = field(default_factory=dict)  # when
 
     async def look(self, pods: Sequence[Pod], spec: Spec, at: float) -> tuple[Replica, ...]:
@@ -89,7 +90,8 @@ class Ears:
 
     def _replica(self, pod: Pod, at: float) -> Replica:
         phase = Phase.LOADING if pod.name in self.loading and pod.phase is Phase.STARTING else pod.phase
-        if phase in (Phase.READY, Phase.DRAINING) and pod.name not in self.silent:
+        phase = Phase.READY if pod.name in self.busy else phase
+        if phase in (Phase.READY, Phase.DRAINING) and pod.name not in self.silent | self.busy:
             self.heard[pod.name] = at
         load = Load(running_requests=self.running.get(pod.name, 0)) if pod.name in self.heard else None
         ready_at = pod.ready_since

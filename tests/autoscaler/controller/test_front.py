@@ -107,6 +107,17 @@ async def test_while_the_first_one_loads_the_activator_stays(tmp_path: Path) -> 
         assert "waiting for a node" in here.front.room.words
 
 
+async def test_what_comes_is_held_while_the_only_replica_answers_nobody(tmp_path: Path) -> None:
+    async with scene(tmp_path, replicas=1, nodes=0, minReplicas=0, scaleToZero={"enabled": True}) as here:
+        here.api.apply(operator_pod(OPERATOR))
+        here.front = Front(NAME, OPERATOR, Room())
+        here.reconciler = here.successor()
+        here.ears.busy = set(here.pods)
+        await here.look()
+        assert OPERATOR in here.serving
+        assert takers(here) == []
+
+
 async def test_who_led_before_stands_in_no_more(tmp_path: Path) -> None:
     async with scene(tmp_path, replicas=1, minReplicas=0, scaleToZero={"enabled": True}) as here:
         here.api.apply(operator_pod(OPERATOR), operator_pod("operator-1", **{SERVES: NAME, STANDS_IN: NAME}))

@@ -17,7 +17,7 @@ from autoscaler.decision import Decision, Limit
 from autoscaler.fleet import Counters, Observation, Phase, Replica, StepCost
 from autoscaler.policy import QueuePolicy
 from autoscaler.settings import Behavior, Direction, ScaleToZero, Schedule, Settings, Target
-from tests.autoscaler.policy.scene import COST, REQUEST_SECONDS, World, ready
+from tests.autoscaler.policy.scene import COST, PROMPT, REQUEST_SECONDS, World, ready
 from tests.autoscaler.policy.scene import load as idle
 
 WIDE = Settings(min_replicas=1, max_replicas=100)
@@ -250,6 +250,29 @@ def test_nothing_to_do_leads_to_zero_and_a_request_to_one_at_once() -> None:
     assert own.decide(world.look()).desired == 0
     held = replace(world.look(), held_requests=1, oldest_held_seconds=0.1)
     assert own.decide(held).desired == 1
+
+
+def test_requests_that_reach_the_last_replica_while_it_drains_keep_it() -> None:
+    """The activator passes them on to it, so that none is held."""
+    own = policy(min_replicas=0, scale_to_zero=ScaleToZero(True, 300.0))
+    world = World(own, lambda at: 1.0 if at < 1_000_600 else 0.0, replicas=1)
+    world.run(880)
+    world.run(60)
+    assert world.desired == 0
+    at, counted = world.at, Counters(arrived_requests=1_000, arrived_prompt_tokens=1_000 * PROMPT)
+
+    def look(seconds: float, arrived: int, running: int) -> Observation:
+        counters = replace(
+            counted,
+            arrived_requests=counted.arrived_requests + arrived,
+            arrived_prompt_tokens=counted.arrived_prompt_tokens + arrived * PROMPT,
+        )
+        draining = replace(ready("last", at, counters=counters, running_requests=running), phase=Phase.DRAINING)
+        return Observation(at + seconds, 0, (replace(draining, observed_at=at + seconds),))
+
+    assert own.decide(look(0, 0, 1)).desired == 0
+    assert own.decide(look(5, 0, 1)).desired == 0  # what it still finishes asks for none
+    assert own.decide(look(10, 3, 3)).desired == 1
 
 
 def test_a_schedule_keeps_from_zero() -> None:
