@@ -19,7 +19,7 @@ from typing import Any
 
 from autoscaler.cluster.face import PODS, Cluster, ClusterError
 from autoscaler.cluster.objects import DELETION_COST, Pod, Scale, scale_patch
-from autoscaler.controller.victims import SERVING, choose, drained
+from autoscaler.controller.victims import SERVING, choose, drained, ordinal
 from autoscaler.fleet import Replica
 from autoscaler.resource import TargetRef
 
@@ -96,10 +96,10 @@ def let_go(pods: Mapping[str, Pod], scale: Scale, target: TargetRef) -> frozense
     which is doomed."""
     surplus = max(0, len(pods) - scale.replicas)
     if target.ordered:
-        going = sorted(pods.values(), key=lambda each: each.ordinal, reverse=True)
+        going = sorted(pods, key=ordinal, reverse=True)
     else:
-        going = [each for each in pods.values() if each.deletion_cost == DOOMED]
-    return frozenset(each.name for each in going[:surplus])
+        going = [name for name, pod in pods.items() if pod.deletion_cost == DOOMED]
+    return frozenset(going[:surplus])
 
 
 def plan(scene: Scene, desired: int, times: DrainTimes) -> Plan:

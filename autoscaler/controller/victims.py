@@ -36,7 +36,7 @@ def choose(
     if count <= 0:
         return []
     if ordered:
-        return sorted(replicas, key=ordinal, reverse=True)[:count]
+        return sorted(replicas, key=lambda each: ordinal(each.name), reverse=True)[:count]
 
     def order(each: Replica) -> tuple[int, bool, tuple[int, int, int, int], float]:
         cut_off = each.phase in SERVING and each.name in unready
@@ -54,9 +54,9 @@ def drained(replica: Replica, since: float) -> bool:
     return load is not None and replica.observed_at >= since and not load.running_requests + load.queued_requests
 
 
-def ordinal(replica: Replica) -> int:
-    """The number that a StatefulSet gave it; -1 for a name without one."""
-    number = replica.name.rpartition("-")[2]
+def ordinal(name: str) -> int:
+    """The number that a StatefulSet gave this pod; -1 for a name without one."""
+    number = name.rpartition("-")[2]
     return int(number) if number.isdecimal() else -1
 
 

@@ -467,7 +467,7 @@ async def test_a_custom_resource_gets_defaults_and_loses_what_is_unknown(api: Ap
 async def test_times_of_leases_need_their_microseconds(api: Api) -> None:
     at = objects.micro_timestamp(1_790_000_000.25)
     created = await api.cluster.create(LEASES, lease(renewTime=at, acquireTime=at))
-    assert objects.lease(created).renewed_at == 1_790_000_000.25
+    assert objects.seconds(created["spec"]["renewTime"]) == 1_790_000_000.25
     with pytest.raises(ClusterError) as refused:
         await api.cluster.patch(LEASES, "lock", {"spec": {"renewTime": objects.timestamp(1_790_000_000)}})
     assert refused.value.code == 400
@@ -479,7 +479,7 @@ async def test_times_of_leases_need_their_microseconds(api: Api) -> None:
 async def test_a_lease_may_be_nobodys(api: Api) -> None:
     await api.cluster.create(LEASES, lease())
     freed = await api.cluster.patch(LEASES, "lock", {"spec": {"holderIdentity": "", "leaseDurationSeconds": 1}})
-    assert objects.lease(freed).holder == ""
+    assert freed["spec"].get("holderIdentity", "") == ""
 
 
 async def test_an_event_is_checked_and_grows_by_its_series_alone(api: Api) -> None:

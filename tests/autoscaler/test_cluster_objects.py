@@ -29,56 +29,46 @@ def waits(reason: str, restarts: int = 0) -> Json:
 
 
 @pytest.mark.parametrize(
-    ("item", "phase", "reason", "holds_place"),
+    ("item", "phase", "holds_place"),
     [
-        (a_pod(node=None), Phase.PENDING, "", True),
+        (a_pod(node=None), Phase.PENDING, True),
         (
             a_pod(node=None, phase="Pending", conditions=[is_so("PodScheduled", "False", "Unschedulable")]),
             Phase.PENDING,
-            "Unschedulable",
             True,
         ),
-        (a_pod(phase="Pending", containerStatuses=[waits("ContainerCreating")]), Phase.STARTING, "", True),
-        (a_pod(phase="Running", conditions=[is_so("Ready", "False")]), Phase.STARTING, "", True),
-        (a_pod(phase="Running", conditions=[is_so("Ready")]), Phase.READY, "", True),
-        (a_pod(meta={"deletionTimestamp": AT}, conditions=[is_so("Ready")]), Phase.DRAINING, "", False),
-        (a_pod(containerStatuses=[waits("CrashLoopBackOff", 3)]), Phase.FAILED, "CrashLoopBackOff", True),
-        (a_pod(initContainerStatuses=[waits("ImagePullBackOff")]), Phase.FAILED, "ImagePullBackOff", True),
-        (a_pod(phase="Failed", reason="Evicted"), Phase.FAILED, "Evicted", False),
-        (a_pod(phase="Succeeded"), Phase.FAILED, "Succeeded", False),
+        (a_pod(phase="Pending", containerStatuses=[waits("ContainerCreating")]), Phase.STARTING, True),
+        (a_pod(phase="Running", conditions=[is_so("Ready", "False")]), Phase.STARTING, True),
+        (a_pod(phase="Running", conditions=[is_so("Ready")]), Phase.READY, True),
+        (a_pod(meta={"deletionTimestamp": AT}, conditions=[is_so("Ready")]), Phase.DRAINING, False),
+        (a_pod(containerStatuses=[waits("CrashLoopBackOff", 3)]), Phase.FAILED, True),
+        (a_pod(initContainerStatuses=[waits("ImagePullBackOff")]), Phase.FAILED, True),
+        (a_pod(phase="Failed", reason="Evicted"), Phase.FAILED, False),
+        (a_pod(phase="Succeeded"), Phase.FAILED, False),
     ],
 )
-def test_a_pod_has_a_phase(item: Json, phase: Phase, reason: str, holds_place: bool) -> None:
+def test_a_pod_has_a_phase(item: Json, phase: Phase, holds_place: bool) -> None:
     pod = objects.pod(item)
-    assert (pod.phase, pod.reason, pod.holds_place) == (phase, reason, holds_place)
+    assert (pod.phase, pod.holds_place) == (phase, holds_place)
 
 
 def test_times_are_told_where_they_mean_something() -> None:
     ready = objects.pod(a_pod(phase="Running", startTime=AT, conditions=[is_so("Ready")]))
-    assert (ready.created_at, ready.started_at, ready.ready_since) == (SECONDS, SECONDS, SECONDS)
+    assert (ready.created_at, ready.ready_since) == (SECONDS, SECONDS)
     assert (ready.unschedulable_since, ready.deleted_at) == (None, None)
     waiting = objects.pod(a_pod(node=None, conditions=[is_so("PodScheduled", "False", "Unschedulable")]))
-    assert (waiting.unschedulable_since, waiting.started_at, waiting.ready_since) == (SECONDS, None, None)
+    assert (waiting.unschedulable_since, waiting.ready_since) == (SECONDS, None)
     going = objects.pod(a_pod(meta={"deletionTimestamp": AT}, conditions=[is_so("Ready")]))
     assert (going.deleted_at, going.ready_since) == (SECONDS, None)
 
 
 def test_the_rest_of_a_pod() -> None:
-    owner = {"kind": "ReplicaSet", "name": "nemo-7d9", "uid": "r", "controller": True}
-    meta = {"labels": {"app": "nemo"}, "annotations": {objects.DELETION_COST: "-5"}, "ownerReferences": [owner]}
+    meta = {"labels": {"app": "nemo"}, "annotations": {objects.DELETION_COST: "-5"}}
     pod = objects.pod(a_pod(meta=meta, podIP="10.0.0.7", containerStatuses=[waits("CrashLoopBackOff", 3)]))
-    assert (pod.name, pod.uid, pod.resource_version, pod.ip, pod.node) == (
-        "nemo-7d9-x2",
-        "u",
-        "7",
-        "10.0.0.7",
-        "node-1",
-    )
+    assert (pod.name, pod.uid, pod.resource_version, pod.ip) == ("nemo-7d9-x2", "u", "7", "10.0.0.7")
     assert (pod.restarts, pod.deletion_cost, pod.labels) == (3, -5, {"app": "nemo"})
-    assert pod.owner == objects.Owner("ReplicaSet", "nemo-7d9", "r")
-    assert pod.ordinal == -1
-    bare = objects.pod(a_pod(node=None, meta={"name": "nemo-12", "annotations": {objects.DELETION_COST: "dear"}}))
-    assert (bare.ip, bare.node, bare.owner, bare.deletion_cost, bare.ordinal) == (None, None, None, 0, 12)
+    bare = objects.pod(a_pod(node=None, meta={"annotations": {objects.DELETION_COST: "dear"}}))
+    assert (bare.ip, bare.deletion_cost) == (None, 0)
 
 
 def test_a_scale_of_zero_says_so_by_silence() -> None:
@@ -88,27 +78,6 @@ def test_a_scale_of_zero_says_so_by_silence() -> None:
         "metadata": {"resourceVersion": "3"},
         "spec": {"replicas": 4},
     }
-
-
-def test_a_lease_may_be_empty_or_freed() -> None:
-    assert objects.lease({"metadata": {"resourceVersion": "1"}}) == objects.Lease("", 0.0, None, None, 0, "1")
-    spec = {"holderIdentity": "a", "leaseDurationSeconds": 15, "renewTime": objects.micro_timestamp(SECONDS + 0.5)}
-    held = objects.lease({"metadata": {}, "spec": spec | {"leaseTransitions": 2}})
-    assert (held.holder, held.seconds, held.renewed_at, held.transitions) == ("a", 15.0, SECONDS + 0.5, 2)
-
-
-def test_a_selector_is_said_in_one_line() -> None:
-    expressions = [
-        {"key": "tier", "operator": "In", "values": ["b", "a"]},
-        {"key": "old", "operator": "NotIn", "values": ["1"]},
-        {"key": "gpu", "operator": "Exists"},
-        {"key": "test", "operator": "DoesNotExist"},
-    ]
-    assert (
-        objects.selector({"matchLabels": {"b": "2", "a": "1"}, "matchExpressions": expressions})
-        == "a=1,b=2,tier in (a,b),old notin (1),gpu,!test"
-    )
-    assert objects.selector({}) == ""
 
 
 def test_times_are_written_as_kubernetes_reads_them() -> None:

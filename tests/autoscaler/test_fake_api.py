@@ -12,7 +12,7 @@ from autoscaler.cluster.client import connect
 from autoscaler.cluster.face import LEASES, QUEUE_AUTOSCALERS, ClusterError, Json
 from tests.autoscaler.api_under_test import CRDS, definition
 from tests.autoscaler.bodies import lease, scaler
-from tests.autoscaler.fake_api import FakeApi, Fault
+from tests.autoscaler.fake_api import FakeApi, Fault, selectors
 from tests.autoscaler.fake_api.cel import Rule, UnsupportedRule
 from tests.autoscaler.fake_api.errors import ApiError
 from tests.autoscaler.fake_api.table import age, find
@@ -126,3 +126,17 @@ async def test_what_goes_with_a_definition_are_its_objects(tmp_path: Path) -> No
             api.delete(CRDS, definition()["metadata"]["name"], namespace="")
             with pytest.raises(ClusterError, match="could not find the requested resource"):
                 await cluster.list(QUEUE_AUTOSCALERS)
+
+
+def test_a_selector_is_said_in_one_line() -> None:
+    expressions = [
+        {"key": "tier", "operator": "In", "values": ["b", "a"]},
+        {"key": "old", "operator": "NotIn", "values": ["1"]},
+        {"key": "gpu", "operator": "Exists"},
+        {"key": "test", "operator": "DoesNotExist"},
+    ]
+    assert (
+        selectors.text_of({"matchLabels": {"b": "2", "a": "1"}, "matchExpressions": expressions})
+        == "a=1,b=2,tier in (a,b),old notin (1),gpu,!test"
+    )
+    assert selectors.text_of({}) == ""

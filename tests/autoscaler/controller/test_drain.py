@@ -38,7 +38,6 @@ def scene(
             uid=each.name,
             resource_version="1",
             phase=each.phase,
-            reason="",
             holds_place=True,
             created_at=each.created_at,
             labels=marks.get(each.name, {}),

@@ -16,8 +16,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
-from autoscaler.cluster.objects import selector as selector_text
-from tests.autoscaler.fake_api import errors
+from tests.autoscaler.fake_api import errors, selectors
 from tests.autoscaler.fake_api.errors import Json
 from tests.autoscaler.fake_api.resources import Resource, ScalePaths, built_in
 from tests.autoscaler.fake_api.schema import Definition
@@ -244,7 +243,7 @@ def scale_of(resource: Resource, paths: ScalePaths, item: Json) -> Json:
     meta = item["metadata"]
     replicas = value_at(item, _parts(paths.replicas))
     if paths.selector is None:
-        selector: Any = selector_text(item["spec"]["selector"])
+        selector: Any = selectors.text_of(item["spec"]["selector"])
     else:
         selector = value_at(item, _parts(paths.selector))
     status = {"replicas": value_at(item, _parts(paths.observed)) or 0} | ({"selector": selector} if selector else {})

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from autoscaler.cluster import objects
 from autoscaler.cluster.objects import condition
 from tests.autoscaler.fake_api.errors import Json
 from tests.autoscaler.fake_api.server import FakeApi
@@ -99,7 +98,7 @@ class Nodes:
                 raise result
 
     def _schedule(self) -> None:
-        pods = [pod for pod in self._api.store.list(self._pods) if objects.owner(pod)]
+        pods = [pod for pod in self._api.store.list(self._pods) if owner_of(pod)]
         taken = sum("nodeName" in pod["spec"] and pod["status"].get("phase") not in ENDED for pod in pods)
         waiting = [pod for pod in pods if "nodeName" not in pod["spec"] and "schedulingGates" not in pod["spec"]]
         for pod in sorted(waiting, key=_created):
@@ -115,12 +114,7 @@ class Nodes:
         for pod in self._api.store.list(self._pods):
             meta = pod["metadata"]
             life = self._lives.get(meta["uid"])
-            if (
-                life is None
-                and objects.owner(pod)
-                and "nodeName" in pod["spec"]
-                and pod["status"].get("phase") not in ENDED
-            ):
+            if life is None and owner_of(pod) and "nodeName" in pod["spec"] and pod["status"].get("phase") not in ENDED:
                 stopping = asyncio.Event()
                 task = asyncio.create_task(self._live(pod, stopping), name=meta["name"])
                 self._lives[meta["uid"]] = _Life(stopping, task)
@@ -192,3 +186,8 @@ class Nodes:
 
 def _created(pod: Json) -> tuple[str, str]:
     return pod["metadata"]["creationTimestamp"], pod["metadata"]["name"]
+
+
+def owner_of(item: Json) -> Json | None:
+    """The reference to the controller that it belongs to."""
+    return next((each for each in item["metadata"].get("ownerReferences") or () if each.get("controller")), None)

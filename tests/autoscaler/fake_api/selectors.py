@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from tests.autoscaler.fake_api.errors import Json, bad_request
 
@@ -13,6 +14,21 @@ SET = re.compile(r"^(?P<key>\S+)\s+(?P<operator>in|notin)\s*\((?P<values>[^)]*)\
 EQUAL = re.compile(r"^(?P<key>[^!=\s]+)\s*(?P<operator>==|!=|=)\s*(?P<value>\S*)$")
 EXISTS = re.compile(r"^(?P<absent>!?)\s*(?P<key>[\w./-]+)$")
 FIELDS = ("metadata.name", "metadata.namespace")
+OPERATORS = {
+    "In": "{key} in ({values})",
+    "NotIn": "{key} notin ({values})",
+    "Exists": "{key}",
+    "DoesNotExist": "!{key}",
+}
+
+
+def text_of(selector: Mapping[str, Any]) -> str:
+    """A workload's `spec.selector` as the text that lists are asked with."""
+    words = [f"{key}={value}" for key, value in sorted((selector.get("matchLabels") or {}).items())]
+    for each in selector.get("matchExpressions") or ():
+        values = ",".join(sorted(each.get("values") or ()))
+        words.append(OPERATORS[each["operator"]].format(key=each["key"], values=values))
+    return ",".join(words)
 
 
 def labels(text: str) -> Match:

@@ -22,10 +22,10 @@ from typing import Any, Self
 
 from autoscaler.cluster import objects
 from autoscaler.cluster.face import PODS
-from autoscaler.cluster.objects import condition, selector
+from autoscaler.cluster.objects import condition
 from tests.autoscaler.fake_api import selectors
 from tests.autoscaler.fake_api.errors import Json
-from tests.autoscaler.fake_api.nodes import Nodes, Program, idle
+from tests.autoscaler.fake_api.nodes import Nodes, Program, idle, owner_of
 from tests.autoscaler.fake_api.resources import Resource
 from tests.autoscaler.fake_api.server import FakeApi
 
@@ -122,7 +122,7 @@ class Workloads:
         """A StatefulSet's: 0, 1, 2 … in this order, and back; one after the other unless it is Parallel."""
         ordered = workload["spec"].get("podManagementPolicy", "OrderedReady") == "OrderedReady"
         every = self._owned(workload, ending=True)
-        have = {objects.pod(pod).ordinal for pod in every}
+        have = {_ordinal(pod) for pod in every}
         replicas = workload["spec"]["replicas"]
         for ordinal in (each for each in range(replicas) if each not in have):
             if ordered and any(condition(pod, "Ready").get("status") != "True" for pod in every):
@@ -130,9 +130,7 @@ class Workloads:
             self._create(workload, {"name": f"{workload['metadata']['name']}-{ordinal}"})
             if ordered:
                 break
-        surplus = sorted(
-            (pod for pod in pods if objects.pod(pod).ordinal >= replicas), key=lambda pod: -objects.pod(pod).ordinal
-        )
+        surplus = sorted((pod for pod in pods if _ordinal(pod) >= replicas), key=_ordinal, reverse=True)
         if ordered and any(pod["metadata"].get("deletionTimestamp") for pod in every):
             return
         for pod in surplus[:1] if ordered else surplus:
@@ -156,7 +154,7 @@ class Workloads:
 
     def _owned(self, owner: Json, *, ending: bool = False) -> list[Json]:
         """Those that hold a place; with `ending`, those too that are being deleted."""
-        match = selectors.labels(selector(owner["spec"]["selector"]))
+        match = selectors.labels(selectors.text_of(owner["spec"]["selector"]))
         found = []
         for pod in self._api.store.list(self._pods, owner["metadata"]["namespace"]):
             if not _is_of(pod, owner):
@@ -182,8 +180,8 @@ class Workloads:
         living = {item["metadata"]["uid"] for item in self._api.store.everything()}
         for resource in (self._sets, self._pods):
             for item in self._api.store.list(resource):
-                owner = objects.owner(item)
-                if owner and owner.uid not in living and not item["metadata"].get("deletionTimestamp"):
+                owner = owner_of(item)
+                if owner and owner["uid"] not in living and not item["metadata"].get("deletionTimestamp"):
                     self._api.machinery.delete(resource, item["metadata"]["namespace"], item["metadata"]["name"], {})
 
     def _set_status(self, resource: Resource, workload: Json, status: Json) -> None:
@@ -206,7 +204,7 @@ def victims(pods: Iterable[Json], count: int, now: float) -> list[Json]:
         is_ready = condition(item, "Ready").get("status") == "True"
         since = objects.seconds(condition(item, "Ready").get("lastTransitionTime")) if is_ready else None
         return (
-            pod.node is not None,
+            "nodeName" in item["spec"],
             PHASES.get(item["status"].get("phase", ""), 1),
             is_ready,
             pod.deletion_cost,
@@ -231,8 +229,14 @@ def endpoints(api: FakeApi, label_selector: str, namespace: str = "default") -> 
 
 
 def _is_of(item: Json, owner: Json) -> bool:
-    found = objects.owner(item)
-    return found is not None and found.uid == owner["metadata"]["uid"]
+    found = owner_of(item)
+    return found is not None and found["uid"] == owner["metadata"]["uid"]
+
+
+def _ordinal(pod: Json) -> int:
+    """Of a StatefulSet's; -1: its name does not end in a number."""
+    number = pod["metadata"]["name"].rpartition("-")[2]
+    return int(number) if number.isdecimal() else -1
 
 
 def _owner(item: Json) -> Json:

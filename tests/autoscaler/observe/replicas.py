@@ -102,7 +102,6 @@ def pod(name: str, phase: Phase = Phase.READY, *, ip: str | None = None, **facts
     given: dict[str, Any] = {
         "uid": f"uid of {name}",
         "resource_version": "1",
-        "reason": "",
         "holds_place": True,
         "created_at": 1000.0,
     }
