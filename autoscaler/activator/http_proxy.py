@@ -31,7 +31,7 @@ from autoscaler.activator.http_server import HttpServer
 from autoscaler.activator.refused import Gone, Reason, Refused
 from autoscaler.activator.replica import Replica
 from autoscaler.activator.settings import TlsFiles
-from autoscaler.activator.tls import client_context
+from autoscaler.activator.tls import ClientContext
 
 log = logging.getLogger(__name__)
 
@@ -46,12 +46,13 @@ class HttpProxy:
     def __init__(self, room: Room, tls: TlsFiles | None = None) -> None:
         self._room = room
         self._tls = tls
+        self._trusted = ClientContext(tls) if tls is not None else None
         # A replica that does not begin to answer for so long is given up.
         timeout = httpx.Timeout(
             connect=CONNECT_SECONDS, read=room.limits.hold_seconds, write=WRITE_SECONDS, pool=CONNECT_SECONDS
         )
         self._client = httpx.AsyncClient(
-            verify=client_context(tls) if tls is not None else False,
+            verify=self._trusted.context if self._trusted is not None else False,
             trust_env=False,
             follow_redirects=False,
             timeout=timeout,
@@ -106,6 +107,8 @@ class HttpProxy:
         Raises:
             httpx.TransportError: there is none.
         """
+        if self._trusted is not None:
+            self._trusted.renew()
         scheme = "http" if self._tls is None else "https"
         target: bytes = request.scope["raw_path"] + (b"?" + query if (query := request.scope["query_string"]) else b"")
         url = httpx.URL(f"{scheme}://{bracketed(replica.host)}:{replica.http_port}").copy_with(raw_path=target)

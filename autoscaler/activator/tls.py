@@ -64,9 +64,25 @@ class ServerContext:
         connection.context = self._newest
 
 
-def client_context(files: TlsFiles) -> ssl.SSLContext:
-    """Of HTTP connections to replicas. The name is checked by who connects."""
-    return ssl.create_default_context(cafile=files.ca)
+class ClientContext:
+    """Of HTTP connections to replicas. The name is checked by who connects.
+
+    Raises:
+        OSError: the authorities cannot be read.
+    """
+
+    def __init__(self, files: TlsFiles) -> None:
+        self._ca, self._seen = files.ca, _version(files.ca)
+        self.context = ssl.create_default_context(cafile=files.ca)
+
+    def renew(self) -> None:
+        """Before a request: authorities that are new are believed too; those before them until the process ends."""
+        try:
+            if (version := _version(self._ca)) != self._seen:
+                self.context.load_verify_locations(self._ca)
+                self._seen = version
+        except OSError:  # as above
+            pass
 
 
 def _context(files: TlsFiles) -> ssl.SSLContext:

@@ -115,3 +115,17 @@ async def test_renewed_certificates_are_those_of_the_next_connection(authority: 
             await generate(addresses, other)
         with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
             await complete(addresses, authority)
+
+
+async def test_a_renewed_authority_is_the_one_by_which_the_next_replica_is_known(
+    authority: Authority, signed: Signed, tmp_path: Path
+) -> None:
+    (tmp_path / "other").mkdir()
+    other, ca = Authority(tmp_path / "other"), tmp_path / "ca.crt"
+    ca.write_bytes(authority.path.read_bytes())
+    tls = TlsFiles(certificate=signed.certificate, key=signed.key, ca=ca, server_name="localhost")
+    async with running(tls, hold_seconds=5.0) as (activator, addresses), server(other.server()) as replica:
+        ca.write_bytes(other.path.read_bytes())
+        activator.room.serve([replica])
+        assert (await complete(addresses, authority)).status_code == 200
+        assert await generate(addresses, authority) == " t0 t1 t2"
