@@ -218,9 +218,9 @@ class Room:
             self._notify()
         self._hand_over()
 
-    def progress(self, text: str, share: float | None = None, eta: float | None = None) -> None:
+    def progress(self, text: str, eta: float | None = None) -> None:
         """What the first replica does: see `Progress`."""
-        self._progress = Progress(text, share, eta, self.now())
+        self._progress = Progress(text, eta, self.now())
         self._notify()
 
     def close(self) -> None:

@@ -129,7 +129,6 @@ class _Own:
         nobody = "no replica; asked for one" if room.held_requests else "no replica; the next request asks for one"
         return pb.Load(
             phase=pb.PHASE_LOADING,
-            progress=loading.share or 0.0,
             eta_seconds=loading.left(room.now()) or 0.0,
             queued_requests=room.held_requests,
             oldest_queued_seconds=room.oldest_held_seconds,

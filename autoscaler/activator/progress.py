@@ -10,12 +10,10 @@ class Progress:
     """How far the first replica has come, for people.
 
     Attributes:
-        share: of what `text` says, between 0 and 1.
         eta: seconds from `at` on until it is ready.
     """
 
     text: str = ""
-    share: float | None = None
     eta: float | None = None
     at: float = 0.0
 
@@ -23,10 +21,8 @@ class Progress:
         return None if self.eta is None else max(0.0, self.eta - (now - self.at))
 
     def words(self, now: float) -> str:
-        """`starting a replica, reading weights 43 %, about 20 s`, on one line whatever the text has in it."""
+        """`starting a replica, loading the model, about 20 s`, on one line whatever the text has in it."""
         parts = ["starting a replica", " ".join(self.text.split())]
-        if self.share is not None:
-            parts[1] = f"{parts[1]} {self.share:.0%}".replace("%", " %").strip()
         if left := self.left(now):
             parts.append(f"about {left:.0f} s")
         return ", ".join(part for part in parts if part)

@@ -46,13 +46,13 @@ def chat(client: openai.AsyncOpenAI) -> Any:
 @pytest.mark.parametrize("path", STREAMS)
 async def test_a_held_stream_begins_with_how_far_the_replica_is(path: str) -> None:
     async with http_scene(SOON) as here:
-        here.room.progress("reading weights", 0.43, eta=None)
+        here.room.progress("loading the model")
         async with here.http.stream("POST", path, json={"stream": True}, headers={"x-request-id": "mine"}) as response:
             assert response.status_code == 200
             assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
             assert response.headers["x-request-id"] == "mine"
             parts = response.aiter_raw()
-            assert await anext(parts) == b": starting a replica, reading weights 43 %\n\n"
+            assert await anext(parts) == b": starting a replica, loading the model\n\n"
             async with here.replica(route=streams):
                 assert b"".join([each async for each in parts]).endswith(b"data: [DONE]\n\n")
 

@@ -209,7 +209,7 @@ async def test_a_full_room_refuses_at_once_with_a_hint() -> None:
         here.start(here.call(b"1"))
         here.start(here.call(b"2"))
         await here.held(2)
-        here.room.progress("reading weights", 0.4, eta=20)
+        here.room.progress("loading the model", eta=20)
         error = await error_of(here.call(b"3"))
         assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert error.details() == "2 requests wait for a replica, and there is no place for more; retry later"

@@ -185,7 +185,7 @@ async def test_a_full_room_is_429_with_the_time_that_the_replica_takes() -> None
     async with http_scene(HoldLimits(max_requests=1)) as here:
         here.start(asks(here))
         await here.held(1)
-        here.room.progress("reading weights", 0.4, eta=20)
+        here.room.progress("loading the model", eta=20)
         response = await asks(here)
         assert error(response, 429)["type"] == "rate_limit_error"
         assert 20 <= int(response.headers["retry-after"]) <= 30

@@ -82,9 +82,9 @@ async def test_load_tells_who_waits_and_how_far_the_replica_is() -> None:
         await here.held(1)
         load = (await typed.GetLoad(pb.GetLoadRequest(), timeout=10)).load
         assert (load.queued_requests, load.detail) == (1, "no replica; asked for one")
-        here.room.progress("reading weights", 0.25, eta=30)
+        here.room.progress("loading the model", eta=30)
         load = (await typed.GetLoad(pb.GetLoadRequest(), timeout=10)).load
-        assert (load.progress, load.detail) == (0.25, "reading weights")
+        assert load.detail == "loading the model"
         assert 20 < load.eta_seconds <= 30
         assert load.oldest_queued_seconds > 0
 
@@ -93,9 +93,9 @@ async def test_a_watch_of_load_follows_and_ends_when_there_is_a_replica() -> Non
     async with grpc_scene() as here:
         typed: Any = rpc.GenerationServiceStub(here.channel)
         watch = aiter(typed.WatchLoad(pb.WatchLoadRequest(interval_seconds=60)))
-        assert (await anext(watch)).load.progress == 0
-        here.room.progress("reading weights", 0.5)
-        assert (await anext(watch)).load.progress == 0.5
+        assert (await anext(watch)).load.detail == "no replica; the next request asks for one"
+        here.room.progress("loading the model")
+        assert (await anext(watch)).load.detail == "loading the model"
         async with here.replica():
             with pytest.raises(grpc.aio.AioRpcError) as error:
                 await anext(watch)
@@ -132,12 +132,12 @@ async def test_live_over_http(path: str) -> None:
 
 async def test_ready_over_http_is_503_until_there_is_a_replica() -> None:
     async with http_scene() as here:
-        here.room.progress("reading weights", 0.43, eta=20)
+        here.room.progress("loading the model", eta=20)
         for path in ("/v1/health/ready", "/v2/health/ready", "/health"):
             response: httpx.Response = await here.http.get(path)
             assert response.status_code == 503
             assert 20 <= int(response.headers["retry-after"]) <= 30
-            assert response.json()["reason"].startswith("starting a replica, reading weights 43 %")
+            assert response.json()["reason"].startswith("starting a replica, loading the model, about ")
         assert nobody_was_woken(here)
         async with here.replica():
             assert (await here.http.get("/v1/health/ready")).status_code == 200

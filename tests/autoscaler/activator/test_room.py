@@ -214,7 +214,7 @@ async def test_the_wake_comes_again_when_all_replicas_go_and_somebody_waits() ->
 async def test_who_looks_for_changes_misses_none() -> None:
     room = Room()
     seen = room.changes
-    room.progress("reading weights")  # before anybody waits
+    room.progress("loading the model")  # before anybody waits
     await asyncio.wait_for(room.changed(seen, 60), 10)
     waiting = asyncio.create_task(room.changed(room.changes, 60))
     await settle()
@@ -226,11 +226,11 @@ async def test_progress_is_told_in_words_and_its_end_comes_nearer() -> None:
     now = 0.0
     room = Room(clock=lambda: now)
     assert room.words == "starting a replica"
-    room.progress("reading\nweights", 0.43, 20)
+    room.progress("loading\nthe model", 20)
     now = 5.0
-    assert room.words == "starting a replica, reading weights 43 %, about 15 s"
+    assert room.words == "starting a replica, loading the model, about 15 s"
     now = 50.0
-    assert room.words == "starting a replica, reading weights 43 %"
+    assert room.words == "starting a replica, loading the model"
     room.serve([replica()])
     assert room.words == "starting a replica"
 
