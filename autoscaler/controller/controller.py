@@ -4,9 +4,9 @@ resources ── list, watch ──► names ──┬─► task of each: look 
 pods of each ─── watch ──────────────┤         ▲
 a request that waits for a replica ──┘      wakes it; else it wakes by its interval
 
-A process that does not lead knows the resources all the same, and begins at once when it does. One whose lead ends
-stops its tasks before it tries to lead again; whatever of theirs is still under way is stopped by the fence around
-every write (`autoscaler.cluster.lease`).
+A process that does not lead watches the resources all the same, so that it can begin at once when it does. One that
+leads no more stops its tasks before it tries to lead again; a write of theirs that is still under way is stopped by the
+fence around every write (`autoscaler.cluster.lease`).
 """
 
 from __future__ import annotations

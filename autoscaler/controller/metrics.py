@@ -6,7 +6,7 @@ desired_replicas, asked_replicas    that there should be; that the workload is a
 ready_, loading_, draining_replicas that there are
 held_requests                       that wait for the first replica
 condition{type,status,reason}       1 for what each condition of the resource is now
-reconcile_total{result}             looks: `ok`, `conflict`, `error`, `fenced` (the lead ended), `gone`
+reconcile_total{result}             looks: `ok`, `conflict`, `error`, `fenced` (it leads no more), `gone`
 reconcile_seconds, decision_seconds of a look; of the policy within it
 scale_events_total{direction}       the workload was asked for more (`out`), or fewer (`in`)
 drained_total{how}                  replicas that went `idle`, at the `limit` of the time, or `free`: served nobody
