@@ -34,6 +34,7 @@ class Traffic:
         late: requests that had their first token since then, and had it too late.
         slow: of those that ended, the ones that had their tokens too slowly.
         tokens: that were generated since then.
+        computed: tokens of prompts that were computed since then.
         row_seconds: that requests were in the batch since then, one with the next.
     """
 
@@ -47,6 +48,7 @@ class Traffic:
     late: int = 0
     slow: int = 0
     tokens: int = 0
+    computed: int = 0
     row_seconds: float = 0.0
 
 
@@ -80,7 +82,7 @@ class ArrivalMeter:
         heard: list[Replica] = []
         silent: set[str] = set()
         ended = late = slow = 0
-        tokens, row_seconds = 0, 0.0
+        tokens, computed, row_seconds = 0, 0, 0.0
         serving = observation.in_phase(Phase.READY, Phase.DRAINING)
         for replica in serving:
             fresh = replica.load is not None and at - replica.observed_at < self._stale
@@ -93,6 +95,7 @@ class ArrivalMeter:
                 slow += change.slow_requests
                 row_seconds += span * (rows.running_requests + replica.load.running_requests) / 2
                 tokens += change.generated_tokens
+                computed += change.computed_prompt_tokens
             if not fresh:
                 if replica.phase is Phase.READY:
                     silent.add(replica.name)
@@ -113,6 +116,7 @@ class ArrivalMeter:
             late=late,
             slow=slow,
             tokens=tokens,
+            computed=computed,
             row_seconds=row_seconds,
         )
 

@@ -150,9 +150,10 @@ class QueuePolicy:
         target = self._settings.target
         mix = traffic.mix
         if traffic.heard and traffic.seconds > 0:
-            said, count = flow_of(engine, mix, traffic.requests, traffic.prompt_tokens), len(traffic.heard)
+            count = len(traffic.heard)
+            prefill = engine.cost.per_prefill_token * traffic.computed / traffic.seconds / count
             rows = traffic.row_seconds / traffic.seconds / count
-            self._calibration.add(engine, mix, said.prefill / count, rows, traffic.tokens / count, traffic.seconds)
+            self._calibration.add(engine, mix, prefill, rows, traffic.tokens / count, traffic.seconds)
         engine = scaled(engine, self._calibration.factor)
         flow = flow_of(engine, mix, traffic.requests, traffic.prompt_tokens)
         each = engine.most_work(mix, target.itl_seconds)

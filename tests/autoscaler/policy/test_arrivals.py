@@ -43,6 +43,7 @@ def test_what_was_counted_before_we_looked_is_not_load() -> None:
     traffic = here.look(105, replica("a", 105, 10_050))
     assert (traffic.requests, traffic.prompt_tokens) == (10, 1000)
     assert (traffic.ended, traffic.late, traffic.slow) == (50, 5, 2)
+    assert (traffic.tokens, traffic.computed) == (1000, 5000)
 
 
 def test_a_look_that_is_missed_loses_nothing() -> None:

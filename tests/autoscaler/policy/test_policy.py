@@ -168,6 +168,13 @@ def test_a_queue_that_waits_for_replicas_asks_for_no_more() -> None:
     assert asked[12] >= 8  # within a minute, while none of them has come
 
 
+def test_a_queue_says_nothing_of_what_steps_cost() -> None:
+    world = World(policy(), lambda at: TEN, cold=120.0, replicas=1)
+    ratios = [decision.figures.get("step_cost_ratio", 1.0) for decision in world.run(600)]
+    assert min(ratios) > 0.9  # prompts that wait take no time yet
+    assert max(ratios) < 1.1  # and those that are worked off do
+
+
 def test_load_that_grows_is_met_before_it_is_there() -> None:
     world = World(policy(), lambda at: TEN * min(1.0, max(0.1, (at - 1_000_600) / 3000)), cold=120.0, replicas=3)
     world.run(3900)
