@@ -93,7 +93,7 @@ def cli(
             grpc_address=f"{activator_host}:{activator_grpc_port}",
             http_address=f"{activator_host}:{activator_http_port}",
             limits=HoldLimits(max_requests=hold_requests, max_bytes=hold_mebibytes << 20, hold_seconds=hold_seconds),
-            tls=_activator_tls(secrets),
+            tls=_activator_tls(secrets) if activate is not None else None,
         )
     except ValueError as error:
         raise click.UsageError(str(error)) from error
@@ -114,9 +114,11 @@ def cli(
 
 
 def _activator_tls(secrets: Secrets) -> TlsFiles | None:
-    """None: the servers' ports are plain text, and so are the activator's."""
-    if secrets.ca is None or secrets.certificate is None or secrets.key is None:
+    """None: the servers' ports are plain text, and so are the activator's. Raises ValueError."""
+    if secrets.ca is None:
         return None
+    if secrets.certificate is None or secrets.key is None:
+        raise ValueError("--activate needs --tls-cert and --tls-key with --tls-ca: its ports are those of the servers")
     return TlsFiles(certificate=secrets.certificate, key=secrets.key, ca=secrets.ca, server_name=secrets.server_name)
 
 

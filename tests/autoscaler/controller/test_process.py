@@ -119,6 +119,7 @@ def logs_as_before() -> Iterator[None]:
         (["--name", "a", "--activate", "b"], 2, "--activate b is none of --name a"),
         (["--metrics-port", "99999"], 2, "99999 is not in the range"),
         (["--tls-server-name", "nemo"], 2, "no file of authorities"),
+        (["--activate", "a", "--tls-ca", __file__, "--tls-server-name", "nemo"], 2, "needs --tls-cert and --tls-key"),
         (["--hold-seconds", "0"], 2, "0.0 is not in the range x>0"),
     ],
 )
