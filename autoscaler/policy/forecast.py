@@ -2,7 +2,6 @@
 
 level    what there is now, smoothed
 trend    the level, and where its slope leads within the horizon
-day      the level, and how much it grew within the horizon at this time of the day before
 
 Each is held: the answer is the most that was said in the last seconds, so that a replica is given up only when nothing
 has needed it for so long. Work in any unit a second.
@@ -13,10 +12,8 @@ from __future__ import annotations
 import math
 from collections import deque
 
-DAY = 86400.0
 FAST, SLOW = 30.0, 240.0  # seconds of smoothing: of the level, and of what its slope is measured against
-STEEPEST = 2.0  # times the level that a trend or a day may foresee
-BUCKET = 600.0  # seconds of a day's profile
+STEEPEST = 2.0  # times the level that a trend may foresee
 
 
 class Smoothed:
@@ -54,52 +51,13 @@ class Most:
         return kept[0][1]
 
 
-class DayProfile:
-    """Mean level by time of day, of the latest day."""
-
-    def __init__(self) -> None:
-        self._means: dict[int, float] = {}
-        self._bucket: int | None = None
-        self._sum = self._seconds = 0.0
-
-    def add(self, at: float, value: float, seconds: float) -> None:
-        bucket = int(at // BUCKET)
-        if bucket != self._bucket:
-            if self._bucket is not None and self._seconds > 0:
-                self._means[self._bucket] = self._sum / self._seconds
-                self._means.pop(self._bucket - 2 * int(DAY / BUCKET), None)
-            self._bucket, self._sum, self._seconds = bucket, 0.0, 0.0
-        self._sum += value * seconds
-        self._seconds += seconds
-
-    def growth(self, at: float, horizon: float) -> float:
-        """Most of the day before within the horizon, over what it was then; 1 where that is not known."""
-        then = at - DAY
-        base = self._at(then)
-        if base is None or base <= 0:
-            return 1.0
-        steps = max(1, math.ceil(horizon / (BUCKET / 2)))
-        ahead = [self._at(then + horizon * step / steps) for step in range(1, steps + 1)]
-        return max((value / base for value in ahead if value is not None), default=1.0)
-
-    def _at(self, time: float) -> float | None:
-        """Between the middles of two buckets."""
-        place = time / BUCKET - 0.5
-        first = math.floor(place)
-        low, high = self._means.get(first), self._means.get(first + 1)
-        if low is None or high is None:
-            return low if high is None else high
-        return low + (high - low) * (place - first)
-
-
 class Forecasts:
     """See the module. `names` says what the values of `add` are, in their order."""
 
     def __init__(self) -> None:
         self._fast, self._slow = Smoothed(FAST), Smoothed(SLOW)
-        self._profile = DayProfile()
-        self._held = [Most(0.0) for _ in range(7)]
-        self.names = tuple(f"{kind} held {hold}" for kind in ("level", "trend", "day") for hold in ("short", "long"))
+        self._held = [Most(0.0) for _ in range(5)]
+        self.names = tuple(f"{kind} held {hold}" for kind in ("level", "trend") for hold in ("short", "long"))
         self.names += ("level held an hour",)
 
     @property
@@ -109,12 +67,10 @@ class Forecasts:
     def add(self, at: float, seconds: float, work: float, horizon: float) -> list[float]:
         level = self._fast.add(work, seconds)
         before = self._slow.add(work, seconds)
-        self._profile.add(at, work, seconds)
         slope = (level - before) / (SLOW - FAST)
         trend = min(max(level + slope * (horizon + FAST), level), STEEPEST * level)
-        day = level * min(max(self._profile.growth(at, horizon), 1.0), STEEPEST)
         holds = max(horizon, 60.0), max(2 * horizon, 600.0)
-        values = [(value, hold) for value in (level, trend, day) for hold in holds]
+        values = [(value, hold) for value in (level, trend) for hold in holds]
         values.append((level, max(4 * horizon, 3600.0)))
         held = []
         for most, (value, hold) in zip(self._held, values, strict=True):

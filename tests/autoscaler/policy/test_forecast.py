@@ -1,10 +1,8 @@
 from __future__ import annotations
 
-import math
-
 import pytest
 
-from autoscaler.policy.forecast import DAY, DayProfile, Forecasts, Most, Smoothed
+from autoscaler.policy.forecast import Forecasts, Most, Smoothed
 
 
 def test_the_mean_starts_plain_and_forgets() -> None:
@@ -37,14 +35,3 @@ def test_a_trend_leads_over_the_horizon_and_never_below_what_is() -> None:
     assert up[trend] == pytest.approx(10.0 + 0.01 * (199 * 5 + 120), abs=0.2)
     assert up[level] == pytest.approx(10.0 + 0.01 * (199 * 5 - 30), abs=0.2)
     assert down[trend] >= down[level] > 0
-
-
-def test_a_day_is_remembered() -> None:
-    profile = DayProfile()
-    for step in range(int(DAY / 60)):
-        at = 60.0 * step
-        profile.add(at, 10 + 5 * math.sin(2 * math.pi * at / DAY), 60.0)
-    now = DAY + 3600
-    expected = (10 + 5 * math.sin(2 * math.pi * (3600 + 300) / DAY)) / (10 + 5 * math.sin(2 * math.pi * 3600 / DAY))
-    assert profile.growth(now, 300.0) == pytest.approx(expected, rel=0.01)
-    assert DayProfile().growth(now, 300.0) == 1.0
