@@ -16,7 +16,7 @@ from bench.autoscaler import __main__ as program
 from bench.autoscaler import runs as running
 from bench.autoscaler.protocol import COLD_STARTS, CONFIGURATIONS, CURVES, HELD_OUT, SEEDS, TUNING, Scenario, cost
 from bench.autoscaler.report import Score, choices, markdown, plot, rows, totals
-from bench.autoscaler.runs import Cache, Contender, Run, Work, make
+from bench.autoscaler.runs import Cache, Contender, Run, Work, make, without_words
 from bench.autoscaler.spaces import SPACES, configurations
 from bench.measure import Machine
 
@@ -83,6 +83,12 @@ def test_a_run_is_done_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert Work(TINY, 1, cache, tmp_path).run([KPA], [30.0, 120.0], oracle=True) == first
     with pytest.raises(AssertionError, match="again"):  # another seed was not
         Work(TINY, 2, cache, tmp_path).run([KPA], [30.0], oracle=False)
+
+
+def test_words_in_a_source_do_not_make_its_runs_others() -> None:
+    source = 'def double(x):\n    """Twice."""\n    return 2 * x  # yes\n'
+    assert without_words(source) == without_words("def double(x):\n    return 2 * x\n")
+    assert without_words(source) != without_words(source.replace("2 * x", "3 * x"))
 
 
 def run(policy: str, variant: str, seed: int, violations: float, gpu_hours: float, start: float = 30.0) -> Run:
