@@ -28,6 +28,7 @@ from bench.measure import this_machine, write_result
 from bench.options import names
 
 FROZEN = Path(__file__).parent / "frozen.json"
+EVERYONE = [OURS, *SPACES]
 CACHE = Path.home() / ".cache" / "nemoserve" / "bench" / "autoscaler"
 _ROOT = Path(__file__).resolve().parent.parent.parent
 TRACES = Path(os.environ.get("NEMOSERVE_TEST_DATA", _ROOT.parent / "shared" / "data")) / "traces"
@@ -98,7 +99,7 @@ def tune(obj: tuple[dict[str, Any], list[str]], json: Path, frozen: Path) -> Non
 
 @main.command()
 @click.option("--quick", is_flag=True, help="two seeds and one cold start")
-@click.option("--policies", callback=names([OURS, *SPACES]), default=",".join([OURS, *SPACES]), help="who takes part")
+@click.option("--policies", callback=names(EVERYONE), default=",".join(EVERYONE), help="who takes part")
 @click.option("--json", type=click.Path(path_type=Path), default=RESULTS / "autoscaler-score.json", help="result file")
 @click.pass_obj
 def score(obj: tuple[dict[str, Any], list[str]], quick: bool, policies: list[str], json: Path) -> None:
@@ -106,13 +107,15 @@ def score(obj: tuple[dict[str, Any], list[str]], quick: bool, policies: list[str
     shared, curves = obj
     frozen = msgspec.json.decode(FROZEN.read_bytes(), type=dict[str, dict[str, dict[str, Any]]])
     seeds, cold_starts = (SEEDS[:2], COLD_STARTS[1:2]) if quick else (SEEDS, COLD_STARTS)
+    command = ["python -m bench.autoscaler score", *["--quick"] * quick]
+    command += [] if policies == EVERYONE else ["--policies", ",".join(policies)]
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
     contenders = {curve: field(policies, frozen[curve]) for curve in curves}
     runs = run_all(of(HELD_OUT, curves), seeds, contenders, cold_starts=cold_starts, oracle=True, **shared)
     if shared["part"] != (1, 1):
         return
     result = Score(
-        command=f"python -m bench.autoscaler score{' --quick' if quick else ''}",
+        command=" ".join(command),
         started_at=started_at,
         machine=this_machine(),
         curves={name: CURVES[name].name for name in curves},

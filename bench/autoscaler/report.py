@@ -5,7 +5,7 @@ Names end in their unit, and `schema` grows when a field changes its meaning.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from math import log10
 from statistics import fmean
@@ -51,10 +51,10 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     cold_start_seconds: float
     policy: str
     violations: Sequence[float]
-    unscalable: Sequence[float]
-    lost: Sequence[float]
     gpu_hours: Sequence[float]
-    to_static: float  # means over seeds of the ratios
+    unscalable: float  # these are means over seeds
+    lost: float
+    to_static: float
     to_oracle: float
     wait_p50_seconds: float
     wait_p99_seconds: float
@@ -123,17 +123,17 @@ def rows(runs: Sequence[Run]) -> list[Row]:
                 curve=curve,
                 cold_start_seconds=cold_start,
                 policy=name,
-                violations=[run.violations for run in group],
-                unscalable=[run.unscalable for run in group],
-                lost=[run.lost for run in group],
-                gpu_hours=[run.gpu_hours for run in group],
-                to_static=fmean(run.gpu_hours / run.static_gpu_hours for run in group),
-                to_oracle=fmean(run.gpu_hours / oracle[curve, scenario, cold_start, run.seed] for run in group),
-                wait_p50_seconds=fmean(run.wait_p50_seconds for run in group),
-                wait_p99_seconds=fmean(run.wait_p99_seconds for run in group),
-                scale_events=fmean(run.scale_outs + run.scale_ins for run in group),
-                max_ready=fmean(run.max_ready for run in group),
-                fluid_to_static=fmean(run.fluid_gpu_hours / run.static_gpu_hours for run in group),
+                violations=[round(run.violations, 6) for run in group],
+                gpu_hours=[round(run.gpu_hours, 4) for run in group],
+                unscalable=_mean(run.unscalable for run in group),
+                lost=_mean(run.lost for run in group),
+                to_static=_mean(run.gpu_hours / run.static_gpu_hours for run in group),
+                to_oracle=_mean(run.gpu_hours / oracle[curve, scenario, cold_start, run.seed] for run in group),
+                wait_p50_seconds=_mean(run.wait_p50_seconds for run in group),
+                wait_p99_seconds=_mean(run.wait_p99_seconds for run in group),
+                scale_events=_mean(run.scale_outs + run.scale_ins for run in group),
+                max_ready=_mean(run.max_ready for run in group),
+                fluid_to_static=_mean(run.fluid_gpu_hours / run.static_gpu_hours for run in group),
             )
         )
     return found
@@ -146,6 +146,10 @@ def _grouped(runs: Sequence[Run], key: Any) -> Iterator[tuple[Any, list[Run]]]:
         order.setdefault(key(run), len(order))
     for group, members in groupby(sorted(runs, key=lambda run: order[key(run)]), key):
         yield group, sorted(members, key=lambda run: run.seed)
+
+
+def _mean(values: Iterable[float]) -> float:
+    return round(fmean(values), 6)
 
 
 class Total(msgspec.Struct, frozen=True, kw_only=True):
@@ -174,9 +178,9 @@ def totals(score: Score, curve: str) -> list[Total]:
                 rows=len(mine),
                 violations=fmean(row.mean_violations for row in mine),
                 worst_violations=max(row.mean_violations for row in mine),
-                to_static=fmean(row.to_static for row in mine),
+                to_static=_mean(row.to_static for row in mine),
                 worst_to_static=max(row.to_static for row in mine),
-                to_oracle=fmean(row.to_oracle for row in mine),
+                to_oracle=_mean(row.to_oracle for row in mine),
                 worst_to_oracle=max(row.to_oracle for row in mine),
             )
         )
@@ -215,17 +219,18 @@ def _scenario_table(score: Score, curve: str, scenario: str) -> list[str]:
     )
     parts.append("|---|---|---|---|---|---|---|---|---|")
     for row in mine:
-        late = f"{row.mean_violations:.2%} ({max(row.violations):.2%}) | {fmean(row.unscalable):.2%}"
+        late = f"{row.mean_violations:.2%} ({max(row.violations):.2%}) | {row.unscalable:.2%}"
         waits = f"{row.wait_p50_seconds:.2f} s, {row.wait_p99_seconds:.1f} s"
         parts.append(
             f"| {row.policy} | {row.cold_start_seconds:.0f} s | {late} | {row.to_static:.2f} | "
-            f"{row.to_oracle:.2f} | {waits} | {row.scale_events:.0f} | {fmean(row.lost):.2%} |"
+            f"{row.to_oracle:.2f} | {waits} | {row.scale_events:.0f} | {row.lost:.2%} |"
         )
     return [*parts, ""]
 
 
 _PANEL, _HEIGHT, _LEFT, _TOP, _GAP = 300.0, 300.0, 60.0, 50.0, 30.0
-_COLOURS = ("#1f5fa8", "#b8860b", "#2e8b57", "#8b1a1a", "#6a3d9a", "#ff7f00", "#a0522d", "#17becf", "#e377c2")
+_FILLED = {"ours": "#1f5fa8", "static": "#777777", "oracle": "#000000"}
+_RIVALS = ("#b8860b", "#2e8b57", "#8b1a1a", "#6a3d9a", "#ff7f00", "#17becf")
 _MARKS = (0.0001, 0.001, 0.01, 0.1, 1.0)  # violations
 _MOST_COST = 2.0
 
@@ -235,26 +240,28 @@ def plot(score: Score) -> str:
     A dot for each scenario; ours and the references are filled; the corner to be in is below the line, to the left."""
     names = [name for name in dict.fromkeys(row.policy for row in score.rows) if not name.endswith("default")]
     starts = sorted({row.cold_start_seconds for row in score.rows})
-    colours = dict(zip(names, (_COLOURS[place % len(_COLOURS)] for place in range(len(names))), strict=True))
+    rivals = [name for name in names if name not in _FILLED]
+    colours = _FILLED | {name: _RIVALS[place % len(_RIVALS)] for place, name in enumerate(rivals)}
     parts: list[str] = []
     for panel, start in enumerate(starts):
         left = _LEFT + panel * (_PANEL + _GAP)
-        parts += _axes(left, f"cold start {start:.0f} s")
+        parts += _axes(left, f"cold start {start:.0f} s", first=panel == 0)
         for row in score.rows:
-            if row.cold_start_seconds == start and row.policy in colours:
+            if row.cold_start_seconds == start and row.policy in names:
                 x = left + min(row.to_static, _MOST_COST) / _MOST_COST * _PANEL
-                colour, rival = colours[row.policy], row.policy.endswith("tuned")
-                parts.append(
-                    f'<circle cx="{x:.1f}" cy="{_height(row.mean_violations):.1f}" r="4" stroke="{colour}" '
-                    f'fill="{"none" if rival else colour}"/>'
-                )
+                parts.append(_dot(x, _height(row.mean_violations), row.policy, colours))
     for place, name in enumerate(names):
         x = _LEFT + place * 120
-        parts.append(f'<circle cx="{x:.1f}" cy="{_TOP + _HEIGHT + 52:.1f}" r="4" fill="{colours[name]}"/>')
+        parts.append(_dot(x, _TOP + _HEIGHT + 52, name, colours))
         parts.append(text(x + 8, _TOP + _HEIGHT + 56, name))
-    title = "violations and GPU-hours ÷ static of every scenario; filled: ours, static, oracle; line: the promised 1 %"
+    title = "Of every scenario: violations by GPU-hours ÷ static. Filled: ours, static, oracle. Line: the promised 1 %"
     width = max(_LEFT + len(starts) * (_PANEL + _GAP), _LEFT + len(names) * 120)
     return picture(width, _TOP + _HEIGHT + 70, [text(10, 18, title), *parts])
+
+
+def _dot(x: float, y: float, name: str, colours: Mapping[str, str]) -> str:
+    fill = colours[name] if name in _FILLED else "none"
+    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" stroke="{colours[name]}" fill="{fill}"/>'
 
 
 def _height(violations: float) -> float:
@@ -263,12 +270,13 @@ def _height(violations: float) -> float:
     return _TOP + _HEIGHT * (1 - log10(share) / (len(_MARKS) - 1))
 
 
-def _axes(left: float, title: str) -> Iterator[str]:
+def _axes(left: float, title: str, first: bool) -> Iterator[str]:
     yield text(left, _TOP - 8, title, bold=True)
     for mark in _MARKS:
         y = _height(mark)
         yield line(left, y, left + _PANEL, y)
-        yield text(left - 4, y + 4, f"{mark:.2%}".replace(".00", ""), "end")
+        if first:
+            yield text(left - 4, y + 4, f"{100 * mark:g}%", "end")
     y = _height(LATE_SHARE)
     yield f'<line x1="{left:.1f}" y1="{y:.1f}" x2="{left + _PANEL:.1f}" y2="{y:.1f}" stroke="#8b1a1a"/>'
     for step in range(5):
