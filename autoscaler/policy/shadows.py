@@ -24,8 +24,7 @@ from autoscaler.policy.forecast import Smoothed
 
 FACTORS = (1.0, 1.06, 1.12, 1.18, 1.24, 1.3, 1.36, 1.5, 1.7, 2.0, 2.4)
 MEMORY = 24 * 3600.0  # seconds after which what happened has lost 63 % of its weight
-BELIEF = 12.0  # horizons that a belief is worth: what is believed wrongly costs as long as replicas take to come
-BELIEF_SECONDS = (1800.0, 3600.0)  # least and most of it
+BELIEF = 3600.0  # seconds of what is seen that a belief is worth: less, and a calm half hour makes one forget spikes
 SAFE = 0.7  # of the share that may be late, for a shadow to be followed
 PATIENCE = 300.0  # seconds before a cheaper one is followed
 CHEAPER = 0.98  # of the cost of the one that is followed
@@ -151,7 +150,6 @@ class Shadows:
         self._followed: Shadow | None = None
         self._since = 0.0
         self._seconds = 0.0  # forgetting
-        self._belief = BELIEF_SECONDS[1]
         self._requests = 0.0  # forgetting
 
     def advance(self, look: Look, promise: Promise, found: int, floor: float = 0.0) -> Shadow:
@@ -162,7 +160,6 @@ class Shadows:
                 each.start(look, found)
         keep = math.exp(-look.seconds / MEMORY)
         self._seconds = self._seconds * keep + look.seconds
-        self._belief = min(max(BELIEF * look.horizon, BELIEF_SECONDS[0]), BELIEF_SECONDS[1])
         self._requests = self._requests * keep + look.flow.arrivals * look.seconds
         for each in self._all:
             each.advance(look, promise, keep)
@@ -172,7 +169,7 @@ class Shadows:
         """With what was believed before anything was seen."""
         rate = self._requests / self._seconds if self._seconds else 0.0
         seen = shadow.late / rate if rate > 0 else 0.0
-        return (seen + shadow.belief * safe * self._belief) / (self._seconds + self._belief)
+        return (seen + shadow.belief * safe * BELIEF) / (self._seconds + BELIEF)
 
     def _choose(self, look: Look, safe: float) -> Shadow:
         def price(shadow: Shadow) -> tuple[bool, float, float]:

@@ -159,3 +159,26 @@ def test_tokenizers() -> None:
         english = speeds["English"]
         decode = f"{english.text_bytes / min(english.decode_seconds) / 1e6:.0f}"
         assert any(line.endswith(f"| {cells([*encode, decode])} |") for line in lines), (vocabulary, peer)
+
+
+def test_the_autoscaler_beside_its_rivals() -> None:
+    """The page's totals of both machines are those of the table that was written with the result."""
+    totals: dict[str, list[list[str]]] = {}
+    for line in (ROOT / "bench" / "results" / "autoscaler-score.md").read_text().splitlines():
+        if re.match(r"\| \S.* \| \d+ of \d+ \|", line):
+            name, *figures = line.strip("| ").split(" | ")
+            totals.setdefault(name, []).append(figures)
+    for label, name in {
+        "static, known in hindsight": "static",
+        "oracle": "oracle",
+        "**ours**": "ours",
+        "HPA, tuned": "hpa tuned",
+        "KEDA, tuned": "keda tuned",
+        "KPA, tuned": "kpa tuned",
+        "WVA v2, tuned": "wva tuned",
+        "Dynamo's planner, tuned": "dynamo tuned",
+        "Ray Serve, tuned": "ray tuned",
+    }.items():
+        h100, cpu = totals[name]
+        columns = [f"{h100[place]}, {cpu[place]}" for place in (0, 1, 3, 5)]
+        assert f"| {label} | {cells(columns)} |" in page("performance.md")
