@@ -203,7 +203,7 @@ class Mirror:
 
     LEAST, MOST = 0.2, 1.08
     HIGHEST_FLOOR = 0.4  # of the share that may be late
-    SECONDS = 3600.0  # in which efficiency changes e-fold if all is wrong
+    SECONDS = 4 * 3600.0  # in which efficiency changes e-fold if all is wrong: one bad hour is not what a replica is
     FORGETS = 6 * 3600.0  # in which it comes back to 1 by itself: with nobody late there is nothing to learn from
     # Over these seconds late requests are compared: the fluid's are late when they come, real ones when they go
     SMOOTH = 600.0

@@ -98,7 +98,7 @@ def test_more_late_requests_than_the_fluid_knows_of_make_a_replica_worth_less() 
 
 def test_what_is_late_with_little_to_do_is_no_want_of_replicas() -> None:
     mirror = Mirror()
-    for number in range(1440):
+    for number in range(4 * 1440):
         work = 2.0 if number % 120 < 60 else 3.0
         mirror.advance(look(STEP * number, work), PROMISE, 6, 0, round(0.003 * work / REQUEST_SECONDS * STEP))
     assert mirror.floor == pytest.approx(0.003, abs=0.001)
