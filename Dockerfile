@@ -21,6 +21,7 @@ RUN python -m venv /opt/nemoserve \
     && python -m venv /opt/sbom \
     && /opt/sbom/bin/pip install --no-cache-dir cyclonedx-bom==7.5.0
 COPY constraints.txt pyproject.toml README.md LICENSE ./
+COPY process process
 COPY engine engine
 COPY service service
 COPY proto proto
@@ -46,6 +47,7 @@ RUN python -m venv --without-pip /opt/nemoserve \
     && python -m venv /opt/sbom \
     && /opt/sbom/bin/pip install --no-cache-dir cyclonedx-bom==7.5.0
 COPY constraints.txt pyproject.toml README.md LICENSE ./
+COPY process process
 COPY autoscaler autoscaler
 COPY proto proto
 RUN /opt/sbom/bin/pip --python /opt/nemoserve/bin/python install --no-cache-dir --no-compile \

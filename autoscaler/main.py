@@ -6,6 +6,7 @@ Ends with 0 when it is told to, 1 where it cannot run, 2 where it is called in a
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import resource
 import signal
@@ -15,11 +16,11 @@ from pathlib import Path
 
 import click
 
-from autoscaler import logs
 from autoscaler.activator import ActivatorSettings, HoldLimits, TlsFiles
 from autoscaler.cluster.face import ClusterError
 from autoscaler.observe import Observer, Secrets
 from autoscaler.operator import OperatorSettings, run
+from process import logs
 
 PORT = click.IntRange(0, 65_535)
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -78,6 +79,8 @@ def cli(
 ) -> None:
     """As many replicas of workloads as their queues need, as QueueAutoscalers ask for."""
     logs.configure(log_level, as_json=log_json)
+    for talkative in ("httpx", "kubernetes", "grpc"):
+        logging.getLogger(talkative).setLevel(logging.WARNING)
     if activate is not None and names and activate not in names:
         raise click.UsageError(f"--activate {activate} is none of --name {', '.join(names)}")
     try:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from uuid import uuid4
 
 from autoscaler.activator import Activator, ActivatorSettings
-from autoscaler.activator.http_server import HttpServer
+from autoscaler.activator.http_server import port_for
 from autoscaler.clock import SystemClock
 from autoscaler.cluster.client import connect
 from autoscaler.cluster.events import Recorder
@@ -92,7 +92,7 @@ def _front(settings: OperatorSettings, activator: Activator | None) -> Front | N
 @asynccontextmanager
 async def _probes(settings: OperatorSettings, controller: Controller, metrics: Metrics) -> AsyncIterator[None]:
     app = create_app(metrics.registry, ready=lambda: controller.ready, leads=lambda: controller.leads)
-    server = HttpServer(app)
+    server = port_for(app)
     port = await server.start(settings.metrics_address)
     log.info("operator runs", extra={"metrics_port": port, "lease": settings.lease_name})
     try:

@@ -97,7 +97,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             taken at the start. 0 = no adapters, no memory.
         max_cpu_loras: adapters that can be loaded, all of which stay in host memory.
         max_lora_rank: highest rank of an adapter, and what a slot is sized for.
-        log_level, log_json: of the log lines that processes of the engine write to stderr; see `engine.logs`.
+        log_level, log_json: of the log lines that processes of the engine write to stderr; see `process.logs`.
     """
 
     model_path: str

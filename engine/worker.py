@@ -23,7 +23,6 @@ import msgspec
 from engine.config import EngineConfig
 from engine.errors import EngineError
 from engine.face import Done
-from engine.logs import configure
 from engine.loop import HEARTBEAT_SECONDS, Command, StepOutput, run_core
 from engine.wire import (
     HEADER_BYTES,
@@ -37,6 +36,7 @@ from engine.wire import (
     decode_to_worker,
     encode,
 )
+from process.logs import configure
 
 log = logging.getLogger(__name__)
 

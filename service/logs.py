@@ -1,10 +1,10 @@
-"""The form of the service's log lines, see `engine.logs`; what is logged within a call says which it is."""
+"""The form of the service's log lines, see `process.logs`; what is logged within a call says which it is."""
 
 from __future__ import annotations
 
 import logging
 
-from engine import logs
+from process import logs
 from service.telemetry.calls import CALL
 
 

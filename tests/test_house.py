@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("engine", "service", "autoscaler", "bench", "helm", "proto")
+ROOMS = ("process", "engine", "service", "autoscaler", "bench", "helm", "proto")
 
 
 def modules(*rooms: str) -> dict[str, Path]:
@@ -109,6 +109,16 @@ def test_one_room_of_the_operator_knows_the_client_of_kubernetes() -> None:
 
 def test_nobody_imports_bench_or_tests() -> None:
     assert offenders(modules("engine", "service", "autoscaler", "helm"), "bench", "tests") == []
+
+
+def test_what_all_processes_share_is_the_ground_floor() -> None:
+    assert (
+        offenders(modules("process"), "engine", "service", "autoscaler", "nemoserve", "bench", "tests", "torch") == []
+    )
+
+
+def test_the_engine_shares_the_form_of_log_lines_alone() -> None:
+    assert offenders(modules("engine"), "process.http_port") == []
 
 
 def test_what_renders_the_chart_stands_alone() -> None:

@@ -27,7 +27,7 @@ from autoscaler.activator.hold import REST_SECONDS, Held, Room
 from autoscaler.activator.http_answer import Answer, BrokenOff, Whole, read_whole
 from autoscaler.activator.http_replies import RouteError, own_routes, request_id_of
 from autoscaler.activator.http_request import onward, read, wishes_of
-from autoscaler.activator.http_server import HttpServer
+from autoscaler.activator.http_server import port_for
 from autoscaler.activator.refused import Gone, Reason, Refused
 from autoscaler.activator.replica import Replica
 from autoscaler.activator.settings import TlsFiles
@@ -58,7 +58,7 @@ class HttpProxy:
             timeout=timeout,
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=KEPT_SECONDS),
         )
-        self._server = HttpServer(Router(own_routes(room), default=self._forward, redirect_slashes=False), tls)
+        self._server = port_for(Router(own_routes(room), default=self._forward, redirect_slashes=False), tls)
 
     async def start(self, address: str) -> int:
         """Listen on HOST:PORT, port 0 for any free one. Returns the port.

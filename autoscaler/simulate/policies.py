@@ -55,7 +55,7 @@ def make_policy(name: str, setup: Setup) -> Policy:
         return QueuePolicy(setup.settings)
     if kind not in BASELINES:
         raise ValueError(f"policy {name!r}: not one of {', '.join(['ours', 'static:N', *sorted(BASELINES)])}")
-    return BASELINES[kind](parse_options(name, rest), setup.settings, setup.options.cold_start_seconds)
+    return BASELINES[kind](parse_options(name, rest), setup.settings)
 
 
 def parse_options(name: str, rest: str) -> dict[str, Any]:

@@ -222,7 +222,7 @@ class Work:
 def make(contender: Contender, setup: Setup) -> Policy:
     if contender.policy == OURS:
         return make_policy(OURS, setup)
-    return BASELINES[contender.policy](contender.parameters, setup.settings, setup.options.cold_start_seconds)
+    return BASELINES[contender.policy](contender.parameters, setup.settings)
 
 
 def run_all(

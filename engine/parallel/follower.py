@@ -18,9 +18,9 @@ import threading
 from pathlib import Path
 
 from engine.errors import EngineError
-from engine.logs import configure
 from engine.parallel.wire import Allowed, Meet, Met, Point, Start, Step, encode, receive_to_follower
 from engine.wire import Failed
+from process.logs import configure
 
 log = logging.getLogger(__name__)
 

@@ -1,27 +1,20 @@
-"""The HTTP port: uvicorn with its h11 parser, which bounds headers, in the event loop of the process.
-
-Whatever is waited for has a time limit: the head of a request, its body (in `service.http.body`), and that an answer is
-read.
-"""
+"""The server's HTTP port: the routes that it has, connections that grow old, callers by their certificates."""
 
 from __future__ import annotations
 
 import asyncio
 import functools
-import logging
 import math
 import random
-import socket
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any
 
 import msgspec
-import uvicorn
 from starlette.routing import BaseRoute
 from uvicorn.protocols.http.flow_control import CLOSE_HEADER
-from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
+from uvicorn.protocols.http.h11_impl import RequestResponseCycle
 
+from process.http_port import Connection, HttpPort
 from service.host import Host
 from service.http.app import create_app
 from service.http.auth import CERTIFICATE, name_in_certificate
@@ -31,16 +24,11 @@ from service.security.limits import MAX_HEADER_BYTES, MAX_REQUEST_BYTES
 from service.security.tls import Tls
 from service.telemetry.telemetry import Telemetry
 
-IDLE_SECONDS = 75  # longer than load balancers keep theirs (60 s), so that none sends into a connection that we close
-HEAD_SECONDS = 15.0  # for the head of a request to arrive, from its first byte on or from the start of the connection
-STALL_SECONDS = 60.0  # for a reader to take what is sent: at less than 1 KB/s nobody reads any more
 AGE_SPREAD = 0.1
-TICK_SECONDS = 1.0  # what the Date header can tell
-BACKLOG = 2048  # connections that the kernel holds while the loop is busy
 
 
-class HttpServer:
-    """Start and stop of one port. Belongs to one event loop.
+class HttpServer(HttpPort):
+    """The port of a host.
 
     Args:
         routes, access, max_request_bytes, telemetry: see `create_app`.
@@ -60,85 +48,16 @@ class HttpServer:
         telemetry: Telemetry | None = None,
     ) -> None:
         app = create_app(host, routes=routes, access=access, max_request_bytes=max_request_bytes, telemetry=telemetry)
-        self._config = uvicorn.Config(
+        super().__init__(
             app,
-            http=cast("type[asyncio.Protocol]", functools.partial(_Connection, max_age=max_connection_age)),
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            log_level=logging.CRITICAL,  # whatever a client can cause is no line in our log
-            access_log=False,
-            proxy_headers=False,  # nobody is trusted to say who the client is
-            server_header=False,
-            timeout_keep_alive=IDLE_SECONDS,
-            h11_max_incomplete_event_size=MAX_HEADER_BYTES,
-            ssl_context_factory=None if tls is None else lambda config, default: tls.context,
+            max_head_bytes=MAX_HEADER_BYTES,
+            connection=functools.partial(_Connection, max_age=max_connection_age),
+            tls=None if tls is None else tls.context,
         )
-        self._server = _Uvicorn(self._config)
-        self._serving: asyncio.Task[None] | None = None
-
-    async def start(self, address: str) -> int:
-        """Listen on HOST:PORT, port 0 for any free one. Returns the port.
-
-        Raises:
-            OSError: the address cannot be bound.
-        """
-        listener = _listen(address)
-        self._serving = asyncio.create_task(self._server.serve(sockets=[listener]), name="http-server")
-        await self._server.listening.wait()
-        port: int = listener.getsockname()[1]
-        return port
-
-    def refuse(self) -> None:
-        """Close the port to new connections; those that are open end with the answer that they wait for."""
-        for listener in self._server.servers:
-            listener.close()
-        for connection in list(self._server.server_state.connections):
-            connection.shutdown()
-
-    async def stop(self, grace: float) -> None:
-        """Refuse new connections at once, let running requests end for `grace` seconds, then cancel them."""
-        if self._serving is None:
-            return
-        self._config.timeout_graceful_shutdown = grace  # type: ignore[assignment]  # asyncio takes it as it is
-        self._server.leave()
-        await self._serving
-        tasks = self._server.server_state.tasks
-        if tasks:  # they have been cancelled, and say so to their clients
-            await asyncio.wait(tasks)
 
 
-class _Uvicorn(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self.listening = asyncio.Event()
-        self._left = asyncio.Event()
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self.listening.set()
-
-    def leave(self) -> None:
-        self.should_exit = True
-        self._left.set()
-
-    async def main_loop(self) -> None:
-        """Renews the Date header each second. uvicorn's own wakes up ten times as often to see whether it shall end."""
-        while not await self.on_tick(0):
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._left.wait(), TICK_SECONDS)
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Signals belong to the server's owner."""
-        yield
-
-
-class _Connection(H11Protocol):
-    """A connection that ends when what is to come does not come."""
-
-    _head_timer: asyncio.TimerHandle | None = None
-    _stall_timer: asyncio.TimerHandle | None = None
+class _Connection(Connection):
+    """One that ends when it is old, and says who is at its other end."""
 
     def __init__(self, *args: Any, max_age: float, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -149,17 +68,10 @@ class _Connection(H11Protocol):
         super().connection_made(transport)
         if (encrypted := transport.get_extra_info("ssl_object")) is not None:
             self.app_state = self.app_state | {CERTIFICATE: name_in_certificate(encrypted)}
-        self._head_timer = self.loop.call_later(HEAD_SECONDS, self._head_is_late)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self._waits():  # the beginning of another request
-            if self._head_timer is None:
-                self._head_timer = self.loop.call_later(HEAD_SECONDS, self._head_is_late)
-        elif self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
-        if self.cycle is not None and not self._waits() and self.loop.time() >= self._old_at:
+        if self.cycle is not None and not self.waits() and self.loop.time() >= self._old_at:
             self._let_go(self.cycle)
 
     def _let_go(self, cycle: RequestResponseCycle) -> None:
@@ -168,62 +80,9 @@ class _Connection(H11Protocol):
         if CLOSE_HEADER not in cycle.scope["headers"]:
             cycle.scope["headers"] = [*cycle.scope["headers"], CLOSE_HEADER]
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        for timer in (self._head_timer, self._stall_timer):
-            if timer is not None:
-                timer.cancel()
-        super().connection_lost(exc)
-
-    def pause_writing(self) -> None:
-        """The buffer is full."""
-        super().pause_writing()
-        self._stall_timer = self.loop.call_later(STALL_SECONDS, self.transport.abort)
-
-    def resume_writing(self) -> None:
-        """It has been read, or the connection is gone."""
-        if self._stall_timer is not None:
-            self._stall_timer.cancel()
-            self._stall_timer = None
-        super().resume_writing()
-
-    def _waits(self) -> bool:
-        """No request is being served."""
-        return self.cycle is None or self.cycle.response_complete
-
-    def _head_is_late(self) -> None:
-        self._head_timer = None
-        if self._waits():
-            self.transport.close()
-
     def send_400_response(self, msg: str) -> None:
         """What is no HTTP is answered like every other mistake."""
         body = msgspec.json.encode(body_of(RouteError(400, "bad_request", "this is not a valid HTTP request")))
         head = b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\n"
         self.transport.write(b"%bcontent-length: %d\r\n\r\n%b" % (head, len(body), body))
         self.transport.close()
-
-
-def _listen(address: str) -> socket.socket:
-    """A bound socket; the kernel queues connections from now on.
-
-    Raises:
-        OSError: one line that says what is wrong.
-    """
-    name, _, port = address.rpartition(":")
-    name = name.removeprefix("[").removesuffix("]")
-    try:
-        family, kind, protocol, _, where = socket.getaddrinfo(
-            name, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, protocol)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # not REUSEPORT: one server per port
-            listener.bind(where)
-            listener.listen(BACKLOG)
-            listener.setblocking(False)
-        except OSError:
-            listener.close()
-            raise
-    except OSError:
-        raise OSError(f"cannot listen on {address} for HTTP: it is in use or not of this machine") from None
-    return listener

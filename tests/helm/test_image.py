@@ -80,8 +80,10 @@ def test_the_operator_imports_what_its_image_has() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     asked = [*project["dependencies"], *project["optional-dependencies"]["autoscaler"]]
     declared = {re.split(r"[<>=\[; ]", each)[0] for each in asked}
-    rooms = {name: path for name, path in modules("autoscaler").items() if not within(name, "autoscaler.simulate")}
-    known = {*sys.stdlib_module_names, "autoscaler", "nemoserve"}
+    rooms = {
+        name: path for name, path in modules("autoscaler", "process").items() if not within(name, "autoscaler.simulate")
+    }
+    known = {*sys.stdlib_module_names, "autoscaler", "process", "nemoserve"}
     imported = {name.partition(".")[0] for path in rooms.values() for name in imports(path)} - known
     packages = packages_distributions()
     assert {"grpc", "kubernetes"} <= imported

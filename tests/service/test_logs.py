@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from engine import Done
-from engine.logs import JsonFormatter, TextFormatter, fields
+from process.logs import JsonFormatter, TextFormatter, fields
 from service.progress import LoadLog, lines, load_progress
 
 

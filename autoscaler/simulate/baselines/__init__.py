@@ -15,13 +15,12 @@ from autoscaler.simulate.baselines import dynamo, hpa, keda, kpa, ray, wva
 from autoscaler.simulate.baselines.signals import filled
 
 P = TypeVar("P")
-# Parameters by name (those that are left out are the published ones), the limits and promises of the workload, and
-# how long a replica takes to start on average: what an operator of the policy knows.
-Factory = Callable[[Mapping[str, Any], Settings, float], Policy]
+# Parameters by name (those that are left out are the published ones), and the limits and promises of the workload.
+Factory = Callable[[Mapping[str, Any], Settings], Policy]
 
 
-def _factory(parameters: type[P], policy: Callable[[P, Settings, float], Policy]) -> Factory:
-    return lambda values, settings, cold_start: policy(filled(parameters, values), settings, cold_start)
+def _factory(parameters: type[P], policy: Callable[[P, Settings], Policy]) -> Factory:
+    return lambda values, settings: policy(filled(parameters, values), settings)
 
 
 BASELINES: Mapping[str, Factory] = {

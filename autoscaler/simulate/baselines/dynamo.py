@@ -153,7 +153,7 @@ class Engine:
 
 
 class Dynamo:
-    def __init__(self, parameters: Parameters, settings: Settings, cold_start_seconds: float = 0.0) -> None:
+    def __init__(self, parameters: Parameters, settings: Settings) -> None:
         self._parameters, self._settings = parameters, settings
         self._ttft = settings.target.ttft_seconds * parameters.target_scale
         self._itl = settings.target.itl_seconds * parameters.target_scale

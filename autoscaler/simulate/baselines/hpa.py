@@ -134,7 +134,7 @@ class Parameters:
 
 
 class Hpa:
-    def __init__(self, parameters: Parameters, settings: Settings, cold_start_seconds: float = 0.0) -> None:
+    def __init__(self, parameters: Parameters, settings: Settings) -> None:
         self._parameters, self._settings = parameters, settings
         self._controller = parameters.controller(settings)
 

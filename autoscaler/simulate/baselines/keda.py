@@ -36,7 +36,7 @@ class Parameters:
 
 
 class Keda:
-    def __init__(self, parameters: Parameters, settings: Settings, cold_start_seconds: float = 0.0) -> None:
+    def __init__(self, parameters: Parameters, settings: Settings) -> None:
         self._parameters = parameters
         # The generated HPA never goes below 1: what is below is KEDA's own.
         self._controller = Controller(

@@ -35,7 +35,7 @@ class Parameters:
 
 
 class Kpa:
-    def __init__(self, parameters: Parameters, settings: Settings, cold_start_seconds: float = 0.0) -> None:
+    def __init__(self, parameters: Parameters, settings: Settings) -> None:
         self._parameters, self._settings = parameters, settings
         self._concurrency = Window(parameters.stable_window_seconds)
         self._delayed = Window(parameters.scale_down_delay_seconds)

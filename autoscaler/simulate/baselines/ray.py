@@ -35,7 +35,7 @@ class Parameters:
 
 
 class RayServe:
-    def __init__(self, parameters: Parameters, settings: Settings, cold_start_seconds: float = 0.0) -> None:
+    def __init__(self, parameters: Parameters, settings: Settings) -> None:
         self._parameters, self._settings = parameters, settings
         self._ongoing = Window(parameters.look_back_seconds)
         self._counter = 0  # looks in a row that wanted more, or, below 0, fewer

@@ -64,7 +64,7 @@ class _Seen:
 
 
 class Wva:
-    def __init__(self, parameters: Parameters, settings: Settings, cold_start_seconds: float = 0.0) -> None:
+    def __init__(self, parameters: Parameters, settings: Settings) -> None:
         self._parameters, self._settings = parameters, settings
         self._controller = Controller(
             settings,

@@ -26,7 +26,8 @@ from starlette.types import Receive, Scope, Send
 from autoscaler.activator import HoldLimits, Replica, Room
 from autoscaler.activator.grpc_proxy import GrpcProxy
 from autoscaler.activator.http_proxy import HttpProxy
-from autoscaler.activator.http_server import HttpServer
+from autoscaler.activator.http_server import port_for
+from process.http_port import HttpPort
 
 METHOD = "/some.Service/Method"
 Rpc = Callable[["FakeReplica", Any], Awaitable[None]]
@@ -72,7 +73,7 @@ class FakeReplica(grpc.GenericRpcHandler):
     most: int = 0  # that ran at once
     address: Replica = field(init=False)
     _grpc: grpc.aio.Server | None = None
-    _http: HttpServer | None = None
+    _http: HttpPort | None = None
 
     async def start(self, *, grpc_port: bool, http_port: bool) -> None:
         ports = [0, 0]
@@ -82,7 +83,7 @@ class FakeReplica(grpc.GenericRpcHandler):
             ports[0] = self._grpc.add_insecure_port("127.0.0.1:0")
             await self._grpc.start()
         if http_port:
-            self._http = HttpServer(self.app)
+            self._http = port_for(self.app)
             ports[1] = await self._http.start("127.0.0.1:0")
         self.address = Replica(self.name, "127.0.0.1", *ports, self.capacity)
 

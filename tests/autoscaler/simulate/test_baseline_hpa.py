@@ -13,7 +13,7 @@ SETTINGS = Settings(min_replicas=1, max_replicas=50)
 
 
 def hpa(**parameters: object) -> Policy:
-    return BASELINES["hpa"]({"target": 10.0} | parameters, SETTINGS, 120.0)
+    return BASELINES["hpa"]({"target": 10.0} | parameters, SETTINGS)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_scale_out_may_be_stabilised_too() -> None:
 
 
 def test_it_keeps_the_limits_of_the_workload() -> None:
-    policy = BASELINES["hpa"]({}, Settings(min_replicas=2, max_replicas=3), 120.0)
+    policy = BASELINES["hpa"]({}, Settings(min_replicas=2, max_replicas=3))
     assert policy.decide(look(0, [load(99)] * 2)).desired == 3
     assert policy.decide(look(0, [load(99)] * 2)).limit is Limit.MAX_REPLICAS
     assert policy.decide(look(900, [load(0)] * 2)).desired == 2
@@ -100,7 +100,7 @@ def test_a_paused_workload_is_left_alone() -> None:
 
 def keda(**parameters: object) -> Policy:
     settings = Settings(min_replicas=0, max_replicas=50, scale_to_zero=ScaleToZero(enabled=True))
-    return BASELINES["keda"](parameters, settings, 120.0)
+    return BASELINES["keda"](parameters, settings)
 
 
 def test_keda_wakes_the_first_at_a_poll_and_leaves_the_rest_to_its_hpa() -> None:
@@ -127,4 +127,4 @@ def test_keda_goes_to_zero_when_it_was_idle_for_the_cooldown() -> None:
 def test_parameters_that_do_not_exist_or_fit_are_refused_by_name() -> None:
     for values, name in (({"targets": 3}, "targets"), ({"target": "a"}, "target"), ({"metric": "cpu"}, "metric")):
         with pytest.raises(ValueError, match=name):
-            BASELINES["hpa"](values, SETTINGS, 120.0)
+            BASELINES["hpa"](values, SETTINGS)

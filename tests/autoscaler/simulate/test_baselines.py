@@ -18,7 +18,7 @@ SETTINGS = Settings(min_replicas=1, max_replicas=50, target=Target(ttft_seconds=
 
 
 def made(name: str, settings: Settings = SETTINGS, **parameters: object) -> Policy:
-    return BASELINES[name](parameters, settings, 120.0)
+    return BASELINES[name](parameters, settings)
 
 
 @pytest.mark.parametrize("name", BASELINES)

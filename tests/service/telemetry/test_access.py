@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from nemoserve.v1 import generation_pb2 as pb
 
-from engine.logs import fields
+from process.logs import fields
 from service.caller import CALLER, Caller
 from service.generation import GenerationRequest
 from service.logs import within_call

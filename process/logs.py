@@ -1,4 +1,8 @@
-"""Log lines as events with fields, in the form of the server's: `12:34:56 info scaled from=1 to=3`, or JSON."""
+"""Log lines as events with fields: for people on a terminal, or one JSON object per line for collectors.
+
+Code logs `log.info("ready", extra={"address": …})`; fields are what `extra` brings. Prompts are never among them. All
+processes have the same form.
+"""
 
 from __future__ import annotations
 
@@ -14,38 +18,41 @@ _STANDARD = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName"}
 def configure(level: str, *, as_json: bool) -> None:
     """Send all logs of this process to stderr in one format."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Json() if as_json else _Text())
+    handler.setFormatter(JsonFormatter() if as_json else TextFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    for talkative in ("httpx", "kubernetes", "grpc"):
-        logging.getLogger(talkative).setLevel(logging.WARNING)
 
 
-def _fields(record: logging.LogRecord) -> dict[str, Any]:
+def fields(record: logging.LogRecord) -> dict[str, Any]:
+    """What the record's `extra` brought."""
     return {key: value for key, value in vars(record).items() if key not in _STANDARD}
 
 
-class _Json(logging.Formatter):
+class JsonFormatter(logging.Formatter):
+    """`{"time", "level", "logger", "event", …fields, "traceback"?}`"""
+
     def format(self, record: logging.LogRecord) -> str:
         line = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
             "event": record.getMessage(),
-            **_fields(record),
+            **fields(record),
         }
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
         return json.dumps(line, default=str, ensure_ascii=False)
 
 
-class _Text(logging.Formatter):
+class TextFormatter(logging.Formatter):
+    """`12:34:56 info event key=value …`, the traceback below."""
+
     def format(self, record: logging.LogRecord) -> str:
         time = datetime.fromtimestamp(record.created).strftime("%H:%M:%S")
-        pairs = "".join(f" {key}={_on_a_line(str(value))}" for key, value in _fields(record).items())
+        pairs = "".join(f" {key}={_on_a_line(str(value))}" for key, value in fields(record).items())
         line = f"{time} {record.levelname.lower():7} {record.getMessage()}{pairs}"
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 
 def _on_a_line(text: str) -> str:
-    """What an API server or a replica says may have line breaks, or what a terminal takes for commands."""
+    """Names that clients send may have line breaks, or what a terminal takes for commands."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
