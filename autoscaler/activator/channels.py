@@ -17,6 +17,7 @@ CONNECT_SECONDS = 2.0  # within a cluster a round trip takes a millisecond
 IDLE_CHANNELS = 4  # kept open for who comes next
 OPTIONS = [
     ("grpc.max_receive_message_length", -1),
+    ("grpc.http2.bdp_probe", 0),  # else windows grow to many MiB for who does not read
     ("grpc.max_send_message_length", -1),
     ("grpc.use_local_subchannel_pool", 1),  # one replica's connection is never that of an earlier one at its address
     ("grpc.initial_reconnect_backoff_ms", 100),
