@@ -12,8 +12,8 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
+from process import http_port as port_of
 from service.host import Phase, Status
-from service.http import server as port_of
 from service.http.server import HttpServer
 from service.security.access import Access
 from service.security.keys import KeysFile
