@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 EXIT_DRAINED, EXIT_CONFIGURATION, EXIT_ENGINE_LOST = 0, 1, 70
 LAST_WORDS_SECONDS = 1.0  # for the last messages to reach their clients
 DRAIN_LOG_SECONDS = 5.0
+CROSSING_SECONDS = 0.1  # for what was sent before its client was told to go away to arrive, and still be taken
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -244,8 +245,9 @@ class Server:
                 lame_duck = min(self._config.lame_duck, timeout)
                 log.info("draining", extra={"in_flight": self.model.in_flight, "still_accepting": lame_duck})
                 await asyncio.wait({hurry, keeping}, timeout=lame_duck, return_when=asyncio.FIRST_COMPLETED)
-            self.model.refuse()
             self.ports.refuse()
+            await asyncio.wait({hurry, keeping}, timeout=CROSSING_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            self.model.refuse()
             while self.model.in_flight and not (hurry.done() or keeping.done()):
                 left = began + timeout - time.monotonic()
                 if left <= 0:

@@ -1,5 +1,5 @@
 """A replica that goes while clients keep their connections to it, as the operator lets it go: first it is no endpoint
-of the Service any more, then it gets SIGTERM."""
+of the Service any more, then it gets SIGTERM. Clients use the service config which we ship."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from nemoserve.v1 import generation_pb2 as pb
 from nemoserve.v1 import generation_pb2_grpc as rpc
 
 from tests.e2e.conftest import ServerProcess
+from tests.service.test_rolling import SERVICE_CONFIG
 from tests.service_address import service_address
 
 CLIENTS = 3
@@ -67,7 +68,8 @@ def test_what_leaves_the_service_and_then_gets_sigterm_loses_no_request_of_clien
     leaving: ServerProcess, server: ServerProcess
 ) -> None:
     before = server.load().arrived_requests
-    with service_address(leaving.address) as service, grpc.insecure_channel(service.address) as channel:
+    options = [("grpc.service_config", SERVICE_CONFIG.read_text())]
+    with service_address(leaving.address) as service, grpc.insecure_channel(service.address, options) as channel:
         stub = rpc.GenerationServiceStub(channel)
         clients = Clients(stub)
         clients.have(2 * CLIENTS)

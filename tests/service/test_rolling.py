@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,35 @@ async def test_a_request_that_meets_a_dead_engine_is_repeated_by_the_client_itse
         dead.die()
         assert await ask(stub) == "abc"
         assert only.engine is not dead
+
+
+async def test_a_request_that_crossed_the_goaway_of_its_server_is_repeated_by_the_client_itself() -> None:
+    """grpc drops it with CANCELLED; when one crosses is a matter of chance, so here a server always does that once."""
+
+    asked = 0
+
+    async def generate(request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse]:
+        nonlocal asked
+        asked += 1
+        if asked == 1:
+            await context.abort(grpc.StatusCode.CANCELLED, "CANCELLED")
+        yield pb.GenerateResponse(delta=pb.Delta(text="abc"))
+
+    server = grpc.aio.server()
+    handler = grpc.unary_stream_rpc_method_handler(
+        generate, pb.GenerateRequest.FromString, pb.GenerateResponse.SerializeToString
+    )
+    name = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, {"Generate": handler}),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        options = [("grpc.service_config", SERVICE_CONFIG.read_text())]
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=options) as channel:
+            assert await ask(rpc.GenerationServiceStub(channel)) == "abc"
+        assert asked == 2
+    finally:
+        await server.stop(0)
 
 
 async def test_clients_leave_a_replica_that_left_the_service_though_they_ask_without_a_pause(tmp_path: Path) -> None:
