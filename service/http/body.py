@@ -74,6 +74,7 @@ def decode(data: bytes, kind: type[T], name: str = "body") -> T:
     if has_too_many_values(data):
         raise invalid(name, f"has more than {MAX_JSON_VALUES} values, by its commas and brackets")
     try:
+        data.decode()  # msgspec does not look at the text of what it skips or keeps as it is
         return msgspec.json.decode(data, type=kind)
     except msgspec.ValidationError as error:
         raise _explained(error, data, name) from None

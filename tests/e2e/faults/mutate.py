@@ -1,7 +1,7 @@
 """Wrong messages made of right ones: fields get values that code forgets, bytes are flipped, cut, doubled and spliced.
 
 Two levels, because each finds what the other cannot: what is changed in its structure gets past the parser, and what is
-changed in its bytes does not. Everything follows from the seed.
+changed in its bytes does not. Everything follows from the seed of what draws.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ VARINTS = (b"\xff" * 10, b"\x80" * 11, b"\xff\xff\xff\xff\x0f", b"\x00", b"\x08\
 class Mutator:
     """See the module."""
 
-    def __init__(self, seed: int) -> None:
-        self._random = random.Random(seed)
+    def __init__(self, draw: random.Random) -> None:
+        self._random = draw
 
     def wire(self, seed: Message) -> bytes:
         """A mutant of a message, on the wire."""

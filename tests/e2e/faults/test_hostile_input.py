@@ -109,21 +109,23 @@ def methods() -> dict[str, list[Message]]:
 
 
 async def test_no_mutant_of_a_message_is_our_fault_or_hangs(tiny: ServerProcess, dose: Dose) -> None:
-    mutator, known, codes = Mutator(1), methods(), Counter[str]()
+    """Each mutant follows from its number, whichever of the workers sends it."""
+    known, codes = methods(), Counter[str]()
+    read = [path for path in known if path.split("/")[-1] in SEEDS]
     mutants = iter(range(int(dose.mutations * SHARE["grpc"])))
     async with undisturbed(tiny), grpc.aio.insecure_channel(tiny.address) as channel:
 
         async def work() -> None:
-            for _ in mutants:
-                path = random.choice(list(known))
-                if random.random() < 0.6:  # those that there is most to read in
-                    path = random.choice([each for each in known if each.split("/")[-1] in SEEDS])
-                message = mutator.wire(random.choice(known[path]))
+            for number in mutants:
+                draw = random.Random(number)
+                mutator = Mutator(draw)
+                path = draw.choice(read if draw.random() < 0.6 else list(known))  # more where there is more to read
+                message = mutator.wire(draw.choice(known[path]))
                 code, words = await call(channel, path, message, mutator)
                 codes[code] += 1
                 fine = code in ALLOWED or any(each in words for each in EXCUSES)
-                assert fine, f"{code} {words!r} for {path} {message.hex()}"
-                assert "internal error" not in words, f"{words!r} for {path} {message.hex()}"
+                assert fine, f"mutant {number}: {code} {words!r} for {path} {message.hex()}"
+                assert "internal error" not in words, f"mutant {number}: {words!r} for {path} {message.hex()}"
 
         await asyncio.gather(*(work() for _ in range(WORKERS)))
     print(dict(codes))
@@ -148,23 +150,25 @@ async def call(channel: grpc.aio.Channel, path: str, message: bytes, mutator: Mu
 
 
 async def test_no_mutant_of_a_body_is_our_fault_or_hangs(tiny: ServerProcess, dose: Dose) -> None:
-    mutator, codes = Mutator(2), Counter[int]()
+    codes = Counter[int]()
     mutants = iter(range(int(dose.mutations * SHARE["http"])))
     base = f"http://{tiny.http_address}"
     async with undisturbed(tiny), httpx.AsyncClient(base_url=base, timeout=HANG_SECONDS) as http:
 
         async def work() -> None:
-            for _ in mutants:
-                path = random.choice(list(BODIES))
-                body = mutator.body(random.choice(BODIES[path]))
+            for number in mutants:
+                draw = random.Random(number)
+                mutator = Mutator(draw)
+                path = draw.choice(list(BODIES))
+                body = mutator.body(draw.choice(BODIES[path]))
                 headers = {"content-type": "application/json", "x-request-id": mutator.name(), "traceparent": "00-zz"}
                 async with http.stream("POST", path, content=body, headers=headers) as response:
                     first = await anext(response.aiter_bytes(), b"")  # and leave
                 codes[response.status_code] += 1
                 assert response.status_code in (200, 400, 404, 413, 429), (
-                    f"{response} {first!r} for {path} {body[:2000]!r}"
+                    f"mutant {number}: {response} {first!r} for {path} {body[:2000]!r}"
                 )
-                assert b"internal error" not in first, f"{first!r} for {path} {body!r}"
+                assert b"internal error" not in first, f"mutant {number}: {first!r} for {path} {body!r}"
                 if response.status_code != 200:
                     assert list(json.loads(first)["error"]) == ["message", "type", "param", "code"]
 

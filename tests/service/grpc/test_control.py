@@ -91,6 +91,7 @@ async def test_every_name_of_the_model_loads_it(
         ({"config": "{"}, "load parameter 'config' must be"),
         ({"config": "{}"}, "load parameter 'config' must be"),
         ({"config": named(5)}, "load parameter 'config' must be"),
+        ({"config": "[" * 100_000}, "load parameter 'config' must be"),
         ({"config": named('"a"'), "model": "b"}, "name different models"),
     ],
 )

@@ -8,6 +8,7 @@ import json
 from typing import Any
 
 import msgspec
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from starlette.types import ASGIApp, Message
@@ -95,3 +96,20 @@ async def test_any_json_under_known_names_is_answered(path: str, fields: dict[st
 @given(path=st.sampled_from(sorted(PATHS)), body=st.binary(max_size=200) | ANY.map(lambda v: json.dumps(v).encode()))
 async def test_any_bytes_are_answered(path: str, body: bytes) -> None:
     check(*await exchange(path, body))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        b'"tools": [{"type": "function", "function": {"name": "now", "parameters": {"\xc5_": 1}}}]',
+        b'"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"\xc5_": 1}}}',
+        b'"guided_json": {"\xc5_": 1}',
+        b'"user": "\xc5_"',
+    ],
+    ids=["a tool", "response_format", "guided_json", "what has no effect"],
+)
+async def test_bytes_that_are_no_text_are_refused_also_where_values_are_kept_as_they_came(fields: bytes) -> None:
+    body = b'{"messages": [{"role": "user", "content": "Hi"}], %b}' % fields
+    status, answer = await exchange("/v1/chat/completions", body)
+    assert status == 400, answer
+    assert json.loads(answer)["error"]["message"] == "body: must be JSON: not valid UTF-8"
