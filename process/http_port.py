@@ -124,6 +124,8 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if self.client is not None:  # IPv4 on a port of both, as sockets tell it
+            self.client = (self.client[0].removeprefix("::ffff:"), self.client[1])
         self._head_timer = self.loop.call_later(HEAD_SECONDS, self._head_is_late)
 
     def data_received(self, data: bytes) -> None:
@@ -166,11 +168,17 @@ class Connection(H11Protocol):
 def _listen(address: str) -> socket.socket:
     """A bound socket; the kernel queues connections from now on.
 
+    0.0.0.0 and :: are all addresses of this machine, IPv4 and IPv6 alike, as they are to gRPC: whoever listens on both
+    ports listens on the same addresses, and clusters of either kind are served without a setting.
+
     Raises:
         OSError: one line that says what is wrong.
     """
     name, _, port = address.rpartition(":")
     name = name.removeprefix("[").removesuffix("]")
+    everywhere = name in ("0.0.0.0", "::")
+    if everywhere:
+        name = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"
     try:
         family, kind, protocol, _, where = socket.getaddrinfo(
             name, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -178,6 +186,8 @@ def _listen(address: str) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # not REUSEPORT: one server per port
+            if everywhere and family == socket.AF_INET6:
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
             listener.bind(where)
             listener.listen(BACKLOG)
             listener.setblocking(False)

@@ -102,7 +102,8 @@ SETTINGS = (
         parse=parsing.text,
         default="127.0.0.1",
         metavar="ADDRESS",
-        why="address to listen on; others than this machine's own need keys, client certificates or --allow-anonymous",
+        why="address to listen on, 0.0.0.0 for all, IPv6 too; others than this machine's own need keys, client "
+        "certificates or --allow-anonymous",
     ),
     Setting(
         name="http_port",

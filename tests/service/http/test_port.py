@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
@@ -46,6 +47,30 @@ async def test_a_request_id_is_echoed_or_made() -> None:
     assert host.requests[0].request_id.startswith("mine-")
     assert len(made.headers["x-request-id"]) == 16
     assert error(bad, 400)["param"] == "x-request-id"
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "[::]"])
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+async def test_all_addresses_are_those_of_ipv6_too(host: str, address: str) -> None:
+    """As gRPC takes them. In a cluster of IPv6 alone, kubelet would otherwise find half a server."""
+    if not socket.has_dualstack_ipv6():
+        pytest.skip("no IPv6 here")
+
+    async def who(request: Request) -> PlainTextResponse:
+        assert request.client is not None
+        return PlainTextResponse(request.client.host)
+
+    port = port_of.HttpPort(Starlette(routes=[Route("/", who)]), max_head_bytes=4096)
+    number = await port.start(f"{host}:0")
+    try:
+        reader, writer = await asyncio.open_connection(address, number)
+        writer.write(b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        answer = await reader.read()
+        writer.close()
+    finally:
+        await port.stop(0)
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert answer.endswith(f"\r\n\r\n{address}".encode())
 
 
 async def test_unknown_routes_and_methods_are_errors_in_the_same_shape() -> None:
