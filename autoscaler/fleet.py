@@ -18,7 +18,7 @@ class Phase(enum.Enum):
     LOADING = "loading"  # its server answers and has no model yet
     READY = "ready"
     DRAINING = "draining"  # finishes what it accepted, takes nothing new
-    FAILED = "failed"
+    FAILED = "failed"  # and comes by no waiting: its container cannot run, or ends again and again
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ class Replica:
     # When `load` was true. A replica that did not answer keeps its last load, which grows old.
     load: Load | None = None
     observed_at: float = 0.0
-    ready_at: float | None = None  # when it became ready first
+    ready_at: float | None = None  # when it became ready first; `created_at` where it was, and nobody saw when
     unschedulable_since: float | None = None  # no node has room for it
     eta_seconds: float | None = None  # until it is ready, as it says itself while it loads
 

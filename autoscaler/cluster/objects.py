@@ -14,16 +14,33 @@ from autoscaler.cluster.face import Json
 from autoscaler.fleet import Phase
 
 DELETION_COST = "controller.kubernetes.io/pod-deletion-cost"
-# Reasons of a container that waits, and will not come by waiting: somebody must do something.
+# Reasons of a container that waits, and will not come by waiting: somebody must do something. By the word that is told
+# for each, since a kubelet goes back and forth between some of them.
 FAILURES = {
-    "CrashLoopBackOff",
-    "ImagePullBackOff",
-    "ErrImagePull",
-    "InvalidImageName",
-    "CreateContainerConfigError",
-    "CreateContainerError",
-    "RunContainerError",
+    "CrashLoopBackOff": "CrashLoopBackOff",
+    "ImagePullBackOff": "ImagePullBackOff",
+    "ErrImagePull": "ImagePullBackOff",
+    "ErrImageNeverPull": "ErrImageNeverPull",
+    "InvalidImageName": "InvalidImageName",
+    "CreateContainerConfigError": "CreateContainerConfigError",
+    "CreateContainerError": "CreateContainerError",
+    "RunContainerError": "RunContainerError",
 }
+GIVEN_UP = 3  # restarts after which a container that never came up between two is not expected to
+MAX_SAID = 200  # letters, of what a container says of its end
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a pod does not serve, and somebody must do something.
+
+    Attributes:
+        cause: one word in CamelCase.
+        text: for people; no figure in it grows from look to look.
+    """
+
+    cause: str
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +53,7 @@ class Pod:
         holds_place: counts for its controller. One that ended, was evicted, or is being deleted does not: another one
             has been made in its place.
         ready_since: when the condition `Ready` became true; None: it is not.
+        came_up: its server has been ready once, as the startup probe saw it, and may have served.
     """
 
     name: str
@@ -49,6 +67,8 @@ class Pod:
     deleted_at: float | None = None  # when its grace ends
     ip: str | None = None
     restarts: int = 0
+    came_up: bool = False
+    failure: Failure | None = None
     deletion_cost: int = 0
     labels: Mapping[str, str] = field(default_factory=dict)
 
@@ -70,7 +90,9 @@ def pod(item: Json) -> Pod:
         unschedulable_since=seconds(scheduled.get("lastTransitionTime")) if unschedulable else None,
         deleted_at=seconds(deleted),
         ip=status.get("podIP") or None,
-        restarts=max((each.get("restartCount", 0) for each in _containers(status)), default=0),
+        restarts=_restarts(status),
+        came_up=bool(main := status.get("containerStatuses")) and all(each.get("started") for each in main),
+        failure=_failure(status),
         deletion_cost=_cost((meta.get("annotations") or {}).get(DELETION_COST, "")),
         labels=meta.get("labels") or {},
     )
@@ -84,10 +106,45 @@ def _phase(item: Json, *, is_ready: bool) -> Phase:
         return Phase.FAILED
     if not item.get("spec", {}).get("nodeName"):
         return Phase.PENDING
-    waiting = [((each.get("state") or {}).get("waiting") or {}).get("reason", "") for each in _containers(status)]
-    if any(reason in FAILURES for reason in waiting):
+    if is_ready:
+        return Phase.READY
+    if any(_waiting(each).get("reason") in FAILURES for each in _containers(status)):
         return Phase.FAILED
-    return Phase.READY if is_ready else Phase.STARTING
+    return Phase.FAILED if _failure(status) is not None and _restarts(status) >= GIVEN_UP else Phase.STARTING
+
+
+def _failure(status: Json) -> Failure | None:
+    """Of the first container that has one: it cannot run, or has ended and has not come up since."""
+    for each in _containers(status):
+        waits, ended = _waiting(each), _ended(each)
+        cause = FAILURES.get(waits["reason"]) if waits.get("reason") else "CrashLoopBackOff" if ended else None
+        if cause is None:
+            continue
+        said = waits.get("message", "")
+        if cause == "CrashLoopBackOff":
+            cause = "OOMKilled" if ended.get("reason") == "OOMKilled" else cause
+            last = ended.get("message", "").strip().rpartition("\n")[2]
+            code, reason = ended.get("exitCode"), ended.get("reason", "")
+            said = f"ended with {code} ({reason}){last and ': '}{last}" if ended else ""
+        return Failure(cause, f"container {each.get('name', '')}: {said[:MAX_SAID] or cause}")
+    return None
+
+
+def _waiting(container: Json) -> Json:
+    return (container.get("state") or {}).get("waiting") or {}
+
+
+def _ended(container: Json) -> Json:
+    """The end of its last run, where it is not up again; empty: it is, or never ran, or ended as it should."""
+    state = container.get("state") or {}
+    if container.get("started"):
+        return {}
+    ended = state.get("terminated") or (container.get("lastState") or {}).get("terminated") or {}
+    return {} if (state.get("terminated") or {}).get("exitCode") == 0 else ended
+
+
+def _restarts(status: Json) -> int:
+    return max((each.get("restartCount", 0) for each in _containers(status)), default=0)
 
 
 def _containers(status: Json) -> list[Json]:

@@ -28,7 +28,8 @@ class Is(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """One of `Ready`, `MetricsAvailable`, `ScalingActive`, `ScalingLimited`; `reason` is one word in CamelCase."""
+    """One of `Ready`, `MetricsAvailable`, `ReplicasFailing`, `ScalingActive`, `ScalingLimited`; `reason` is a word in
+    CamelCase, or several with commas between them."""
 
     type: str
     status: Is

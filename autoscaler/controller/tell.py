@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from autoscaler.clock import Clock
 from autoscaler.cluster.events import Recorder
 from autoscaler.cluster.face import QUEUE_AUTOSCALERS, Cluster, Json
+from autoscaler.cluster.objects import Failure
 from autoscaler.controller.drain import Plan, Scene
 from autoscaler.controller.metrics import Metrics
 from autoscaler.controller.status import Condition, Is, Report, Scaled, merged, news, worth_writing
@@ -108,6 +109,7 @@ def report_of(
         conditions=(
             Condition("Ready", Is.TRUE, "Reconciled", f"{scene.target} is looked after"),
             _metrics_available(scene),
+            _failing(scene),
             verdict.active,
             verdict.limited,
         ),
@@ -131,6 +133,7 @@ def refusal(resource: Json, word: str, message: str) -> Report:
         conditions=(
             Condition("Ready", Is.FALSE, word, message, warning=True),
             Condition("MetricsAvailable", Is.UNKNOWN, word),
+            Condition("ReplicasFailing", Is.UNKNOWN, word),
             Condition("ScalingActive", Is.FALSE, word, message),
             Condition("ScalingLimited", Is.FALSE, word),
         ),
@@ -149,3 +152,20 @@ def _metrics_available(scene: Scene) -> Condition:
     word = "Missing" if len(silent) == len(serving) else "Partial"
     told = f"{len(silent)} of {len(serving)} are silent: {names}"
     return Condition("MetricsAvailable", Is.FALSE, word, told, warning=True)
+
+
+def _failing(scene: Scene) -> Condition:
+    """All causes are its reason, so that there is an Event for each new one, however many replicas it stops."""
+    found: dict[str, Failure] = {}
+    for each in scene.replicas:
+        if (failure := scene.pods[each.name].failure) is not None:
+            found[each.name] = failure
+        elif each.phase is Phase.FAILED:
+            found[each.name] = Failure("ServerFailed", "its server says that it has failed, or has no model")
+    if not found:
+        return Condition("ReplicasFailing", Is.FALSE, "NoneFails", "no replica fails")
+    told = [f"{name}: {each.cause}, {each.text}" for name, each in sorted(found.items())]
+    more = f"; and {len(told) - NAMED} more" if len(told) > NAMED else ""
+    text = f"{len(found)} of {len(scene.replicas)} fail: {'; '.join(told[:NAMED])}{more}"
+    causes = ",".join(sorted({each.cause for each in found.values()}))
+    return Condition("ReplicasFailing", Is.TRUE, causes, text, warning=True)

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 SECONDS = 1.0  # that one server has for an answer, by each way
 LOOK_SECONDS = 2.5  # that all have together
+LONGEST_START = 3600.0  # from creation to ready
 # Nothing answers in other phases. Where a server may serve, metrics are asked for if GetLoad fails.
 ASKED, SERVING = (Phase.STARTING, Phase.READY, Phase.DRAINING), (Phase.READY, Phase.DRAINING)
 
@@ -91,7 +92,9 @@ class Observer:
                 self._unread = str(error)
                 log.error("secrets stay as they were", extra={"reason": self._unread})
         answers = await self._ask({each.uid: each for each in pods}, addresses)
-        self._memories = {each.uid: self._memories.get(each.uid) or _Memory() for each in pods}
+        self._memories = {
+            each.uid: self._memories.get(each.uid) or _Memory(ready_at=_ready_before(each)) for each in pods
+        }
         return tuple(self._replica(each, answers.get(each.uid), spec.settings, at) for each in pods)
 
     async def close(self) -> None:
@@ -158,6 +161,16 @@ class Observer:
         elif memory.complaint and not complaint:
             log.info("a replica is not silent any more", extra={"pod": pod.name})
         memory.complaint = complaint
+
+
+def _ready_before(pod: Pod) -> float | None:
+    """When a pod that is met in the middle of its life was ready first; None: it was not. The cluster says when it was
+    so last, which is the same if it never went back in between; where it may have, its creation stands for a time that
+    nobody knows, and that is not to be taken for a long start."""
+    since = pod.ready_since
+    if since is not None and not pod.restarts and since - pod.created_at <= LONGEST_START:
+        return since
+    return pod.created_at if since is not None or pod.restarts or pod.came_up else None
 
 
 def _phase(pod: Pod, memory: _Memory, *, heard: bool, at: float) -> tuple[Phase, float | None]:

@@ -52,6 +52,63 @@ def test_a_pod_has_a_phase(item: Json, phase: Phase, holds_place: bool) -> None:
     assert (pod.phase, pod.holds_place) == (phase, holds_place)
 
 
+def runs(restarts: int = 0, *, started: bool = False, ended: Json | None = None) -> Json:
+    last = {"terminated": ended} if ended is not None else {}
+    state = {"running": {"startedAt": AT}}
+    return {"name": "server", "restartCount": restarts, "started": started, "state": state, "lastState": last}
+
+
+KILLED = {"exitCode": 137, "reason": "OOMKilled"}
+ENDED = {"exitCode": 78, "reason": "Error", "message": "loading\nexit 78: no model named nemo\n"}
+
+
+@pytest.mark.parametrize(
+    ("container", "cause", "text"),
+    [
+        (waits("ErrImagePull"), "ImagePullBackOff", "container server: ImagePullBackOff"),
+        (
+            {"name": "server", "state": {"waiting": {"reason": "CreateContainerConfigError", "message": "no key x"}}},
+            "CreateContainerConfigError",
+            "container server: no key x",
+        ),
+        (
+            waits("CrashLoopBackOff", 1) | {"lastState": {"terminated": ENDED}},
+            "CrashLoopBackOff",
+            "container server: ended with 78 (Error): exit 78: no model named nemo",
+        ),
+        (
+            {"name": "server", "restartCount": 1, "state": {"terminated": KILLED}},
+            "OOMKilled",
+            "container server: ended with 137 (OOMKilled)",
+        ),
+        (runs(1, ended=KILLED), "OOMKilled", "container server: ended with 137 (OOMKilled)"),
+    ],
+)
+def test_who_cannot_run_or_has_ended_and_is_not_up_again_says_why(container: Json, cause: str, text: str) -> None:
+    assert objects.pod(a_pod(containerStatuses=[container])).failure == objects.Failure(cause, text)
+
+
+@pytest.mark.parametrize(
+    "container",
+    [
+        waits("ContainerCreating"),
+        waits("ContainerCreating", 1) | {"lastState": {"terminated": KILLED}},  # its node has started anew
+        runs(),
+        runs(7, started=True, ended=KILLED),
+        {"name": "fetch", "state": {"terminated": {"exitCode": 0}}, "lastState": {"terminated": ENDED}},
+    ],
+)
+def test_who_comes_or_is_up_or_has_done_its_work_has_no_failure(container: Json) -> None:
+    assert objects.pod(a_pod(containerStatuses=[container])).failure is None
+
+
+def test_one_that_ends_again_and_again_is_no_replica_that_starts_but_one_that_served_is_none_that_failed() -> None:
+    phases = [objects.pod(a_pod(containerStatuses=[runs(count, ended=KILLED)])).phase for count in (1, 2, 3)]
+    assert phases == [Phase.STARTING, Phase.STARTING, Phase.FAILED]
+    overloaded = a_pod(conditions=[is_so("Ready", "False")], containerStatuses=[runs(9, started=True, ended=KILLED)])
+    assert objects.pod(overloaded).phase is Phase.STARTING
+
+
 def test_times_are_told_where_they_mean_something() -> None:
     ready = objects.pod(a_pod(phase="Running", startTime=AT, conditions=[is_so("Ready")]))
     assert (ready.created_at, ready.ready_since) == (SECONDS, SECONDS)

@@ -79,6 +79,7 @@ class Ears:
     running: dict[str, int] = field(default_factory=dict)
     loading: set[str] = field(default_factory=set)
     silent: set[str] = field(default_factory=set)
+    failed: set[str] = field(default_factory=set)
     busy: set[str] = field(default_factory=set)  # they served, and answer nobody now
     heard: dict[str, float] = field(default_factory=dict)  # when
 
@@ -90,7 +91,7 @@ class Ears:
 
     def _replica(self, pod: Pod, at: float) -> Replica:
         phase = Phase.LOADING if pod.name in self.loading and pod.phase is Phase.STARTING else pod.phase
-        phase = Phase.READY if pod.name in self.busy else phase
+        phase = Phase.READY if pod.name in self.busy else Phase.FAILED if pod.name in self.failed else phase
         if phase in (Phase.READY, Phase.DRAINING) and pod.name not in self.silent | self.busy:
             self.heard[pod.name] = at
         load = Load(running_requests=self.running.get(pod.name, 0)) if pod.name in self.heard else None
@@ -192,6 +193,16 @@ class Scene:
 
         resource = self.api.machinery.resource(kind.group, kind.plural)
         self.api.machinery.update(resource, "default", name, alter)
+
+    def break_container(self, pod_name: str, reason: str, message: str) -> None:
+        """Of a pod's container: it waits from now on, and this is why."""
+        status = {"name": "server", "state": {"waiting": {"reason": reason, "message": message}}}
+
+        def alter(old: Json) -> Json:
+            conditions = [{"type": "Ready", "status": "False"}]
+            return old | {"status": old["status"] | {"containerStatuses": [status], "conditions": conditions}}
+
+        self.api.machinery.update(self.api.machinery.resource("", "pods"), "default", pod_name, alter, "status")
 
     def scale_by_hand(self, replicas: int) -> None:
         self.change(self.kind, NAME, replicas=replicas)

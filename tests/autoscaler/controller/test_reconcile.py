@@ -256,6 +256,36 @@ async def test_who_is_not_heard_counts_as_busy(three: Scene) -> None:
     assert silent in three.serving
 
 
+async def test_replicas_that_fail_are_told_with_the_reason_once_for_each_cause(three: Scene) -> None:
+    assert three.condition("ReplicasFailing")[:2] == ("False", "NoneFails")
+    a, b, c = three.pods
+    three.break_container(a, "ErrImagePull", "no such image")
+    await three.look(20)
+    await three.look(60)
+    told = f"1 of 3 fail: {a}: ImagePullBackOff, container server: no such image"
+    assert three.condition("ReplicasFailing") == ("True", "ImagePullBackOff", told)
+    three.break_container(a, "ImagePullBackOff", "no such image")  # as a kubelet says in turns
+    three.break_container(b, "ImagePullBackOff", "no such image")
+    await three.look(60)
+    assert three.condition("ReplicasFailing")[2].startswith(f"2 of 3 fail: {a}: ")
+    failing = [event for event in three.events if "ReplicasFailing" in event[1]]
+    assert failing == [("ImagePullBackOff", f"ReplicasFailing is True: {told}")]
+    three.break_container(c, "CreateContainerConfigError", 'secret "key" not found')
+    await three.look(60)
+    assert three.condition("ReplicasFailing")[1] == "CreateContainerConfigError,ImagePullBackOff"
+    assert 'secret "key" not found' in three.events[-1][1]
+
+
+async def test_a_server_that_has_failed_is_a_replica_that_fails(three: Scene) -> None:
+    three.ears.failed = {three.pods[0]}
+    await three.look()
+    assert three.condition("ReplicasFailing")[:2] == ("True", "ServerFailed")
+    three.ears.failed = set()
+    await three.look()
+    assert three.condition("ReplicasFailing")[:2] == ("False", "NoneFails")
+    assert ("NoneFails", "ReplicasFailing is False: no replica fails") in three.events
+
+
 # -- by whom ---------------------------------------------------------------------------------------------------------
 
 

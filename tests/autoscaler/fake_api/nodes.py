@@ -131,17 +131,22 @@ class Nodes:
     async def _live(self, pod: Json, stopping: asyncio.Event) -> None:
         uid = pod["metadata"]["uid"]
         ip = str(self._addresses + int(pod["spec"]["nodeName"].removeprefix("node-")))
-        restarts = 0
+        restarts, last = 0, {}
         try:
             while not stopping.is_set():
-                tell = partial(self._tell, pod, ip, restarts, {"running": {"startedAt": self._api.machinery.now()}})
+                running = {"running": {"startedAt": self._api.machinery.now()}}
+                tell = partial(self._tell, pod, ip, restarts, last, running)
                 tell(False)
-                with suppress(Exception):
+                ended = {"exitCode": 0, "reason": "Completed"}
+                try:
                     await self._program(Container(pod, ip, tell, stopping))
+                except Exception as error:
+                    ended = {"exitCode": 1, "reason": "Error", "message": str(error)}
                 if stopping.is_set():
                     break
                 restarts += 1
-                self._tell(pod, ip, restarts, {"waiting": {"reason": "CrashLoopBackOff"}}, False)
+                last = {"terminated": ended}
+                self._tell(pod, ip, restarts, last, {"waiting": {"reason": "CrashLoopBackOff"}}, False)
                 with suppress(TimeoutError):
                     await asyncio.wait_for(stopping.wait(), self._restart_seconds)
         finally:
@@ -152,12 +157,18 @@ class Nodes:
                 meta = now["metadata"]
                 self._api.machinery.delete(self._pods, meta["namespace"], meta["name"], {"gracePeriodSeconds": 0})
 
-    def _tell(self, pod: Json, ip: str, restarts: int, state: Json, is_ready: bool) -> None:
+    def _tell(self, pod: Json, ip: str, restarts: int, last: Json, state: Json, is_ready: bool) -> None:
+        """Its startup probe asks what its readiness probe does."""
         now = self._present(pod)
         if now is None:
             return
-        names = [each["name"] for each in pod["spec"]["containers"]]
-        statuses = [{"name": name, "ready": is_ready, "restartCount": restarts, "state": state} for name in names]
+        before = {each["name"]: each for each in now["status"].get("containerStatuses", ())}
+        statuses = []
+        for name in (each["name"] for each in pod["spec"]["containers"]):
+            same = before.get(name, {}).get("state") == state
+            started = is_ready or (same and before[name]["started"])
+            told = {"name": name, "ready": is_ready, "started": started, "restartCount": restarts, "state": state}
+            statuses.append(told | {"lastState": last})
         status = {"phase": "Running", "podIP": ip, "containerStatuses": statuses}
         status["startTime"] = now["status"].get("startTime") or self._api.machinery.now()
         reason = "" if is_ready else "ContainersNotReady"

@@ -258,6 +258,26 @@ async def test_ready_is_when_it_became_ready_first() -> None:
         await observer.close()
 
 
+@pytest.mark.parametrize(
+    ("facts", "ready_at"),
+    [
+        ({"phase": Phase.READY, "ready_since": 1103.0}, 1103.0),
+        ({"phase": Phase.READY, "ready_since": 300_000.0}, 1000.0),  # it was, days ago, and went back since
+        ({"phase": Phase.READY, "ready_since": 1103.0, "restarts": 1}, 1000.0),
+        ({"phase": Phase.STARTING, "restarts": 1}, 1000.0),
+        ({"phase": Phase.STARTING, "came_up": True}, 1000.0),  # overloaded
+        ({"phase": Phase.STARTING}, None),
+    ],
+)
+async def test_a_restart_of_the_operator_takes_no_old_replica_for_a_long_start(
+    facts: dict[str, Any], ready_at: float | None
+) -> None:
+    observer = Observer()
+    [seen] = await observer.look([pod("p", **facts)], Spec(8001, 8000), 400_000.0)
+    assert seen.ready_at == ready_at
+    await observer.close()
+
+
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 
