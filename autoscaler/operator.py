@@ -18,7 +18,6 @@ from autoscaler.cluster.events import Recorder
 from autoscaler.cluster.face import Cluster
 from autoscaler.cluster.lease import FencedCluster, Lease, LeaseTimes
 from autoscaler.controller.controller import Controller
-from autoscaler.controller.drain import DrainTimes
 from autoscaler.controller.front import Front
 from autoscaler.controller.metrics import Metrics
 from autoscaler.controller.probes import create_app
@@ -50,7 +49,6 @@ class OperatorSettings:
     activator: ActivatorSettings = field(default_factory=ActivatorSettings)
     stop_seconds: float = 20.0
     lease_times: LeaseTimes = field(default_factory=LeaseTimes)
-    drain_times: DrainTimes = field(default_factory=DrainTimes)
 
 
 async def run(settings: OperatorSettings, observer: Callable[[], Observer]) -> None:
@@ -124,7 +122,6 @@ def _controller(
         observer=observer,
         policy=QueuePolicy,
         front=front,
-        drain=settings.drain_times,
     )
 
     def tender(name: str, gone: Callable[[str], None]) -> Tender:

@@ -17,6 +17,9 @@ from autoscaler.policy.cron import read_cron
 from autoscaler.settings import Behavior, Direction, ScaleToZero, Schedule, Settings, Target
 
 GRPC_PORT, METRICS_PORT = 8001, 8000  # of the server, unless it is told otherwise
+# Time for most answers, and for connections to reach their age; what still runs then has the server's own drain.
+DRAIN_SECONDS = 300.0
+MAX_DRAIN_SECONDS = 86_400.0
 MAX_REPLICAS = 1_000
 MAX_NAME = 63  # letters: of a label's value
 MAX_SECONDS = 7 * 86_400.0
@@ -56,12 +59,14 @@ class Spec:
     Attributes:
         pin: as many replicas as a person has asked for; None: as many as load needs.
         dry_run: decide and tell, and change nothing.
+        drain_seconds: that a replica which is to go has to become idle.
     """
 
     target: TargetRef
     settings: Settings
     pin: int | None = None
     dry_run: bool = False
+    drain_seconds: float = DRAIN_SECONDS
     grpc_port: int = GRPC_PORT
     metrics_port: int = METRICS_PORT
 
@@ -74,6 +79,7 @@ def read_spec(resource: Json) -> Spec:
         settings=_settings(spec),
         pin=spec.count("replicas", None, most=MAX_REPLICAS),
         dry_run=spec.flag("dryRun", False),
+        drain_seconds=spec.part("behavior").number("drainSeconds", DRAIN_SECONDS, most=MAX_DRAIN_SECONDS, zero=True),
         grpc_port=spec.count("grpcPort", GRPC_PORT, least=1, most=65_535),
         metrics_port=spec.count("metricsPort", METRICS_PORT, least=1, most=65_535),
     )

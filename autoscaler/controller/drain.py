@@ -25,18 +25,10 @@ from autoscaler.resource import TargetRef
 
 SERVES = "nemoserve.dev/serves"  # label: name of the workload; the Service selects it
 DRAINING = "nemoserve.dev/draining-since"  # label: Unix seconds
+TEMPLATE = "pod-template-hash"  # label: which ReplicaSet of a Deployment made the pod
 DOOMED = -1000  # deletion cost; those of others are 0
-
-
-@dataclass(frozen=True, slots=True)
-class DrainTimes:
-    """Seconds."""
-
-    # Endpoints take about this long to reach all nodes; a look before says nothing of who still comes.
-    settle: float = 3.0
-    # Clients with open connections may go on using them. Then SIGTERM tells them to go, and the server's own drain,
-    # within the pod's grace, finishes what it accepted.
-    limit: float = 300.0
+# Seconds that endpoints take, about, to reach all nodes; a look before says nothing of who still comes.
+SETTLE = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +81,12 @@ class Scene:
         """Replicas that were decided on last: what drains is only asked for until it has."""
         return max(0, self.scale.replicas - len(self.draining))
 
+    @property
+    def rolls_out(self) -> bool:
+        """A Deployment that shrinks meanwhile takes from the ReplicaSets of both templates, and each of them deletes
+        by the cost of its own pods alone: one that serves would go in place of one that has drained."""
+        return not self.target.ordered and len({each.labels.get(TEMPLATE) for each in self.pods.values()}) > 1
+
 
 def let_go(pods: Mapping[str, Pod], scale: Scale, target: TargetRef) -> frozenset[str]:
     """Names of those that are not asked for any more, and that their controller has still to delete: it will, and what
@@ -102,20 +100,30 @@ def let_go(pods: Mapping[str, Pod], scale: Scale, target: TargetRef) -> frozense
     return frozenset(going[:surplus])
 
 
-def plan(scene: Scene, desired: int, times: DrainTimes) -> Plan:
-    """What to do next, so that there will be `desired` replicas."""
+def plan(scene: Scene, desired: int, limit: float) -> Plan:
+    """What to do next, so that there will be `desired` replicas. While a Deployment rolls out none begins to drain, and
+    none goes.
+
+    Args:
+        limit: seconds after which one that drains goes, idle or not. Clients may go on using connections that they
+            have; SIGTERM tells them to go, and the server's own drain, within the pod's grace, finishes the rest.
+    """
     asked, since = scene.scale.replicas, scene.draining
     marked = [name for name, pod in scene.pods.items() if name in since or pod.deletion_cost == DOOMED]
     if desired >= asked:
         return Plan(desired, keep=tuple(marked))
     excess = asked - desired
+    if scene.rolls_out:
+        drain = choose([each for each in scene.replicas if each.name in since], excess, fresh_since=scene.fresh_since)
+        names = {each.name for each in drain}
+        return Plan(asked, keep=tuple(name for name in marked if name not in names))
     missing = min(excess, max(0, asked - len(scene.replicas)))  # asked for, and not even made: the first to go
     ordered = scene.target.ordered
     unready = {name for name, pod in scene.pods.items() if pod.phase not in SERVING}
     victims = choose(scene.replicas, excess - missing, fresh_since=scene.fresh_since, ordered=ordered, unready=unready)
     doomed: dict[str, str] = {}
     for each in victims:
-        if (why := _may_go(each, since.get(each.name), scene.at, times)) is not None:
+        if (why := _may_go(each, since.get(each.name), scene.at, limit)) is not None:
             doomed[each.name] = why
         elif ordered:  # none goes before those above it
             break
@@ -128,14 +136,14 @@ def plan(scene: Scene, desired: int, times: DrainTimes) -> Plan:
     )
 
 
-def _may_go(replica: Replica, since: float | None, at: float, times: DrainTimes) -> str | None:
+def _may_go(replica: Replica, since: float | None, at: float, limit: float) -> str | None:
     if replica.phase not in SERVING:
         return "free"
     if since is None:
         return None
-    if drained(replica, since + times.settle):
+    if drained(replica, since + SETTLE):
         return "idle"
-    return "limit" if at - since >= times.limit else None
+    return "limit" if at - since >= limit else None
 
 
 class Hands:

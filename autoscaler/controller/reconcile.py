@@ -13,20 +13,20 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from autoscaler.clock import Clock
 from autoscaler.cluster.events import Recorder
 from autoscaler.cluster.face import PODS, QUEUE_AUTOSCALERS, Cluster, ClusterError, Json
 from autoscaler.cluster.objects import Pod, items, pod, scale
-from autoscaler.controller.drain import DRAINING, DrainTimes, Hands, Plan, Scene, draining_since, let_go, plan
+from autoscaler.controller.drain import DRAINING, Hands, Plan, Scene, draining_since, let_go, plan
 from autoscaler.controller.front import Cover, Front
 from autoscaler.controller.metrics import Metrics
 from autoscaler.controller.rivals import OLDER, rival
 from autoscaler.controller.status import Report, Scaled, zero_is_ours
 from autoscaler.controller.tell import Teller, refusal, report_of
-from autoscaler.controller.verdict import Verdict, judge
+from autoscaler.controller.verdict import Verdict, held_back, judge
 from autoscaler.decision import Decision, Policy
 from autoscaler.fleet import Observation, Phase, Replica
 from autoscaler.resource import InvalidSpecError, Spec, TargetRef, read_spec
@@ -63,7 +63,6 @@ class Tools:
     observer: Callable[[], Observer]  # one for each resource
     policy: Callable[[Settings], Policy]  # raises ValueError that says what cannot be
     front: Front | None = None
-    drain: DrainTimes = field(default_factory=DrainTimes)
 
 
 class Reconciler:
@@ -110,6 +109,8 @@ class Reconciler:
         await self._look_for_rival(resource, spec)
         decision = self._decide(policy, scene)
         verdict = judge(spec, scene.scale.replicas, decision, self._rival, zero_is_ours=zero_is_ours(resource))
+        if scene.rolls_out:
+            verdict = held_back(verdict, scene.wanted)
         self._untold = await self._act(resource, spec, scene, verdict) or self._untold
         held = self._cover.held_requests if self._cover is not None else 0
         report = report_of(resource, scene, decision, verdict, held=held, scaled=self._untold)
@@ -197,7 +198,8 @@ class Reconciler:
         # Who does not act leaves the workload as if it had never been touched: what drains serves again.
         # But what an older QueueAutoscaler has begun is not ours to undo.
         yields = self._rival is not None and self._rival.startswith(OLDER)
-        steps = Plan(asked) if yields else plan(scene, verdict.desired if verdict.acts else asked, self._tools.drain)
+        desired = verdict.desired if verdict.acts else asked
+        steps = Plan(asked) if yields else plan(scene, desired, spec.drain_seconds)
         if self._cover is not None:
             await self._cover.arrange(spec, scene, steps)
         self._asked = None  # until it is certain what has become of it

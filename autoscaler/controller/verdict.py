@@ -6,7 +6,7 @@ dry run ── the policy's word, within the limits of the spec.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autoscaler.controller.status import Condition, Is
 from autoscaler.decision import Decision, Limit
@@ -58,6 +58,16 @@ def judge(spec: Spec, asked: int, decision: Decision, rival: str | None, *, zero
         active = _active(Is.TRUE, "Deciding", "replicas follow load")
     reason = "scale to zero is off" if zero_is_off else decision.reason
     return Verdict(desired, reason, not spec.dry_run, active, _limited(decision.limit))
+
+
+def held_back(verdict: Verdict, wanted: int) -> Verdict:
+    """While the workload rolls out: no fewer replicas than now, whoever wants that."""
+    if not verdict.acts or verdict.desired >= wanted:
+        return verdict
+    reason = f"{verdict.reason}; still {wanted}: none goes while a rollout is under way"
+    message = f"{verdict.desired} would do; a Deployment that rolls out does not choose whom it ends"
+    limited = Condition("ScalingLimited", Is.TRUE, "RolloutUnderWay", message)
+    return replace(verdict, desired=wanted, reason=reason, limited=limited)
 
 
 def _held(desired: int, word: str, message: str) -> Verdict:

@@ -194,6 +194,14 @@ class Scene:
         resource = self.api.machinery.resource(kind.group, kind.plural)
         self.api.machinery.update(resource, "default", name, alter)
 
+    def label_pod(self, pod_name: str, labels: dict[str, str | None]) -> None:
+        def alter(old: Json) -> Json:
+            merged = old["metadata"]["labels"] | labels
+            kept = {key: value for key, value in merged.items() if value is not None}
+            return old | {"metadata": old["metadata"] | {"labels": kept}}
+
+        self.api.machinery.update(self.api.machinery.resource("", "pods"), "default", pod_name, alter)
+
     def break_container(self, pod_name: str, reason: str, message: str) -> None:
         """Of a pod's container: it waits from now on, and this is why."""
         status = {"name": "server", "state": {"waiting": {"reason": reason, "message": message}}}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from autoscaler.cluster.face import PODS, QUEUE_AUTOSCALERS, ClusterError
-from autoscaler.controller.drain import DRAINING
+from autoscaler.controller.drain import DRAINING, TEMPLATE
 from autoscaler.controller.reconcile import GoneError
 from autoscaler.controller.rivals import HPAS
 from autoscaler.decision import Limit
@@ -123,6 +123,33 @@ async def test_one_that_is_never_idle_goes_at_the_limit(three: Scene) -> None:
     await three.look(1)
     assert drains not in three.pods
     assert three.metric("drained_total", how="limit") == 1
+
+
+async def test_how_long_one_may_drain_is_the_owners_word(three: Scene) -> None:
+    three.change(QUEUE_AUTOSCALERS, NAME, behavior={"drainSeconds": 30})
+    three.ears.running = dict.fromkeys(three.pods, 2)
+    three.word.desired = 2
+    await three.look()
+    await three.look(29)
+    assert three.asked == 3
+    await three.look(1)
+    assert three.asked == 2
+
+
+async def test_no_replica_goes_while_its_deployment_rolls_out(three: Scene) -> None:
+    new = three.pods[0]
+    three.label_pod(new, {TEMPLATE: "new"})
+    three.word.desired, three.word.reason = 2, "2 are enough"
+    for _ in range(3):
+        await three.look()
+    assert (three.asked, len(three.serving), three.status["desired"]) == (3, 3, 3)
+    assert three.status["reason"] == "2 are enough; still 3: none goes while a rollout is under way"
+    assert three.condition("ScalingLimited")[:2] == ("True", "RolloutUnderWay")
+    assert "decisions" not in three.status
+    three.label_pod(new, {TEMPLATE: None})
+    await three.look()
+    await three.look()
+    assert three.asked == 2
 
 
 async def test_one_that_is_wanted_again_serves_again_and_none_is_made(three: Scene) -> None:

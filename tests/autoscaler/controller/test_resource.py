@@ -9,6 +9,7 @@ import pytest
 from autoscaler.cluster.face import DEPLOYMENTS, STATEFUL_SETS
 from autoscaler.resource import InvalidSpecError, read_spec
 from autoscaler.settings import Behavior, Direction, ScaleToZero, Schedule, Settings, Target
+from tests.autoscaler.api_under_test import definition
 
 REF = {"apiVersion": "apps/v1", "kind": "Deployment", "name": "nemo"}
 
@@ -21,6 +22,7 @@ def test_what_is_not_said_is_as_in_the_settings() -> None:
     spec = read_spec(resource())
     assert spec.settings == Settings(max_replicas=4)
     assert (spec.pin, spec.dry_run, spec.grpc_port, spec.metrics_port) == (None, False, 8001, 8000)
+    assert spec.drain_seconds == 300.0
     assert (spec.target.resource, str(spec.target)) == (DEPLOYMENTS, "Deployment/nemo")
 
 
@@ -35,6 +37,7 @@ def test_every_field_is_read() -> None:
             behavior={
                 "scaleOut": {"windowSeconds": 5, "maxStep": 2, "periodSeconds": 30},
                 "scaleIn": {"windowSeconds": 0, "maxStep": 1},
+                "drainSeconds": 900,
             },
             scaleToZero={"enabled": True, "idleSeconds": 60},
             schedules=[{"cron": "0 8 * * 1-5", "durationSeconds": 3600, "minReplicas": 2, "timezone": "Europe/Berlin"}],
@@ -45,6 +48,7 @@ def test_every_field_is_read() -> None:
     )
     assert (spec.target.resource, spec.target.ordered) == (STATEFUL_SETS, True)
     assert (spec.pin, spec.dry_run, spec.grpc_port, spec.metrics_port) == (3, True, 1, 2)
+    assert spec.drain_seconds == 900.0
     assert spec.settings == Settings(
         min_replicas=0,
         max_replicas=9,
@@ -53,6 +57,13 @@ def test_every_field_is_read() -> None:
         scale_to_zero=ScaleToZero(enabled=True, idle_seconds=60.0),
         schedules=(Schedule("0 8 * * 1-5", 3600.0, 2, "Europe/Berlin"),),
     )
+
+
+def test_what_the_definition_fills_in_is_what_is_read_without_it() -> None:
+    [version] = definition()["spec"]["versions"]
+    behavior = version["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"]["behavior"]["properties"]
+    filled = resource(behavior={"drainSeconds": behavior["drainSeconds"]["default"]})
+    assert read_spec(filled) == read_spec(resource())
 
 
 @pytest.mark.parametrize(
@@ -76,6 +87,10 @@ def test_every_field_is_read() -> None:
         (
             {"behavior": {"scaleOut": {"windowSeconds": -1}}},
             "spec.behavior.scaleOut.windowSeconds is -1, must be a number from 0 up to 604800",
+        ),
+        (
+            {"behavior": {"drainSeconds": 86_401}},
+            "spec.behavior.drainSeconds is 86401, must be a number from 0 up to 86400",
         ),
         ({"scaleTargetRef": REF | {"kind": "Job"}}, "spec.scaleTargetRef.kind is 'Job', must be one of Deployment"),
         ({"scaleTargetRef": {}}, "spec.scaleTargetRef.kind is missing, must be text"),

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from autoscaler.controller.status import Is
-from autoscaler.controller.verdict import Verdict, judge
+from autoscaler.controller.verdict import Verdict, held_back, judge
 from autoscaler.decision import Decision, Limit
 from autoscaler.resource import Spec, TargetRef
 from autoscaler.settings import ScaleToZero, Settings
@@ -70,3 +70,13 @@ def test_a_limit_is_a_condition(limit: Limit) -> None:
     limited = verdict(4, limit=limit).limited
     assert (limited.status, limited.reason) == (Is.TRUE, limit.value)
     assert limited.warning == (limit in (Limit.MAX_REPLICAS, Limit.NO_NODES))
+
+
+def test_while_a_workload_rolls_out_there_are_no_fewer_and_it_says_so() -> None:
+    for fewer in (verdict(2), verdict(4, pin=1)):
+        found = held_back(fewer, 3)
+        assert found.desired == 3
+        assert found.reason == f"{fewer.reason}; still 3: none goes while a rollout is under way"
+        assert found.limited.reason == "RolloutUnderWay"
+    for other in (verdict(3), verdict(5), verdict(2, dry_run=True)):
+        assert held_back(other, 3) == other
