@@ -38,7 +38,7 @@ class Adjustment:
         if len(self._bias):
             logits[self._bias_ids] += self._bias
         if position < self._banned_before:
-            logits[self._banned] = -math.inf
+            logits.index_fill_(0, self._banned, -math.inf)
         if self._penalties is not None:
             self._penalties.apply(logits)
 
@@ -82,7 +82,7 @@ class _Penalties:
             self._ids = torch.cat([self._ids, torch.zeros_like(self._ids), self._ids.new_zeros(16)])
             self._counts = torch.cat([self._counts, torch.zeros_like(self._counts), self._counts.new_zeros(16)])
         self._ids[self._used] = token_id
-        self._counts[self._used] = 0
+        self._counts[self._used].fill_(0)
         self._used += 1
         ids, counts = self._ids[: self._used], self._counts[: self._used]
         same = ids == token_id

@@ -31,7 +31,7 @@ class DeviceRows:
         parameters = [temperature, params.top_k, params.top_p, params.min_p]
         self._parameters[row] = to_device(parameters, torch.float64, self._device)
         mixed = mix(seed % 2**64)
-        self._seeds[row] = mixed - 2**64 if mixed >= 2**63 else mixed
+        self._seeds[row].fill_(mixed - 2**64 if mixed >= 2**63 else mixed)  # `= number` would wait for the device
 
     def choose(self, logits: Tensor, rows: list[int], positions: list[int]) -> tuple[Tensor, Tensor]:
         """The largest logit and the next token of each row: float32 [S] and int64 [S]."""
