@@ -8,8 +8,8 @@ One command, eight minutes at most, no downloads and no weights. Beside torch an
 which the engine's own vocabulary is written.
 
 Each part is a process of its own that adds to the result file as it goes: a kernel that breaks the device, or hangs,
-ends its part and no other. What is wrong is counted and never stops the run. Exit code: 0, or 1 if a kernel was wrong
-or a part broke, or 2 if there is no GPU that could be measured.
+is named, and another process goes on behind it. What is wrong is counted and never stops the run. Exit code: 0, or 1 if
+a kernel was wrong or a part broke, or 2 if there is no GPU that could be measured.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ import torch
 from bench.gpu.attention_cases import attention_cases
 from bench.gpu.baseline import measure_baseline
 from bench.gpu.engine import EngineBench
-from bench.gpu.kernels import find_bench, try_cases
+from bench.gpu.kernels import CASE_SECONDS, HUNG, find_bench, try_cases
 from bench.gpu.limits import TURNS, Timer, measure_limits, this_card
 from bench.gpu.linear_cases import linear_cases
-from bench.gpu.report import Journal, Report
+from bench.gpu.report import Journal, KernelResult, Report
 from bench.gpu.step_cases import sampler_cases, step_cases
 from bench.gpu.workload import FULL, TRIAL, Workload
 from engine.limits import LEAST_CAPABILITY
@@ -119,10 +119,7 @@ def run_all(options: argparse.Namespace, work: Workload, device: torch.device, p
             journal.skip(part, "no time is left")
             continue
         print(f"\n{part}", flush=True)
-        broke = _run_child(options, part, path, min(left, PARTS[part]))
-        journal = Journal.open(path)
-        if broke is not None:
-            journal.fault(part, broke)
+        journal = _run_processes(options, part, path, time.monotonic() + min(left, PARTS[part]))
     report = journal.report
     report.seconds = time.monotonic() - began
     journal.save()
@@ -134,6 +131,25 @@ def run_all(options: argparse.Namespace, work: Workload, device: torch.device, p
     return report
 
 
+def _run_processes(options: argparse.Namespace, part: str, path: Path, deadline: float) -> Journal:
+    """One part. A kernel that ends its process is one result; the next process goes on with the kernel behind it."""
+    while True:
+        broke = _run_child(options, part, path, deadline - time.monotonic())
+        journal = Journal.open(path)
+        if broke is None:
+            return journal
+        tried = journal.report.trying
+        journal.report.trying = None
+        if part not in CASES or tried is None:
+            journal.fault(tried or part, broke)
+            return journal
+        if tried not in (kernel.name for kernel in journal.report.kernels):
+            journal.kernel(KernelResult(name=tried, fault=broke))
+        if deadline - time.monotonic() < LEAST_SECONDS:
+            journal.skip(f"the rest of {part}", "no time is left")
+            return journal
+
+
 def _run_child(options: argparse.Namespace, part: str, path: Path, seconds: float) -> str | None:
     """What ended it before its time, None if nothing did."""
     command = [sys.executable, "-m", "bench.gpu", "--child", part, "--json", str(path), "--seconds", str(seconds)]
@@ -143,6 +159,8 @@ def _run_child(options: argparse.Namespace, part: str, path: Path, seconds: floa
         code = subprocess.run(command, timeout=seconds + GRACE_SECONDS).returncode
     except subprocess.TimeoutExpired:
         return f"did not end within {seconds + GRACE_SECONDS:.0f} s"
+    if code == HUNG and part in CASES:
+        return f"did not end within {CASE_SECONDS} s"
     return None if code == 0 else f"its process ended with {code}"
 
 
@@ -151,7 +169,7 @@ def run_part(part: str, work: Workload, device: torch.device, journal: Journal, 
     try:
         limits = journal.report.limits
         if part == "limits":
-            journal.limits(measure_limits(device, journal.report.trial))
+            measure_limits(device, journal)
         elif part == "transformers":
             measure_baseline(work, device, journal, left)
         elif limits is None:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 
@@ -44,6 +45,8 @@ GOALS = {
 }
 WARM_UP_GOAL = 10.0
 
+Result = TypeVar("Result")
+
 
 class EngineBench:
     """All figures of one precision, as far as there is time.
@@ -69,39 +72,63 @@ class EngineBench:
         loaded = time.perf_counter()
         self._tell("weights made", loaded - began, "s")
         kinds = modes(subject.config)
-        for self._mode, config in kinds.items():
-            start = time.perf_counter()
-            with torch.inference_mode():  # as `Runner.load` does
-                runner = Runner(config, subject.decoder, subject.size)
-            runner.warm_up()
-            warm = time.perf_counter() - start
-            core = EngineCore(runner, config)
-            if self._mode == "eager":
-                self._tell("warm-up, kernels loaded with it", warm, "s")
-                first_token(core, self._work.prompt)
-                self._tell("cold start, no file read", time.perf_counter() - began, "s")
-            else:
-                self._tell("warm-up, graphs captured in it", warm, "s", goal=WARM_UP_GOAL)
-            fill(runner._cache)
-            last = self._mode == [*kinds][-1]
-            contexts = self._work.contexts if last else self._work.contexts[:1]
-            self._attempt("decode", partial(self._decode, runner, subject, contexts))
-            if last:
-                self._attempt("prefill", partial(self._prefill, runner, subject))
-                self._attempt("requests", partial(self._requests, core, subject))
-            del runner, core
-            release(self._device)
+        made = []
+        for self._mode in kinds:
+            made.append(self._measure(subject, began, whole=self._mode == [*kinds][-1]))
         if len(kinds) == 1:
             self._journal.skip(f"{self._precision} with CUDA graphs", f"there are none on a {self._device.type}")
+        elif made == [True, False]:  # no graphs can be recorded: what was left to them is measured without
+            self._mode = "eager"
+            self._measure(subject, None, whole=True)
         if self._device.type == "cuda":
             self._tell("peak memory", torch.cuda.max_memory_allocated() / 2**30, "GiB")
 
-    def _attempt(self, what: str, work: Callable[[], None]) -> None:
-        """What fails keeps nothing else from being measured."""
+    def _measure(self, subject: Subject, began: float | None, whole: bool) -> bool:
+        """Figures of one mode. False: there is no runner of it.
+
+        Args:
+            began: when the weights were asked for; None = how long a start takes has been told.
+            whole: all figures, else decode of a short context.
+        """
+        runner = self._attempt("warm-up", partial(self._start, subject, began))
+        if runner is not None:
+            fill(runner._cache)
+            contexts = self._work.contexts if whole else self._work.contexts[:1]
+            self._attempt("decode", partial(self._decode, runner, subject, contexts))
+            if whole:
+                self._attempt("prefill", partial(self._prefill, runner, subject))
+                self._attempt("requests", partial(self._requests, runner, subject))
+        made = runner is not None
+        del runner
+        release(self._device)
+        return made
+
+    def _start(self, subject: Subject, began: float | None) -> Runner:
+        config = modes(subject.config)[self._mode]
+        start = time.perf_counter()
+        with torch.inference_mode():  # as `Runner.load` does
+            runner = Runner(config, subject.decoder, subject.size)
+        runner.warm_up()
+        warm = time.perf_counter() - start
+        if self._mode != "eager":
+            self._tell("warm-up, graphs captured in it", warm, "s", goal=WARM_UP_GOAL)
+        elif began is not None:
+            self._tell("warm-up, kernels loaded with it", warm, "s")
+            first_token(EngineCore(runner, config), self._work.prompt)
+            self._tell("cold start, no file read", time.perf_counter() - began, "s")
+        return runner
+
+    def _attempt(self, what: str, work: Callable[[], Result]) -> Result | None:
+        """What fails keeps nothing else from being measured; None where it did."""
+        name = f"{self._precision} {self._mode} {what}"
+        self._journal.begin(name)
         try:
-            work()
+            return work()
         except Exception as error:  # of the engine, or of the device in any way
-            self._journal.fault(f"{self._precision} {self._mode} {what}", error)
+            self._journal.fault(name, error)
+            return None
+        finally:
+            self._journal.end()
 
     def _decode(self, runner: Runner, subject: Subject, contexts: tuple[int, ...]) -> None:
         for context in contexts:
@@ -127,7 +154,8 @@ class EngineBench:
             least = subject.arithmetic.prefill(tokens, chunk).least_seconds(self._limits)
             self._tell(name, tokens / seconds, "tokens/s", tokens / least)
 
-    def _requests(self, core: EngineCore, subject: Subject) -> None:
+    def _requests(self, runner: Runner, subject: Subject) -> None:
+        core = EngineCore(runner, subject.config)
         prompt, new, arithmetic = self._work.prompt, self._work.new, subject.arithmetic
         chunk = core.info.max_batch_tokens
         first = statistics.median(first_token(core, prompt) for _ in range(TURNS))

@@ -7,13 +7,16 @@ interpreter runs them where TRITON_INTERPRET=1 is set, else the CPU's own operat
 
 from __future__ import annotations
 
+import faulthandler
 import math
 import os
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -29,6 +32,8 @@ BF16_TOLERANCE = 2**-6
 ATTENTION_TOLERANCE = 2**-5
 CODES_TOLERANCE = 0.13
 EXACT = 0.0
+CASE_SECONDS = 40  # of one kernel, its reference and all that has to be compiled; more is a kernel that hangs
+HUNG, LOST = 1, 3  # exit codes: faulthandler's own, and that of a process whose device has failed
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,18 +97,40 @@ def find_bench(device: torch.device, workload: Workload) -> Bench:
 def try_cases(
     cases: Iterator[Named], journal: Journal, timer: Timer, limits: CardLimits, left: Callable[[], float]
 ) -> None:
-    """Each in turn, as long as there is time.
+    """Each in turn that has no result yet, as long as there is time.
 
     Raises:
-        RuntimeError: the device itself has failed, so that nothing on it can be trusted any more.
+        SystemExit: the device itself has failed, so that nothing on it can be trusted in this process any more.
     """
+    tried = {kernel.name for kernel in journal.report.kernels}
+    cuda = torch.cuda.is_available()
     for name, make in cases:
+        if name in tried:
+            continue
         if left() <= 0:
             journal.skip(name, "no time is left")
             continue
-        journal.kernel(try_case(name, make, timer, limits))
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # an illegal access ends the process's device for good: raise here
+        journal.begin(name)
+        if cuda:
+            faulthandler.dump_traceback_later(CASE_SECONDS, exit=True)  # a kernel that hangs ends with the process
+        result, lost = try_case(name, make, timer, limits), None
+        if cuda:
+            lost = _lost()
+            faulthandler.cancel_dump_traceback_later()
+        if lost is not None:
+            journal.kernel(msgspec.structs.replace(result, fault=result.fault or lost))
+            raise SystemExit(LOST)
+        journal.kernel(result)
+        journal.end()
+
+
+def _lost() -> str | None:
+    """What has ended this process's device for good, as an illegal access does; waits for all that was launched."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        return last_line(error)
+    return None
 
 
 @torch.inference_mode()
@@ -120,6 +147,7 @@ def try_case(name: str, make: Callable[[], Case], timer: Timer, limits: CardLimi
             return KernelResult(name=name, tolerance=tolerance, fault="the result is not finite")
         seconds = timer.seconds(case.run)
     except Exception as fault:  # a kernel may fail in any way; the others shall be seen nevertheless
+        traceback.print_exception(fault)
         return KernelResult(name=name, tolerance=tolerance, error=error, fault=last_line(fault))
     peak = limits.fp8_flops_per_second if case.fp8 else None
     least = max(case.nbytes / limits.copy_bytes_per_second, case.flops / (peak or limits.matrix_flops_per_second))

@@ -14,10 +14,11 @@ import subprocess
 import time
 from collections.abc import Callable
 
+import msgspec
 import torch
 from torch import Tensor
 
-from bench.gpu.report import Card, CardLimits
+from bench.gpu.report import Card, CardLimits, Journal
 from engine.quant import has_fp8_units
 
 FLUSH_BYTES = 2**28  # an H100 has 50 MB of L2, a B200 126 MB
@@ -51,13 +52,10 @@ class Timer:
         return float(begin.elapsed_time(end)) / 1000  # CUDA tells milliseconds
 
 
-def measure_limits(device: torch.device, trial: bool) -> CardLimits:
-    """Copy, read, and products of square matrices, in the median of several turns.
-
-    Args:
-        trial: on sizes that take a moment.
-    """
-    timer, cuda = Timer(device), device.type == "cuda"
+def measure_limits(device: torch.device, journal: Journal) -> None:
+    """Copy, read, and products of square matrices, in the median of several turns; of a trial on sizes that take a
+    moment. Units of FP8 that cannot be measured are a fault, and the others go without them."""
+    timer, cuda, trial = Timer(device), device.type == "cuda", journal.report.trial
 
     def rate(amount: float, work: Callable[[], object]) -> float:
         work()
@@ -68,12 +66,18 @@ def measure_limits(device: torch.device, trial: bool) -> CardLimits:
     target = torch.empty_like(source)
     left, right = (torch.randn(width, width, device=device, dtype=_matrix_type(cuda)) for _ in range(2))
     flops = 2.0 * width**3
-    return CardLimits(
+    limits = CardLimits(
         copy_bytes_per_second=rate(2 * size, lambda: target.copy_(source)),
         read_bytes_per_second=rate(size, lambda: source.view(torch.float32).sum()),
         matrix_flops_per_second=rate(flops, lambda: left @ right),
-        fp8_flops_per_second=rate(flops, _fp8_product(left, right)) if has_fp8_units(device) else None,
+        fp8_flops_per_second=None,
     )
+    try:
+        if has_fp8_units(device):
+            limits = msgspec.structs.replace(limits, fp8_flops_per_second=rate(flops, _fp8_product(left, right)))
+    except Exception as error:  # of torch's own product, in any version
+        journal.fault("limits of FP8", error)
+    journal.limits(limits)
 
 
 def _fp8_product(left: Tensor, right: Tensor) -> Callable[[], Tensor]:

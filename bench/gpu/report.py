@@ -14,6 +14,8 @@ import msgspec
 from bench.measure import Limits, write_result
 
 SCHEMA = 1
+_ROOT = Path(__file__).resolve().parents[2]
+_OURS = tuple(f"{_ROOT / room}/" for room in ("engine", "bench"))
 
 
 class Card(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,7 +60,9 @@ class KernelResult(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def passed(self) -> bool:
-        return self.error is not None and self.tolerance is not None and self.error <= self.tolerance
+        if self.fault is not None or self.error is None or self.tolerance is None:
+            return False
+        return self.error <= self.tolerance
 
 
 class Figure(msgspec.Struct, frozen=True, kw_only=True):
@@ -101,6 +105,7 @@ class Report(msgspec.Struct, kw_only=True):
     figures: list[Figure] = []
     skipped: list[Note] = []
     faults: list[Note] = []
+    trying: str | None = None  # what a part's process has in hand, or had when it ended
 
     @property
     def failures(self) -> int:
@@ -127,6 +132,15 @@ class Journal:
         units = "no units" if fp8 is None else _rate(fp8, "FLOP/s")
         self._tell(f"the card's own limits: copy {copy}, read {read}, matrices {matrix}, in FP8 {units}")
 
+    def begin(self, name: str) -> None:
+        """If this process ends before `end`, this has done it."""
+        self.report.trying = name
+        self.save()
+
+    def end(self) -> None:
+        self.report.trying = None
+        self.save()
+
     def kernel(self, result: KernelResult) -> None:
         self.report.kernels.append(result)
         self._tell(kernel_line(result))
@@ -141,6 +155,8 @@ class Journal:
 
     def fault(self, part: str, error: BaseException | str) -> None:
         text = error if isinstance(error, str) else last_line(error)
+        if isinstance(error, BaseException):
+            traceback.print_exception(error)
         self.report.faults.append(Note(part=part, text=text))
         self._tell(f"{part}: FAULT {text}")
 
@@ -156,10 +172,12 @@ class Journal:
 
 
 def last_line(error: BaseException) -> str:
-    """What it is, and the line of code it came from."""
+    """What it is, the line of code it came from, and where that is not ours, the line of ours that led there."""
     said = traceback.format_exception_only(error)[-1].strip()
     frames = traceback.extract_tb(error.__traceback__)
-    return f"{said} ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else said
+    ours = [frame for frame in frames if frame.filename.startswith(_OURS)]
+    places = dict.fromkeys(f"{Path(frame.filename).name}:{frame.lineno}" for frame in (*frames[-1:], *ours[-1:]))
+    return f"{said} ({' < '.join(places)})" if places else said
 
 
 def kernel_line(result: KernelResult) -> str:

@@ -13,14 +13,18 @@ import torch
 from torch import Tensor
 
 from bench.gpu import __main__ as program
-from bench.gpu.kernels import Bench, largest_error
-from bench.gpu.report import CardLimits, Journal, Report
+from bench.gpu import engine as engine_bench
+from bench.gpu import limits as card_limits
+from bench.gpu.engine import EngineBench
+from bench.gpu.kernels import CASE_SECONDS, HUNG, LOST, Bench, largest_error
+from bench.gpu.report import CardLimits, Journal, KernelResult, Report
 from bench.gpu.roofline import Arithmetic
 from bench.gpu.subject import KV_PRECISION, build
 from bench.gpu.workload import FULL, TRIAL
 from engine.memory import vector_parameters, weight_bytes
 from engine.ops.interface import Activations, Rounding
 from engine.ops.reference import ReferenceOps
+from engine.runner import Runner
 from engine.schemes import SCHEMES
 
 CPU = torch.device("cpu")
@@ -147,6 +151,88 @@ def test_a_part_that_ends_its_process_is_a_fault_and_the_next_one_runs(
     (fault,) = read(path).faults
     assert fault.part == "attention"
     assert ("-11" if ending == "crash" else "did not end within") in fault.text
+
+
+@pytest.mark.parametrize("ending", ["crash", "lost device", "hang"])
+def test_a_kernel_that_ends_its_process_is_named_and_those_behind_it_are_tried(
+    ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes = {"crash": -11, "lost device": LOST, "hang": HUNG}
+
+    def run(command: list[str], timeout: float) -> subprocess.CompletedProcess[bytes]:
+        if "attention" not in command:
+            return subprocess.CompletedProcess(command, 0)
+        journal = Journal.open(path)
+        for name in ("first", "second", "third"):
+            if name in [kernel.name for kernel in journal.report.kernels]:
+                continue
+            journal.begin(name)
+            if name == "second" and ending != "lost device":
+                return subprocess.CompletedProcess(command, codes[ending])
+            journal.kernel(
+                KernelResult(name=name, error=0.0, tolerance=0.0, fault="lost" if name == "second" else None)
+            )
+            if name == "second":
+                return subprocess.CompletedProcess(command, codes[ending])
+            journal.end()
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    path = tmp_path / "gpu.json"
+    assert program.main(["--trial", "--parts", "attention", "--json", str(path)]) == 1
+    report = read(path)
+    assert [(kernel.name, kernel.passed) for kernel in report.kernels] == [
+        ("first", True),
+        ("second", False),
+        ("third", True),
+    ]
+    said = {
+        "crash": "its process ended with -11",
+        "lost device": "lost",
+        "hang": f"did not end within {CASE_SECONDS} s",
+    }
+    assert report.kernels[1].fault == said[ending]
+    assert (report.faults, report.trying) == ([], None)
+
+
+def test_a_kernel_that_breaks_while_it_is_timed_is_not_right() -> None:
+    assert not KernelResult(name="", error=0.0, tolerance=0.1, fault="broke when it was timed").passed
+
+
+def test_without_its_own_fp8_product_the_card_has_limits_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("no kernel for this layout")
+
+    monkeypatch.setattr(card_limits, "has_fp8_units", lambda device: True)
+    monkeypatch.setattr(card_limits, "_fp8_product", broken)
+    report = run_part("limits", tmp_path / "gpu.json")
+    assert report.limits is not None
+    assert report.limits.fp8_flops_per_second is None
+    [fault] = report.faults
+    assert fault.part == "limits of FP8"
+    assert "no kernel for this layout (test_gpu.py:" in fault.text
+    assert "< limits.py:" in fault.text
+
+
+def test_where_graphs_cannot_be_recorded_the_rest_is_measured_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(bench: EngineBench, *arguments: Any) -> Runner:
+        if bench._mode == "graphs":
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return begin(bench, *arguments)
+
+    begin, done = EngineBench._start, []
+    monkeypatch.setattr(EngineBench, "_start", start)
+    monkeypatch.setattr(engine_bench, "modes", lambda config: {"eager": config, "graphs": config})
+    for what in ("_decode", "_prefill", "_requests"):
+        monkeypatch.setattr(EngineBench, what, lambda bench, *_, what=what: done.append((bench._mode, what)))
+    report = run_part("bf16", tmp_path / "gpu.json")
+    [fault] = report.faults
+    assert fault.part == "bf16 graphs warm-up"
+    assert done == [("eager", what) for what in ("_decode", "_decode", "_prefill", "_requests")]
 
 
 def test_what_has_no_time_left_is_skipped(tmp_path: Path) -> None:
