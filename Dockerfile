@@ -82,9 +82,10 @@ FROM runtime AS server-cpu
 COPY --from=build-cpu /opt/nemoserve /opt/nemoserve
 
 FROM runtime AS server
-# read by NVIDIA's container runtime
+# read by NVIDIA's container runtime; the driver's libraries are in these folders where a device plugin mounts them (GKE)
 ENV NVIDIA_VISIBLE_DEVICES=all \
-    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility \
+    LD_LIBRARY_PATH=/usr/local/nvidia/lib:/usr/local/nvidia/lib64
 COPY --from=build-gpu /opt/nemoserve /opt/nemoserve
 
 FROM ${PYTHON_IMAGE} AS autoscaler

@@ -6,10 +6,11 @@ import copy
 
 import pytest
 
-from helm.chart import Object, objects, of_kind, render
+from helm.chart import Object, RenderError, objects, of_kind, render
 from helm.tools import HELMS
 from tests.helm.conftest import SETS, one, pod_specs, rendered, server, workload
 
+INJECT = "sidecar.istio.io/inject"
 BY_RESTRICTED = ("emptyDir", "configMap", "secret", "persistentVolumeClaim")
 
 
@@ -116,6 +117,30 @@ def test_the_collector_can_be_reached(collector: str) -> None:
     found = objects(render(HELMS[-1], None, "--set", f"tracing.otlpEndpoint={collector}"))
     ports = [port["port"] for rule in one(found, "NetworkPolicy")["spec"]["egress"] for port in rule["ports"]]
     assert ports[-1] == (14317 if "14317" in collector else 4317)
+
+
+def test_what_a_clusters_rules_ask_for_reaches_every_pod() -> None:
+    """Admission refuses pods without labels, a quota those without limits; the Job fetches over the same proxy."""
+    found = rendered("platform")
+    assert all(each["metadata"]["labels"].items() >= {"team": "search"}.items() for each in found)
+    pods = [each["spec"]["template"] for each in found if "template" in each.get("spec", {})] + of_kind(found, "Pod")
+    assert len(pods) == 4
+    for pod in pods:
+        [container] = pod["spec"]["containers"]
+        assert pod["metadata"]["labels"]["team"] == "search"
+        assert container["resources"]["limits"].keys() >= {"cpu", "memory"}
+        assert ("HTTPS_PROXY" in str(container)) == any(each["name"] == "authority" for each in pod["spec"]["volumes"])
+    injected = {pod["spec"]["containers"][0]["name"]: pod["metadata"]["labels"].get(INJECT) for pod in pods}
+    assert injected == {"server": "true", "autoscaler": None, "pull": "false", "ask": "false"}
+    for policy in of_kind(found, "NetworkPolicy"):
+        assert policy["spec"]["egress"][-1] == {"ports": [{"port": 15012, "protocol": "TCP"}]}
+
+
+@pytest.mark.parametrize("label", ["app.kubernetes.io/name", "nemoserve.dev/serves"])
+@pytest.mark.parametrize("place", ["commonLabels", "podLabels", "service.labels"])
+def test_labels_by_which_pods_are_chosen_are_not_given_away(place: str, label: str) -> None:
+    with pytest.raises(RenderError, match=place.partition(".")[0]):
+        render("helm3", None, "--set", f"{place}.{label.replace('.', chr(92) + '.')}=mine")
 
 
 @pytest.mark.parametrize("name", SETS)

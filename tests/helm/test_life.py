@@ -160,6 +160,7 @@ def test_what_the_config_says_rolls_the_pods() -> None:
 SCALERS = {
     "autoscaling": "QueueAutoscaler",
     "autoscaling-volumes": "QueueAutoscaler",
+    "platform": "QueueAutoscaler",
     "scale-to-zero": "QueueAutoscaler",
     "hpa": "HorizontalPodAutoscaler",
     "keda": "ScaledObject",

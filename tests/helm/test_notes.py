@@ -56,6 +56,7 @@ def test_what_is_easily_overlooked_is_told() -> None:
     assert "Nobody is asked for a key" not in notes("keys-tls")
     assert "networkPolicy.from" in notes("pod-monitor")
     assert "networkPolicy.from" not in notes("monitoring")
+    assert "networkPolicy.from" in notes("default", "--set=service.type=NodePort,security.allowAnonymous=true")
 
 
 def test_who_has_the_operator_is_told_what_to_look_at() -> None:

@@ -91,7 +91,7 @@ def test_ports_are_those_that_the_definition_takes_for_granted() -> None:
 def test_helm_brings_the_definition_where_autoscaling_is_on_and_nobody_says_otherwise(name: str) -> None:
     """As it would on install; it is never part of the release, which an uninstall deletes."""
     found = of_kind(objects(render(HELMS[-1], SETS[name], "--include-crds")), "CustomResourceDefinition")
-    assert len(found) == (name in ("autoscaling", "autoscaling-volumes", "scale-to-zero", "hpa", "keda"))
+    assert len(found) == (name in (*QUEUE, "hpa", "keda"))
     assert of_kind(rendered(name), "CustomResourceDefinition") == []
 
 
@@ -181,7 +181,8 @@ def test_services_choose_by_the_label_where_the_operator_may_take_it(name: str) 
 def test_it_is_no_server_until_it_says_so(name: str) -> None:
     found = rendered(name)
     labels = operator(found)["spec"]["template"]["metadata"]["labels"]
-    assert labels == operator(found)["spec"]["selector"]["matchLabels"]
+    assert labels.items() >= operator(found)["spec"]["selector"]["matchLabels"].items()
+    assert "nemoserve.dev/serves" not in labels
     assert labels[COMPONENT] == "autoscaler"
     for each in (*of_kind(found, "NetworkPolicy"), *of_kind(found, "PodDisruptionBudget")):
         selector = (each["spec"].get("selector") or each["spec"]["podSelector"])["matchLabels"]
@@ -204,7 +205,7 @@ def test_it_reaches_servers_and_the_api_server_and_nobody_else(name: str) -> Non
     found = rendered(name)
     egress = one(found, "NetworkPolicy", OPERATOR)["spec"]["egress"]
     anywhere = [port["port"] for rule in egress if "to" not in rule for port in rule["ports"]]
-    assert anywhere == [53, 53, 443, 6443]
+    assert anywhere == [53, 53, 443, 6443, *([15012] if name == "platform" else [])]  # the last is its own rule
     [servers] = [rule for rule in egress if "to" in rule]
     assert servers["to"] == [{"podSelector": workload(found)["spec"]["selector"]}]
     assert {port["port"] for port in servers["ports"]} == {port["name"] for port in server(found)["ports"]}

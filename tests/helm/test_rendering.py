@@ -93,7 +93,7 @@ def immutable(found: list[Object]) -> dict[str, object]:
 
 @pytest.mark.parametrize("name", ["default", "h100", "volume-per-server", "autoscaling"])
 def test_an_upgrade_changes_nothing_that_cannot_be_changed(name: str, tmp_path: Path) -> None:
-    """Of chart, image and model; a Job that would change is another Job."""
+    """Of chart, image, model and labels; a Job that would change is another Job."""
     later = tmp_path / "nemoserve"
     for path in CHART.rglob("*"):
         if path.is_file():
@@ -101,7 +101,7 @@ def test_an_upgrade_changes_nothing_that_cannot_be_changed(name: str, tmp_path: 
             (later / path.relative_to(CHART)).write_bytes(path.read_bytes())
     about = later / "Chart.yaml"
     about.write_text(about.read_text().replace("ersion: 0.1.0", "ersion: 0.2.0"))
-    change = ("--set", "model.name=mistral-7b-instruct-v0.3,replicaCount=3,settings.max_batch_size=16")
+    change = ("--set", "model.name=mistral-7b-instruct-v0.3,replicaCount=3,settings.max_batch_size=16,commonLabels.a=b")
     old, new = rendered(name), objects(render(HELMS[-1], SETS[name], *change, chart=later))
     assert ":0.2.0" in str(new)
     before, after = immutable(old), immutable(new)

@@ -42,11 +42,26 @@ nemoserve.dev/serves: {{ include "nemoserve.fullname" . }}
 {{- end -}}
 
 {{- define "nemoserve.labels" -}}
+{{ include "nemoserve.labelsWith" (list . dict) }}
+{{- end -}}
+
+{{- /* Those of an object that has some of its own. */ -}}
+{{- define "nemoserve.labelsWith" -}}
+{{- with index . 0 -}}
 {{ include "nemoserve.releaseLabels" . }}
 app.kubernetes.io/part-of: nemoserve
 app.kubernetes.io/managed-by: {{ .Release.Service }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
+{{- end }}
+{{- with include "nemoserve.furtherLabels" . }}
+{{ . }}
+{{- end }}
+{{- end -}}
+
+{{- /* Those that are not ours: of this object or pod, and of all. */ -}}
+{{- define "nemoserve.furtherLabels" -}}
+{{- with merge dict (index . 1) (index . 0).Values.commonLabels }}{{ toYaml . }}{{ end -}}
 {{- end -}}
 
 {{- define "nemoserve.serviceAccountName" -}}

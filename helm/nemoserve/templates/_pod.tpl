@@ -5,8 +5,8 @@ metadata:
   labels:
     {{- include "nemoserve.selectorLabels" . | nindent 4 }}
     {{- include "nemoserve.servesLabel" . | nindent 4 }}
-    {{- with .Values.podLabels }}
-    {{- toYaml . | nindent 4 }}
+    {{- with include "nemoserve.furtherLabels" (list . .Values.podLabels) }}
+    {{- . | nindent 4 }}
     {{- end }}
   annotations:
     kubectl.kubernetes.io/default-container: server
@@ -90,9 +90,6 @@ spec:
           subPath: {{ . }}
           {{- end }}
         {{- end }}
-        {{- with .Values.extraVolumeMounts }}
-        {{- toYaml . | nindent 8 }}
-        {{- end }}
   volumes:
     - name: config
       configMap:
@@ -120,9 +117,6 @@ spec:
       persistentVolumeClaim:
         claimName: {{ . }}
         readOnly: true
-    {{- end }}
-    {{- with .Values.extraVolumes }}
-    {{- toYaml . | nindent 4 }}
     {{- end }}
 {{- end -}}
 
@@ -190,6 +184,9 @@ affinity:
 - {name: model-store, mountPath: /model-store}
 - {name: home, mountPath: /home/nemoserve}
 - {name: tmp, mountPath: /tmp}
+{{- with .Values.extraVolumeMounts }}
+{{ toYaml . }}
+{{- end }}
 {{- end -}}
 
 {{- define "nemoserve.storeVolumes" -}}
@@ -209,6 +206,9 @@ affinity:
   emptyDir: {}
 - name: tmp
   emptyDir: {}
+{{- with .Values.extraVolumes }}
+{{ toYaml . }}
+{{- end }}
 {{- end -}}
 
 {{- /* kubelet's gRPC probe speaks no TLS. */ -}}
