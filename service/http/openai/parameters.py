@@ -55,6 +55,13 @@ UNSERVED: dict[str, tuple[tuple[object, ...], str]] = {
     "bad_words": (([],), "use `logit_bias`"),
     "mm_processor_kwargs": (({},), "the model reads text alone"),
 }
+NVEXT = frozenset(
+    {
+        *("guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+        *("ignore_eos", "repetition_penalty", "top_k"),
+    }
+)
+"""What clients of NIM 1.x and of Dynamo may put into `nvext`: the same names as at top level."""
 MAX_TIMEOUT_SECONDS = 86400.0
 T = TypeVar("T", bound="GenerationBody")
 
@@ -136,12 +143,28 @@ async def read_parameters(request: Request, kind: type[T], max_bytes: int) -> T:
     """
     data = await read_bytes(request, max_bytes)
     known = kind.__struct_encode_fields__
-    for name, value in decode(data, dict[str, msgspec.Raw]).items():
+    fields = decode(data, dict[str, msgspec.Raw])
+    if "nvext" in fields:
+        fields = _without_nvext(fields)
+        data = msgspec.json.encode(fields)
+    for name, value in fields.items():
         if name in UNSERVED and name not in known:
             _refuse_unserved(name, value)
         elif name not in known and name not in IGNORED:
             raise invalid(name[:64], f"is not a known parameter{meant(name, known)}")
     return decode(data, kind)
+
+
+def _without_nvext(fields: dict[str, msgspec.Raw]) -> dict[str, msgspec.Raw]:
+    """What stood in `nvext`, at top level."""
+    extension = bytes(fields.pop("nvext"))
+    inner = {} if extension == b"null" else decode(extension, dict[str, msgspec.Raw], "nvext")
+    for name in inner:
+        if name not in NVEXT:
+            raise invalid(f"nvext.{name[:64]}", f"is not a known parameter{meant(name, NVEXT)}")
+        if name in fields:
+            raise invalid(f"nvext.{name}", f"stands at top level too, as {name}")
+    return fields | inner
 
 
 def _refuse_unserved(name: str, value: msgspec.Raw) -> None:
