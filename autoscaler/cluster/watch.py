@@ -19,13 +19,14 @@ log = logging.getLogger(__name__)
 RELIST_SECONDS = 300.0  # a list finds what a watch may have lost
 FIRST_PAUSE = 0.25
 LONGEST_PAUSE = 30.0
+LONGEST_ASKED = 60.0  # that a server may ask to wait: a proxy's word of an hour is not followed for so long
 
 
 def pause(failures: int, retry_after: float | None = None) -> float:
     """Seconds before the next try after so many failures in a row: doubled each time, with jitter so that those who
-    failed together do not come back together; and no less than the server asks for."""
+    failed together do not come back together; and no less than the server asks for, within reason."""
     seconds = min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(failures - 1, 20))
-    return max(retry_after or 0.0, seconds) * random.uniform(1.0, 1.5)
+    return max(min(retry_after or 0.0, LONGEST_ASKED), seconds) * random.uniform(1.0, 1.5)
 
 
 class Follower:

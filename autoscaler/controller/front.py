@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from autoscaler.activator.hold import Room
 from autoscaler.activator.replica import Replica as Taker
 from autoscaler.cluster.face import PODS, Cluster, ClusterError
-from autoscaler.cluster.objects import Pod, items
+from autoscaler.cluster.objects import items, pod
 from autoscaler.controller.drain import SERVES, Plan, Scene
 from autoscaler.controller.victims import SERVING
 from autoscaler.fleet import Phase, Replica
@@ -70,19 +70,30 @@ class Cover:
 
     def serve(self, spec: Spec, scene: Scene, staying: Sequence[Replica] = ()) -> None:
         """What is held, and what comes here still, goes to those that stay, else to those that drain."""
-        takers = staying or _answering(scene)
-        self._front.room.serve([_taker(each, scene.pods[each.name], spec) for each in takers])
-        if not takers:
-            self._tell_progress(scene.replicas)
+        self._hand_to(_takers(staying or _answering(scene), spec, scene), scene)
+
+    async def pass_on(self, spec: Spec, scene: Scene) -> None:
+        """By a process that does not lead: what it holds goes to replicas, else to the process that stands in for them,
+        which sees it then and has one started. Raises ClusterError."""
+        self._hand_to(_takers(_answering(scene), spec, scene) or await self._standing(spec), scene)
+
+    async def _standing(self, spec: Spec) -> list[Taker]:
+        listed = items(await self._cluster.list(PODS, f"{STANDS_IN}={spec.target.name}"))
+        return [
+            Taker(each.name, each.ip, spec.grpc_port, spec.metrics_port)
+            for each in map(pod, listed)
+            if each.name != self._front.pod_name and each.ip is not None and each.ready_since is not None
+        ]
 
     async def end(self) -> None:
         """The resource is gone. Raises ClusterError."""
         self._front.room.serve(())
         await self._label(None)
 
-    def _tell_progress(self, replicas: Sequence[Replica]) -> None:
-        coming = [each for phase in reversed(WORDS) for each in replicas if each.phase is phase]
-        if coming:
+    def _hand_to(self, takers: Sequence[Taker], scene: Scene) -> None:
+        self._front.room.serve(takers)
+        coming = [each for phase in reversed(WORDS) for each in scene.replicas if each.phase is phase]
+        if coming and not takers:
             self._front.room.progress(WORDS[coming[0].phase], eta=coming[0].eta_seconds)
 
     async def _label(self, workload: str | None) -> None:
@@ -112,18 +123,22 @@ class Cover:
 
 def _answering(scene: Scene) -> list[Replica]:
     """Those that serve, and answer their kubelet or did answer us just now: who answers nobody gets nothing more."""
+
+    def answers(replica: Replica) -> bool:
+        its = scene.pods[replica.name]
+        return its.ip is not None and (its.ready_since is not None or replica.observed_at >= scene.at)
+
+    return [each for each in scene.replicas if each.phase in SERVING and answers(each)]
+
+
+def _takers(replicas: Sequence[Replica], spec: Spec, scene: Scene) -> list[Taker]:
     return [
-        each
-        for each in scene.replicas
-        if each.phase in SERVING and (scene.pods[each.name].ready_since is not None or each.observed_at >= scene.at)
+        Taker(
+            name=each.name,
+            host=scene.pods[each.name].ip or "",
+            grpc_port=spec.grpc_port,
+            http_port=spec.metrics_port,
+            capacity=each.load.capacity if each.load is not None else 0,
+        )
+        for each in replicas
     ]
-
-
-def _taker(replica: Replica, pod: Pod, spec: Spec) -> Taker:
-    return Taker(
-        name=replica.name,
-        host=pod.ip or "",
-        grpc_port=spec.grpc_port,
-        http_port=spec.metrics_port,
-        capacity=replica.load.capacity if replica.load is not None else 0,
-    )

@@ -233,14 +233,14 @@ class Reconciler:
             await self._hands.give_back([pod(each) for each in pods], self._target)
 
     async def hand_over(self) -> None:
-        """What is held by this process goes to replicas, though another process leads. Nothing is written.
+        """What is held by this process goes to replicas, or to the process that leads. Nothing is written.
 
         Raises:
             GoneError, InvalidSpecError, ValueError, ClusterError
         """
         if self._cover is not None:
             spec = read_spec(await self._resource())
-            self._cover.serve(spec, await self._see(spec, self._policy_for(spec)))
+            await self._cover.pass_on(spec, await self._see(spec, self._policy_for(spec)))
 
 
 def _as_marked(replica: Replica, draining: Collection[str], going: Collection[str]) -> Replica:

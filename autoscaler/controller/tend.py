@@ -148,7 +148,7 @@ class Tender:
 
 
 async def hand_over(front: Front, reconciler: Reconciler, clock: Clock) -> None:
-    """While another process leads: requests that came here when this one did still get to a replica."""
+    """While another process leads: requests that came here all the same still get to a replica."""
     while True:
         await clock.wait(front.room.wake, HAND_OVER_SECONDS)
         front.room.wake.clear()

@@ -201,14 +201,25 @@ def test_it_holds_requests_at_the_ports_that_services_lead_to(name: str) -> None
 
 
 @pytest.mark.parametrize("name", QUEUE)
-def test_it_reaches_servers_and_the_api_server_and_nobody_else(name: str) -> None:
+def test_it_reaches_servers_and_the_api_server_and_at_zero_the_one_that_leads(name: str) -> None:
     found = rendered(name)
     egress = one(found, "NetworkPolicy", OPERATOR)["spec"]["egress"]
     anywhere = [port["port"] for rule in egress if "to" not in rule for port in rule["ports"]]
     assert anywhere == [53, 53, 443, 6443, *([15012] if name == "platform" else [])]  # the last is its own rule
     [servers] = [rule for rule in egress if "to" in rule]
-    assert servers["to"] == [{"podSelector": workload(found)["spec"]["selector"]}]
+    selectors = [workload(found)["spec"]["selector"]]
+    if name == "scale-to-zero":  # what a process holds that does not lead it passes on
+        selectors.append(operator(found)["spec"]["selector"])
+    assert servers["to"] == [{"podSelector": selector} for selector in selectors]
     assert {port["port"] for port in servers["ports"]} == {port["name"] for port in server(found)["ports"]}
+
+
+def test_at_zero_it_takes_its_own_whomever_else_it_takes() -> None:
+    others = "networkPolicy.from[0].namespaceSelector.matchLabels.team=ingress"
+    found = objects(render(HELMS[-1], SETS["scale-to-zero"], "--set", others))
+    [rule] = one(found, "NetworkPolicy", OPERATOR)["spec"]["ingress"]
+    team = {"namespaceSelector": {"matchLabels": {"team": "ingress"}}}
+    assert rule["from"] == [team, {"podSelector": operator(found)["spec"]["selector"]}]
 
 
 def test_servers_take_it_whomever_else_they_take() -> None:

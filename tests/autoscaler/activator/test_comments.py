@@ -13,7 +13,7 @@ import pytest
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from autoscaler.activator import HoldLimits
+from autoscaler.activator import HoldLimits, Replica
 from autoscaler.activator.http_request import GENERATION as STREAMS
 from tests.autoscaler.activator.scene import FakeReplica, Scene, http_scene, until
 
@@ -55,6 +55,23 @@ async def test_a_held_stream_begins_with_how_far_the_replica_is(path: str) -> No
             assert await anext(parts) == b": starting a replica, loading the model\n\n"
             async with here.replica(route=streams):
                 assert b"".join([each async for each in parts]).endswith(b"data: [DONE]\n\n")
+
+
+async def test_a_stream_that_is_passed_on_to_another_process_shows_what_that_one_says() -> None:
+    async with http_scene(SOON) as leads, http_scene(SOON) as passes:
+        leads.room.progress("pulling the image")
+        port = int(leads.http_address.rpartition(":")[2])
+        passes.room.serve([Replica("leads", "127.0.0.1", http_port=port)])
+        chunks = passes.start(chat(official(passes)))
+        await leads.held(1)
+        async with passes.http.stream("POST", STREAMS[0], json={"stream": True}) as response:
+            said = b""
+            parts = response.aiter_raw()
+            while b"pulling the image" not in said:
+                said += await anext(parts)
+            async with leads.replica(route=streams):
+                assert b"".join([each async for each in parts]).endswith(b"data: [DONE]\n\n")
+                assert [each.choices[0].delta.content async for each in await chunks] == ["Hi"]
 
 
 async def test_whatever_is_no_stream_waits_for_its_own_status() -> None:

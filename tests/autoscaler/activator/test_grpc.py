@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 import pytest
 
-from autoscaler.activator import HoldLimits
+from autoscaler.activator import HoldLimits, Replica
 from tests.autoscaler.activator.scene import METHOD, FakeReplica, error_of, grpc_scene, hints, until
 
 
@@ -22,6 +22,18 @@ async def test_an_rpc_is_held_until_there_is_a_replica_and_then_answered() -> No
             assert await answer == [b"r0:Hi"]
         assert replica.calls == [METHOD]
         assert here.room.outcomes == {"answered": 1}
+
+
+async def test_one_process_that_holds_passes_on_to_another_which_wakes_the_replica() -> None:
+    async with grpc_scene() as leads, grpc_scene() as passes:
+        port = int(leads.grpc_address.rpartition(":")[2])
+        answer = passes.start(passes.call(b"Hi"))
+        await passes.held(1)
+        passes.room.serve([Replica("leads", "127.0.0.1", port)])
+        await leads.held(1)
+        assert leads.room.wake.is_set()
+        async with leads.replica():
+            assert await answer == [b"r0:Hi"]
 
 
 async def test_the_second_request_wakes_nobody_again() -> None:

@@ -194,6 +194,15 @@ class Scene:
         resource = self.api.machinery.resource(kind.group, kind.plural)
         self.api.machinery.update(resource, "default", name, alter)
 
+    def report_ready(self, pod_name: str, ip: str) -> None:
+        """Of a pod that no node of this cluster runs, as those of the operator."""
+        pods = self.api.machinery.resource("", "pods")
+        found = self.api.store.find(pods, "default", pod_name)
+        assert found is not None
+        conditions = [{"type": "Ready", "status": "True", "lastTransitionTime": "2025-11-26T08:00:00Z"}]
+        status = {"phase": "Running", "podIP": ip, "conditions": conditions}
+        self.api.store.put(pods, found | {"status": status, "spec": found["spec"] | {"nodeName": "node-0"}})
+
     def label_pod(self, pod_name: str, labels: dict[str, str | None]) -> None:
         def alter(old: Json) -> Json:
             merged = old["metadata"]["labels"] | labels

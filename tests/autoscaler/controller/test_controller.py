@@ -237,6 +237,15 @@ async def test_who_is_asked_to_wait_waits(stage: Stage) -> None:
     assert stage.a.api_errors(429) == 1
 
 
+async def test_who_is_asked_to_wait_for_an_hour_waits_for_a_minute_or_so(stage: Stage) -> None:
+    await stage.lead_by_a()
+    stage.api.faults.append(Fault(verb="get", path="/deployments/nemo/scale", code=503, retry_after=3600))
+    await stage.turn_until(lambda: stage.a.looks("error") == 1)
+    looks, began = stage.a.looks(), stage.clock.time.now
+    await stage.turn_until(lambda: stage.a.looks() > looks)
+    assert 60 <= stage.clock.time.now - began <= 91
+
+
 async def test_errors_are_tried_again_ever_more_slowly_until_they_are_over(stage: Stage) -> None:
     await stage.lead_by_a()
     fault = Fault(verb="get", path="/queueautoscalers/nemo", code=500, times=None)

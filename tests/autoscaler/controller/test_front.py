@@ -140,6 +140,30 @@ async def test_a_process_that_leads_no_more_hands_over_what_it_holds_and_writes_
     assert len(zero.api.writes()) == writes
 
 
+async def test_a_process_that_does_not_lead_passes_what_it_holds_on_to_the_one_that_stands_in(zero: Scene) -> None:
+    """Else nobody would start a replica for it, as who leads sees no more than what it holds itself."""
+    zero.word.desired = 0
+    for _ in range(3):
+        await zero.look()
+    zero.api.apply(operator_pod("operator-1"))
+    zero.report_ready("operator-1", "10.0.0.9")
+    writes = len(zero.api.writes())
+    other = Front(NAME, "operator-1", Room())
+    zero.front = other
+    request = await hold(zero)
+    bystander = asyncio.create_task(hand_over(other, zero.successor(), zero.clock))
+    for _ in range(3):
+        zero.clock.turn(5)
+        await zero.clock.settle()
+    assert not request.done()  # who stands in is not an endpoint yet
+    zero.report_ready(OPERATOR, "10.0.0.8")
+    await zero.clock.turn_until(request.done)
+    bystander.cancel()
+    assert await request == OPERATOR
+    assert [each.host for each in other.room.replicas] == ["10.0.0.8"]
+    assert len(zero.api.writes()) == writes
+
+
 async def test_this_process_stands_in_no_more_when_the_resource_is_gone(zero: Scene) -> None:
     zero.word.desired = 0
     await zero.look()
