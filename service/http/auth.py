@@ -1,7 +1,8 @@
 """Lets requests in: who calls is found out from headers and client certificate, and stands in CALLER from there on.
 
 What a route needs is asked of the route itself, found as the router finds it: whatever spelling of a path a router
-takes for a route, there is no other that gets past this door.
+takes for a route, there is no other that gets past this door. Who is refused here has asked for that route as well:
+metrics and log name it.
 """
 
 from __future__ import annotations
@@ -35,15 +36,17 @@ class Authenticate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
+        level = self._level(scope)
         self._access.check_origin(next((value for name, value in headers if name == "origin"), None))
         certificate: str | None = scope.get("state", {}).get(CERTIFICATE)
-        CALLER.set(self._access.admit(self._level(scope), headers, lambda: certificate))
+        CALLER.set(self._access.admit(level, headers, lambda: certificate))
         await self._app(scope, receive, send)
 
     def _level(self, scope: Scope) -> Level:
         """Of the route that answers; if there is none, who has no key need not know that."""
         for route in self._routes:
             if route.matches(scope)[0] is Match.FULL:
+                scope["route"] = route
                 method = "GET" if scope["method"] == "HEAD" else scope["method"]
                 return self._access.level_of_route(f"{method} {getattr(route, 'path', '')}")
         return Level.TENANT

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,9 +16,13 @@ from opentelemetry.trace import StatusCode
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route, Router
+from starlette.types import ASGIApp
 
 from engine import EngineStats
+from service.http.app import create_app
 from service.http.observe import Observe, metrics_routes
+from service.security.access import Access
+from service.security.keys import KeysFile
 from service.telemetry import orca
 from service.telemetry.calls import CALL
 from service.telemetry.export import Export
@@ -41,7 +46,7 @@ class Web:
     host: FakeHost
     telemetry: Telemetry
     exporter: InMemorySpanExporter
-    app: Observe
+    app: ASGIApp
 
     async def ask(self, path: str, method: str = "GET", headers: Mapping[str, str] | None = None) -> Answer:
         answer = Answer()
@@ -105,6 +110,17 @@ async def test_scrapers_get_metrics_under_both_names_in_the_format_that_they_ask
     answer = await web.ask("/metrics", headers={"accept": "application/openmetrics-text;version=1.0.0"})
     assert answer.headers["content-type"].startswith("application/openmetrics-text; version=1.0.0")
     assert answer.body.endswith(b"# EOF\n")
+
+
+async def test_who_is_refused_at_the_door_has_asked_for_a_route_all_the_same(tmp_path: Path) -> None:
+    file, host = tmp_path / "keys.yaml", FakeHost()
+    file.write_text("- {name: ann, key: nms-0123456789abcdef}\n")
+    telemetry = Telemetry(host)
+    app = create_app(host, access=Access(keys=KeysFile(file)), telemetry=telemetry)
+    web = Web(host, telemetry, InMemorySpanExporter(), app)
+    for path in ("/v1/models", "/made-up-1", "/made-up-2"):
+        assert (await web.ask(path)).status == 401
+    assert web.calls() == {("GET /v1/models", "401"): 1, (OTHER, "401"): 2}
 
 
 async def test_calls_are_counted_by_route_not_by_path(web: Web) -> None:
