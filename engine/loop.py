@@ -88,21 +88,25 @@ def run_core(core: EngineCore, receive: Receive, emit: Callable[[StepOutput], No
     through."""
     reading = Reading(core)
     checked = False
+    silent = 0.0  # seconds of waiting since something was said
     try:
         while True:
-            commands = receive(_patience(core, reading))
+            silent += (patience := _patience(core, reading))
+            commands = receive(patience)
             if commands is None:
                 return
             events = [event for command in commands if (event := _obey(core, reading, command)) is not None]
             answers = reading.finished()
             events += core.admit_compiled()
-            if core.has_work:
+            if works := core.has_work:
                 events += core.step()
                 checked = False
             elif not (commands or checked or core.is_compiling):
                 core.check()
                 checked = True
-            emit(StepOutput(events, core.stats(), answers))
+            if works or commands or events or answers or silent >= HEARTBEAT_SECONDS:
+                emit(StepOutput(events, core.stats(), answers))
+                silent = 0.0
     finally:
         reading.close()
         core.close()

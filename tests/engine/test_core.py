@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.errors import InvalidRequestError
-from engine.loop import HEARTBEAT_SECONDS, Cancel, Command, StepOutput, Submit, run_core
+from engine.loop import HEARTBEAT_SECONDS, READING_SECONDS, Cancel, Command, LoadAdapter, StepOutput, Submit, run_core
 from engine.request import FinishReason, Request, SamplingParams, TokenEvent
 from engine.step import StepPlan
 from tests.engine.fake_runner import CRASH, FakeRunner, engine_info, expected
@@ -153,6 +155,18 @@ def test_an_idle_loop_beats_and_a_busy_one_does_not_wait() -> None:
     # Two tokens, then a step in which the runner learns that the row is free.
     assert script.waits == [idle, idle, idle, busy, busy, idle, idle]
     assert [len(output.events) for output in script.outputs] == [0, 0, 1, 1, 0, 0]
+
+
+def test_who_looks_for_what_others_make_says_nothing_while_there_is_nothing_to_say() -> None:
+    runner = FakeRunner(engine_info(max_loras=1))
+    assert runner.adapters is not None
+    gate = runner.adapters.gate = threading.Event()
+    looks = round(2 * HEARTBEAT_SECONDS / READING_SECONDS)
+    script = Script([LoadAdapter(1, "a", "a")], *[[] for _ in range(looks)])
+    run_core(EngineCore(runner, CONFIG), script.receive, script.outputs.append)
+    gate.set()
+    assert script.waits[1:] == [READING_SECONDS] * (looks + 1)
+    assert 2 <= len(script.outputs) <= 3  # an answer to the command, and a beat a second
 
 
 def test_a_cancel_is_answered_and_its_pages_are_free_in_the_same_turn() -> None:
