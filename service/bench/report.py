@@ -13,11 +13,14 @@ COLOUR = "#1f5fa8"
 
 
 def text(result: Measured) -> str:
-    """A few lines and a table."""
+    """A few lines and a table; of requests that all failed, why."""
     plan = result.plan
     how = f"{plan.concurrency} at once" if plan.rate is None else f"{plan.rate:g} per second"
-    prompt = result.prompt_tokens / result.completed if result.completed else 0
-    new = result.new_tokens / result.completed if result.completed else 0
+    head = f"{result.server}: {result.completed} of {plan.requests} requests in {result.seconds:.1f} s, {how}"
+    failed = [f"failed {count} times: {error}" for error, count in result.failed.items()]
+    if not result.completed:
+        return "\n".join([head, *failed])
+    prompt, new = result.prompt_tokens / result.completed, result.new_tokens / result.completed
     spreads = {
         "time to first token": result.ttft_seconds,
         "between two messages": result.itl_seconds,
@@ -29,14 +32,13 @@ def text(result: Measured) -> str:
         values = (spread.mean, spread.p50, spread.p90, spread.p99)
         rows.append([name, *(f"{1000 * value:.1f} ms" for value in values)])
     lines = [
-        f"{result.server}: {result.completed} of {plan.requests} requests in {result.seconds:.1f} s, {how}; "
-        f"{prompt:.0f} tokens in, {new:.0f} out",
+        f"{head}; {prompt:.0f} tokens in, {new:.0f} out",
         f"{result.new_tokens_per_second:.1f} new tokens/s, {result.total_tokens_per_second:.1f} tokens/s, "
         f"{result.requests_per_second:.2f} requests/s",
         "",
         table(rows),
+        *failed,
     ]
-    lines += [f"failed {count} times: {error}" for error, count in result.failed.items()]
     return "\n".join(lines)
 
 

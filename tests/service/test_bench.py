@@ -62,6 +62,7 @@ def test_what_the_server_refuses_is_told_and_is_a_failure(addresses: tuple[str, 
     assert "0 of 6 requests" in output
     assert "failed 6 times" in output
     assert "other" in output
+    assert "tokens/s" not in output  # nothing was measured
 
 
 def test_a_server_that_is_not_there_is_one_line() -> None:
