@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import threading
+import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from msgspec.structs import replace
 from engine import Done, Engine, EngineConfig, LoadProgress
 from service.errors import Code, ServiceError, invalid
 from service.models.download import Progress
+from service.models.errors import StoreError
 from service.models.store import ModelStore
 from service.progress import DOWNLOAD
 from service.text.tokenizer import TextModel
@@ -52,9 +54,9 @@ class Loaded:
 class Loader:
     """See the module. Belongs to one event loop.
 
-    Attributes:
-        abandoned: threads that read or fetch for a load that was given up. They hold nothing that outlives the process,
-            files arrive under other names, and none of them can be told to end.
+    A load that is given up leaves its thread behind, which nobody can end from outside. Files arrive under other names,
+    so that it can be left anywhere; but a fetch holds the lock of the model store, and others wait for that. It ends,
+    and gives the lock back, as soon as it has progress to tell.
     """
 
     def __init__(
@@ -64,7 +66,7 @@ class Loader:
         self._load_text = load_text
         self._adapters = adapters
         self._fetch = fetch
-        self.abandoned = 0
+        self._abandoned: list[threading.Thread] = []
 
     async def load(self, config: EngineConfig, progress: LoadProgress, text: TextModel | None = None) -> Loaded:
         """Everything; what fails first undoes the rest.
@@ -77,7 +79,7 @@ class Loader:
             EngineDeadError: the engine died while it loaded.
         """
         if self._fetch is not None:
-            await self._in_thread(functools.partial(self._fetch, _downloading(asyncio.get_running_loop(), progress)))
+            await self._download(self._fetch, progress)
             self._fetch = None
             progress = _after_download(progress)
         starting = asyncio.create_task(self._start_engine(config, progress))
@@ -95,6 +97,23 @@ class Loader:
                 await half.close()
             raise
 
+    def abandoned(self, patience: float) -> bool:
+        """Whether threads of loads that were given up go on after so many seconds; blocks. Who does not want to wait
+        for them any longer ends the process."""
+        end = time.monotonic() + patience
+        for thread in self._abandoned:
+            thread.join(max(0.0, end - time.monotonic()))
+        return any(thread.is_alive() for thread in self._abandoned)
+
+    async def _download(self, fetch: Fetch, progress: LoadProgress) -> None:
+        given_up = threading.Event()
+        report = _downloading(asyncio.get_running_loop(), progress, given_up)
+        try:
+            await self._in_thread(functools.partial(fetch, report))
+        except asyncio.CancelledError:
+            given_up.set()
+            raise
+
     async def read_text(self, path: Path) -> TextModel:
         """The text side alone; raises CheckpointError."""
         return await self._in_thread(lambda: self._load_text(path))
@@ -109,8 +128,8 @@ class Loader:
 
         def finish(result: T | None, error: BaseException | None) -> None:
             if done.cancelled():
-                self.abandoned -= 1
-            elif error is not None:
+                return
+            if error is not None:
                 done.set_exception(error)
             else:
                 done.set_result(result)  # type: ignore[arg-type]
@@ -123,11 +142,12 @@ class Loader:
                 failure = error
             _in_loop(loop, lambda: finish(result, failure))
 
-        threading.Thread(target=run, name="loading", daemon=True).start()
+        thread = threading.Thread(target=run, name="loading", daemon=True)
+        thread.start()
         try:
             return await done
         except asyncio.CancelledError:
-            self.abandoned += 1
+            self._abandoned.append(thread)
             raise
 
 
@@ -146,10 +166,16 @@ def find_in(store: ModelStore, config: EngineConfig) -> Find:
     return find
 
 
-def _downloading(loop: asyncio.AbstractEventLoop, progress: LoadProgress) -> Progress:
-    """Bytes of a download, told from any thread, as the first part of a load's progress."""
+def _downloading(loop: asyncio.AbstractEventLoop, progress: LoadProgress, given_up: threading.Event) -> Progress:
+    """Bytes of a download, told from any thread, as the first part of a load's progress.
+
+    Raises:
+        StoreError: nobody waits for it any more.
+    """
 
     def report(done: int, total: int) -> None:
+        if given_up.is_set():
+            raise StoreError("nobody waits for this download any more; what has arrived is kept")
         told = Done(done / total * DOWNLOAD_SHARE if total else 0.0, done, total)
         _in_loop(loop, lambda: progress(DOWNLOAD, told))
 

@@ -172,10 +172,9 @@ class Server:
         assert self._describe is not None
         return self._describe(self._supervisor.config)
 
-    @property
-    def abandoned(self) -> int:
-        """See `service.loading.Loader.abandoned`: who does not want to wait for them ends the process."""
-        return self._loader.abandoned
+    def abandoned(self, patience: float) -> bool:
+        """See `service.loading.Loader.abandoned`."""
+        return self._loader.abandoned(patience)
 
     def stop(self) -> None:
         """What SIGTERM and SIGINT do: the first call drains, the second ends the draining."""

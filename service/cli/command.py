@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -102,7 +103,8 @@ def show_report(found: Report, *, as_json: bool) -> None:
 
 
 def fetch(model: str) -> StoredModel:
-    """The model; shows the progress if something has to be fetched."""
+    """The model; shows the progress if something has to be fetched. SIGTERM ends that as Ctrl-C does: the lock of the
+    store is given back, which others would wait for otherwise."""
     from service.models.store import ModelStore
 
     store = ModelStore.default()
@@ -110,8 +112,15 @@ def fetch(model: str) -> StoredModel:
         return stored
     from service.progress import pull_progress
 
-    with pull_progress(model) as progress:
-        return store.pull(model, progress)
+    def stop(number: int, frame: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        with pull_progress(model) as progress:
+            return store.pull(model, progress)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -109,7 +109,7 @@ def _serve(values: dict[str, Any], sample_prompt: str | None) -> None:
     from service.security.access import access_of
     from service.security.exposure import is_loopback
     from service.security.tls import tls_of
-    from service.server import Server, ServerConfig
+    from service.server import LAST_WORDS_SECONDS, Server, ServerConfig
 
     configure(values["log_level"], as_json=values["log_json"])
     for name, near in unknown_variables(os.environ).items():
@@ -168,7 +168,7 @@ def _serve(values: dict[str, Any], sample_prompt: str | None) -> None:
         return await server.run(on_ready if people_read else None)
 
     code = asyncio.run(run())
-    if server is not None and server.abandoned:  # a download that nobody waits for any more, and cannot be told
+    if server is not None and server.abandoned(LAST_WORDS_SECONDS):  # a download whose server sends nothing
         logging.shutdown()
         sys.stdout.flush()
         os._exit(code)

@@ -19,6 +19,7 @@ from engine import CheckpointError, Done, EngineConfig, LoadProgress
 from service.host import Phase
 from service.models.download import Progress
 from service.models.errors import StoreError
+from service.models.lock import SharedLock
 from service.served import CPU_BEAT_SECONDS, CUT_OFF, LOADING_SECONDS, ServedModel
 from service.server import Server
 from service.text.tokenizer import TextModel
@@ -191,9 +192,30 @@ async def test_files_are_fetched_first_and_a_stop_does_not_wait_for_them(tmp_pat
         assert 0.4 < status.progress < 0.5
         server.stop()
         assert await asyncio.wait_for(end, 10) == 0
-        assert server.abandoned == 1
+        assert server.abandoned(0.0)
     finally:
         released.set()
+    assert not server.abandoned(10.0)
+
+
+async def test_a_stop_ends_a_download_that_goes_on_and_its_lock_is_free(tmp_path: Path) -> None:
+    began, stopped = threading.Event(), threading.Event()
+
+    def fetch(progress: Progress) -> None:
+        with SharedLock(tmp_path / "toy.lock").held():
+            while True:
+                progress(50, 100)
+                began.set()
+                stopped.wait(60)
+
+    server = Server(config(tmp_path), Loading(), lambda path: toy_text(), fetch)
+    end = asyncio.create_task(server.run())
+    await asyncio.to_thread(began.wait, 10)
+    server.stop()
+    assert await asyncio.wait_for(end, 10) == 0
+    stopped.set()  # the next piece arrives
+    assert not server.abandoned(5.0)
+    assert (tmp_path / "toy.lock.1").read_text().startswith("free")
 
 
 async def test_files_that_cannot_be_fetched_end_the_server(tmp_path: Path) -> None:

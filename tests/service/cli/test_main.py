@@ -120,8 +120,6 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[ServerConfig]:
     configs: list[ServerConfig] = []
 
     class Recorder:
-        abandoned = 0
-
         def __init__(self, config: ServerConfig, **parts: object) -> None:
             configs.append(config)
             self.ports = Ports(FakeHost(), config.grpc_address, config.http_address)
@@ -130,6 +128,9 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[ServerConfig]:
             if on_ready is not None:
                 await on_ready("127.0.0.1:8001")
             return 70
+
+        def abandoned(self, patience: float) -> bool:
+            return False
 
     monkeypatch.setattr("service.server.Server", Recorder)
     monkeypatch.setattr("service.logs.configure", lambda level, as_json: None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import signal
 import subprocess
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from service.cli.main import NIM_NAMES, main
+from service.models.download import Progress
+from service.models.store import ModelStore, Wanted
 from tests.server import NEMOSERVE
 from tests.tiny_models import write_hf
 
@@ -34,6 +37,18 @@ def test_a_model_is_written_to_a_folder_and_served_from_there_without_a_network(
         [NEMOSERVE, "pull", out, "--json"], capture_output=True, text=True, timeout=120, check=False, env=environ
     )
     assert json.loads(again.stdout) == {"name": "tiny", "path": str(out)}
+
+
+def test_sigterm_ends_a_pull_and_gives_the_lock_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetch(store: ModelStore, wanted: Wanted, source: object, progress: Progress) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(ModelStore, "_fetch", fetch)
+    before = signal.getsignal(signal.SIGTERM)
+    assert run("pull", "smollm2-135m-instruct", NEMOSERVE_CACHE=str(tmp_path)).exit_code == 143
+    [lock] = (tmp_path / "locks").iterdir()
+    assert lock.read_text().startswith("free")
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.parametrize("variable", ["NIM_DISABLE_MODEL_DOWNLOAD", "HF_HUB_OFFLINE"])
