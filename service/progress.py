@@ -29,7 +29,7 @@ def pull_progress(model: str, verb: str = "pull") -> Iterator[Progress]:
         return
     with _bar() as bar:
         task = bar.add_task(f"{verb} {model}", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        yield lambda done, total: bar.update(task, completed=done, total=total or None)
 
 
 def lines(model: str, out: TextIO, every: float = LINE_SECONDS, verb: str = "pull") -> Progress:
@@ -39,7 +39,7 @@ def lines(model: str, out: TextIO, every: float = LINE_SECONDS, verb: str = "pul
     def report(done: int, total: int) -> None:
         nonlocal last
         now = time.monotonic()
-        if last is None or done == total or now - last >= every:
+        if total and (last is None or done == total or now - last >= every):
             last = now
             out.write(f"{verb} {model}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB ({done / total:.0%})\n")
             out.flush()

@@ -21,7 +21,8 @@ import httpx
 from service.models.errors import StoreError
 
 Progress = Callable[[int, int], None]
-"""Called with bytes done and bytes in all, before each write; what it raises ends the work."""
+"""Called with bytes done and bytes in all, before each write; with zeros while another process is waited for, so that
+whoever looks for signs of life finds some. What it raises ends the work."""
 Verify = Callable[[Path], None]
 """Removes the file and raises StoreError unless it has the checksum that it should have."""
 

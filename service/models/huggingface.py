@@ -145,6 +145,7 @@ class _Pull:
             if _size(target) == file.num_bytes:
                 self._verify(file)(target)
                 self._done[file.name] = file.num_bytes
+                self._progress(sum(self._done.values()), self._total)  # to read them all takes minutes of a slow disk
                 return True
             target.unlink()
         except StoreError:  # which has removed it

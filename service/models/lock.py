@@ -17,7 +17,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -50,13 +50,16 @@ class SharedLock:
         self._heart: threading.Thread | None = None
 
     @contextmanager
-    def held(self) -> Iterator[SharedLock]:
+    def held(self, waits: Callable[[], None] = lambda: None) -> Iterator[SharedLock]:
         """Wait for the lock, for as long as its holder lives, and hold it.
+
+        Args:
+            waits: called every POLL_SECONDS of the wait; what it raises ends that.
 
         Raises:
             StoreError: the folder cannot be written.
         """
-        self._acquire()
+        self._acquire(waits)
         try:
             yield self
         finally:
@@ -75,7 +78,7 @@ class SharedLock:
         if self._highest() > self._number:
             raise StoreError(f"{self._path.stem}: another process went on with it while this one was stopped")
 
-    def _acquire(self) -> None:
+    def _acquire(self, waits: Callable[[], None]) -> None:
         waiting = False
         seen, since = (0, b""), time.monotonic()
         try:
@@ -93,6 +96,7 @@ class SharedLock:
                     waiting = True
                     holder = now[1].decode(errors="replace").strip()
                     log.warning("another process fetches this model; waiting for it", extra={"holder": holder})
+                waits()
                 time.sleep(POLL_SECONDS)
         except OSError as error:
             raise disk_error(self._path, _LENGTH, error) from None

@@ -139,7 +139,7 @@ class ModelStore:
         if wanted.source is None or self.find(reference) is not None:
             return StoredModel(wanted.name, wanted.path)
         path = self.root / "locks" / f"{wanted.path.name}.lock"
-        with SharedLock(path, beat=self._beat, stale=self._stale).held() as lock:
+        with SharedLock(path, beat=self._beat, stale=self._stale).held(lambda: progress(0, 0)) as lock:
 
             def report(done: int, total: int) -> None:
                 lock.check()

@@ -65,6 +65,7 @@ def test_text_stays_on_its_line_whatever_a_client_calls_itself() -> None:
 def test_progress_without_a_terminal_is_the_first_and_the_last_line_of_a_quick_pull() -> None:
     out = io.StringIO()
     report = lines("toy", out, every=3600)
+    report(0, 0)  # another process fetches
     for done in (0, 40_000_000, 80_000_000, 100_000_000):
         report(done, 100_000_000)
     assert out.getvalue() == "pull toy: 0 of 100 MB (0%)\npull toy: 100 of 100 MB (100%)\n"

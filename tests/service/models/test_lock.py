@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 from collections.abc import Callable
@@ -56,6 +57,22 @@ def test_a_living_holder_is_waited_for_however_long_it_takes(tmp_path: Path) -> 
         assert not taken.wait(3 * STALE)
     assert taken.wait(30)
     thread.join()
+
+
+def test_who_waits_is_told_so_all_the_time_and_may_give_up(tmp_path: Path) -> None:
+    told = itertools.count(1)
+
+    def waits() -> None:
+        if next(told) == 3:
+            raise StoreError("nobody waits any more")
+
+    with (
+        lock(tmp_path).held(),
+        pytest.raises(StoreError, match="nobody waits"),
+        lock(tmp_path).held(waits),
+    ):
+        pass
+    assert numbers(tmp_path) == ["toy.lock.1"]
 
 
 def test_a_dead_holder_is_replaced(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -22,6 +23,7 @@ import pytest
 from service.models import catalog, download
 from service.models.catalog import CatalogEntry
 from service.models.errors import StoreError
+from service.models.lock import SharedLock
 from service.models.store import OFFLINE_VARIABLES, ModelStore
 from tests.service.models import package_index
 from tests.service.models.package_index import ENDLESS_MEGABYTES, PAYLOAD, Index, serving
@@ -193,6 +195,24 @@ def test_of_many_pulls_at_once_one_downloads(store: ModelStore, index: Index) ->
         paths = {future.result().path for future in [pool.submit(store.pull, "toy") for _ in range(6)]}
     assert len(paths) == 1
     assert index.sent == [0]
+
+
+@pytest.mark.usefixtures("toy")
+def test_who_waits_for_another_pull_shows_that_it_lives(store: ModelStore, tmp_path: Path) -> None:
+    """A load without progress counts as hung, and the pull of a large model takes longer than that."""
+    told: list[tuple[int, int]] = []
+
+    def report(done: int, total: int) -> None:
+        told.append((done, total))
+        if len(told) == 2:
+            other.close()  # the other one is done, or dead
+
+    with contextlib.ExitStack() as other:
+        path = store.resolve("toy").path.name
+        other.enter_context(SharedLock(tmp_path / "locks" / f"{path}.lock").held())
+        store.pull("toy", report)
+    assert told[:2] == [(0, 0), (0, 0)]
+    assert told[-1][0] == told[-1][1] > 0
 
 
 @pytest.mark.usefixtures("toy")
