@@ -312,3 +312,16 @@ def test_without_a_compiler_there_is_one_warning_and_plain_torch(
     with caplog.at_level(logging.WARNING):
         assert load_kernels(1) is None
     assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+def test_a_compiler_that_does_not_end_is_given_up_by_name_whatever_it_has_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    compiler = tmp_path / "g++"
+    compiler.write_text('#!/bin/sh\n[ "$1" = --version ] || { echo "warning: some" >&2; exec sleep 600; }\n')
+    compiler.chmod(0o700)
+    monkeypatch.setattr(native.shutil, "which", lambda name: str(compiler))
+    monkeypatch.setattr(native, "COMPILE_SECONDS", 0.5)
+    assert load_kernels(1, tmp_path / "cache") is None
+    [record] = caplog.records
+    assert "timed out after 0.5 seconds" in record.getMessage()
