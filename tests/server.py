@@ -58,6 +58,8 @@ class ServerProcess:
         return self.process.wait(seconds)
 
     def kill(self) -> None:
-        if self.process.poll() is None:
+        if code := self.process.poll():
+            print(f"the server had ended with {code}:", *self.lines[-20:], sep="\n")
+        elif code is None:
             self.process.kill()
             self.process.wait(10)
