@@ -97,21 +97,24 @@ class Cover:
             self._front.room.progress(WORDS[coming[0].phase], eta=coming[0].eta_seconds)
 
     async def _label(self, workload: str | None) -> None:
-        if not self._known:
-            await self._take_over()
+        """Ours first: so long whoever led before, this process included, is better than nobody."""
+        before = () if self._known else await self._led_before()
         if workload != self._workload:
             await self._patch(self._front.pod_name, {SERVES: workload, STANDS_IN: workload})
             self._workload = workload
-
-    async def _take_over(self) -> None:
-        """From whoever led before, this process included."""
-        for each in items(await self._cluster.list(PODS, STANDS_IN)):
-            name, labels = each["metadata"]["name"], each["metadata"]["labels"]
-            if name == self._front.pod_name:
-                self._workload = labels[STANDS_IN]
-            elif labels.get(SERVES) == labels[STANDS_IN]:
-                await self._patch(name, {SERVES: None, STANDS_IN: None})
+        for name in before:
+            await self._patch(name, {SERVES: None, STANDS_IN: None})
         self._known = True
+
+    async def _led_before(self) -> list[str]:
+        """Names of others' pods that are endpoints still."""
+        labels = {
+            each["metadata"]["name"]: each["metadata"]["labels"]
+            for each in items(await self._cluster.list(PODS, STANDS_IN))
+        }
+        ours = labels.pop(self._front.pod_name, {})
+        self._workload = ours.get(STANDS_IN)
+        return [name for name, each in labels.items() if each.get(SERVES) == each[STANDS_IN]]
 
     async def _patch(self, pod_name: str, labels: Mapping[str, str | None]) -> None:
         try:

@@ -127,6 +127,19 @@ async def test_who_led_before_stands_in_no_more(tmp_path: Path) -> None:
         assert here.serving == here.pods
 
 
+async def test_at_zero_who_leads_now_is_an_endpoint_before_who_led_before_is_none(zero: Scene) -> None:
+    zero.word.desired = 0
+    for _ in range(3):
+        await zero.look()
+    zero.api.apply(operator_pod("operator-1"))
+    zero.front = Front(NAME, "operator-1", Room())
+    zero.reconciler = zero.successor()
+    before = len(zero.api.writes(resource="pods"))
+    await zero.look()
+    assert zero.serving == ["operator-1"]
+    assert [call.request.name for call in zero.api.writes(resource="pods")][before:] == ["operator-1", OPERATOR]
+
+
 async def test_a_process_that_leads_no_more_hands_over_what_it_holds_and_writes_nothing(zero: Scene) -> None:
     """The one that leads now has made the replica ready."""
     assert zero.front is not None
