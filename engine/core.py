@@ -318,7 +318,7 @@ class EngineCore:
             queued=len(waiting) + len(compiling),
             queued_tokens=waiting.num_tokens + compiling.num_tokens,
             oldest_queued_seconds=now - min(waiting.since(now), compiling.since(now)),
-            compiling=len(compiling),
+            blocked=len(compiling) + scheduler.num_without_slot,
             running=scheduler.num_running,
             max_batch_size=self.info.max_batch_size,
             kv_pages_used=self._pool.num_used,

@@ -264,7 +264,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
             is what the host costs: planning, batch tensors, sampling, committing, sending events.
         queued, queued_tokens: requests not yet scheduled, or whose grammar is not compiled, and their prompt tokens.
         oldest_queued_seconds: age of the oldest of them.
-        compiling: those of them whose grammar is not compiled.
+        blocked: those of them that no free row would help: their grammar is not compiled, or there is no slot for their
+            adapter, or for one that is before them.
         running: requests in the batch.
         kv_pages_used: those that requests hold; what is kept for later ones is free.
         corrupted: requests that ended because their logits were not numbers: a fault of weights, kernels or memory.
@@ -283,7 +284,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     queued: int = 0
     queued_tokens: int = 0
     oldest_queued_seconds: float = 0.0
-    compiling: int = 0
+    blocked: int = 0
     running: int = 0
     max_batch_size: int = 0
     kv_pages_used: int = 0

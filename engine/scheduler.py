@@ -121,6 +121,12 @@ class Scheduler:
     def num_running(self) -> int:
         return len(self._holdings.running)
 
+    @property
+    def num_without_slot(self) -> int:
+        """How many of those that wait do so for the slot of an adapter, their own or that of one before them."""
+        first = self.waiting.first_adapted
+        return 0 if first is None or self._holdings.has_slot(first) else self.waiting.num_adapted
+
     def submit(self, request: Request, seed: int, now: float, adapter: LoadedAdapter | None = None) -> None:
         """Queue a request that `engine.request.validate_request` has passed: it fits into an empty pool.
 

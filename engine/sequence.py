@@ -125,6 +125,15 @@ class WaitingLine:
         """The first of those without an adapter."""
         return self._plain[0] if self._plain else None
 
+    @property
+    def first_adapted(self) -> Sequence | None:
+        """The first of those with one."""
+        return self._adapted[0] if self._adapted else None
+
+    @property
+    def num_adapted(self) -> int:
+        return len(self._adapted)
+
     def first_few(self, count: int, *, plain: bool) -> list[Sequence]:
         """The first `count` in order, of all or of those without an adapter."""
         return list(islice(self._plain if plain else heapq.merge(self._plain, self._adapted), count))

@@ -254,8 +254,8 @@ class ServedModel:
         try:
             text, prepared = await self._prepare(request)
             most = self.info.max_model_len if request.until_context else request.sampling.max_tokens
-            constrained = prepared.request.sampling.grammar is not None
-            await self.admission.join(flight, len(prepared.prompt), most, constrained=constrained)
+            may_block = prepared.request.sampling.grammar is not None or request.adapter is not None
+            await self.admission.join(flight, len(prepared.prompt), most, may_block=may_block)
             while True:
                 try:
                     if text is not self._text:  # another model was loaded while it waited

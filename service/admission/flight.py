@@ -13,7 +13,7 @@ class Flight(Ticket):
     """Attributes:
     deadline: see `service.generation.GenerationRequest`.
     slots: completions.
-    constrained: they have a grammar.
+    may_block: they have a grammar or an adapter, and so may wait with the engine for something else than a row.
     joined: when it began to wait for its turn, on the clock of `arrived`.
     waited: seconds from its arrival to its turn.
     used: tokens that its tenant's allowance was charged with.
@@ -27,7 +27,7 @@ class Flight(Ticket):
 
     deadline: float | None = None
     slots: int = 1
-    constrained: bool = False
+    may_block: bool = False
     joined: float = 0.0
     waited: float = 0.0
     used: float = 0.0

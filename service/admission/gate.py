@@ -153,19 +153,19 @@ class Admission:
         self.idle.clear()
         return flight
 
-    async def join(self, flight: Flight, prompt_tokens: int, new_tokens: int, *, constrained: bool = False) -> None:
+    async def join(self, flight: Flight, prompt_tokens: int, new_tokens: int, *, may_block: bool = False) -> None:
         """The prompt is known: wait for the flight's turn, which is now if there is room.
 
         Args:
             new_tokens: most that one completion may get.
-            constrained: a grammar has to be compiled, unless the engine knows it.
+            may_block: see `Flight`.
 
         Raises:
             ServiceError: RESOURCE_EXHAUSTED, at once; DEADLINE_EXCEEDED; UNAVAILABLE, there will be no engine.
         """
         if self._lost is not None:
             raise self._lost
-        flight.tokens, flight.constrained = prompt_tokens, constrained
+        flight.tokens, flight.may_block = prompt_tokens, may_block
         flight.cost = prompt_tokens + min(new_tokens, self._length.value) * flight.slots
         self._tenants.use(flight, flight.cost, self._clock())
         self._entered(flight)
@@ -273,7 +273,7 @@ class Admission:
 
     def _may_run(self, flight: Flight) -> bool:
         """Where not, the first of another tenant is asked."""
-        return self._tenants.may_run(flight) and (self._room is None or self._room.compiles(flight))
+        return self._tenants.may_run(flight) and (self._room is None or self._room.unblocks(flight))
 
     def _hand(self, flight: Flight, room: Room, now: float) -> None:
         self._queue.take(flight)

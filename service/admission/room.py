@@ -26,8 +26,8 @@ class Room:
 
     It gets what its rows hold and `look_ahead` more; less where pages are short, since what it cannot admit would wait
     there in an order that is not ours. Of a better class than something that it has, it gets what its rows hold of that
-    class and better ones: it pre-empts for those. What waits for its grammar needs no row, and does not keep others
-    from theirs; of such there are as many again at most.
+    class and better ones: it pre-empts for those. What waits for its grammar, or for the slot of its adapter, needs no
+    row, and does not keep others from theirs; of such there are as many again at most.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -53,15 +53,16 @@ class Room:
         """Completions that it would take now if pages did not lack."""
         return max(0, self._most - self.completions)
 
-    def compiles(self, flight: Flight) -> bool:
-        """Whether its grammar, if it has one, can be compiled now or next; else those behind it come first."""
-        return not flight.constrained or self.engine.stats.compiling < self._rows + self._ahead
+    def unblocks(self, flight: Flight) -> bool:
+        """Whether its grammar is compiled, or its adapter gets a slot, now or next, if it has any; else those behind it
+        come first."""
+        return not flight.may_block or self.engine.stats.blocked < self._rows + self._ahead
 
     @property
     def _most(self) -> int:
         """Completions that it is handed."""
         most = self._rows + self._ahead
-        return most + min(self.engine.stats.compiling, most)
+        return most + min(self.engine.stats.blocked, most)
 
     def fits(self, flight: Flight) -> bool:
         """Whether the engine should be handed this one, the first of those that wait.

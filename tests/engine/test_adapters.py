@@ -110,7 +110,10 @@ def test_a_request_that_waits_for_a_slot_is_overtaken_by_plain_ones_alone() -> N
     engine = Core("a", "b", slots=1)
     for each in (request("a1", "a", max_tokens=9), request("b", "b"), request("a2", "a"), request("plain")):
         engine.core.add(each)
+    engine.step()
+    assert (engine.core.stats().queued, engine.core.stats().blocked) == (2, 2)  # what no free row would help
     engine.run()
+    assert engine.core.stats().blocked == 0
     assert engine.order == ["a1", "plain", "b", "a2"]  # a2 does not keep the slot from b
 
 

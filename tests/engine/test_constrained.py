@@ -291,7 +291,7 @@ def test_a_request_waits_for_its_grammar_and_others_do_not(runner: Runner, tiny:
     events = [event for _ in range(3) for event in core.step()]  # and nobody asks for what is compiled
     assert ended(events)["goes"][1] is FinishReason.LENGTH
     stats = core.stats()
-    assert (stats.queued, stats.queued_tokens, stats.running) == (1, 3, 0)
+    assert (stats.queued, stats.queued_tokens, stats.blocked, stats.running) == (1, 3, 1, 0)
     assert core.is_compiling
     core.step()  # the row of who ended is free
     assert not core.has_work

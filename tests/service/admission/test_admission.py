@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
@@ -17,27 +18,30 @@ from tests.service.admission.scene import HANDED, ends, refused, scene, until
 # -- grammars --------------------------------------------------------------------------------------------------------
 
 
-async def test_what_waits_for_its_grammar_keeps_nobody_from_a_row() -> None:
+@pytest.mark.parametrize("fields", [{"sampling": {"grammar": Grammar(kind="json_object")}}, {"adapter": "legal"}])
+async def test_what_waits_for_its_grammar_or_a_slot_keeps_nobody_from_a_row(fields: dict[str, Any]) -> None:
     async with scene() as here:
-        await here.fill(sampling={"grammar": Grammar(kind="json_object")})
+        await here.engine.load_adapter("legal", "-")
+        await here.fill(**fields)
         here.ask("queued")
         assert here.model.queue.queued == 0
         await until(lambda: here.model.queue.queued == 1)
-        here.engine.stats = replace(here.engine.stats, compiling=HANDED)
+        here.engine.stats = replace(here.engine.stats, blocked=HANDED)
         await here.ask_in_turn("abcdefghi")
         assert set(here.reached[HANDED:]) == {"queued", *"abcdefgh"}
         assert here.model.queue.queued == 1
 
 
-async def test_a_tenants_many_grammars_keep_no_other_tenant_from_the_engine() -> None:
+@pytest.mark.parametrize("fields", [{"sampling": {"grammar": Grammar(kind="json_object")}}, {"adapter": "legal"}])
+async def test_a_tenants_many_grammars_or_adapters_keep_no_other_tenant_from_the_engine(fields: dict[str, Any]) -> None:
     async with scene() as here:
-        grammar = {"grammar": Grammar(kind="json_object")}
-        await here.fill(tenant="many", sampling=grammar)
-        here.engine.stats = replace(here.engine.stats, compiling=HANDED)
-        await here.ask_in_turn("gh", tenant="many", sampling=grammar)
+        await here.engine.load_adapter("legal", "-")
+        await here.fill(tenant="many", **fields)
+        here.engine.stats = replace(here.engine.stats, blocked=HANDED)
+        await here.ask_in_turn("gh", tenant="many", **fields)
         await here.ask_in_turn("p", tenant="other")
         assert (here.reached[HANDED:], here.model.queue.queued) == (["p"], 2)
-        here.engine.stats = replace(here.engine.stats, compiling=HANDED - 1)
+        here.engine.stats = replace(here.engine.stats, blocked=HANDED - 1)
         await here.ask_in_turn("q", tenant="other")
         assert sorted(here.reached[HANDED + 1 :]) == ["g", "h", "q"]
 
