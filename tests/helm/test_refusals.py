@@ -31,6 +31,7 @@ REFUSED = {
     "service.type=LoadBalancer": "allowAnonymous",
     "networkPolicy.enabled=false": "allowAnonymous",
     "networkPolicy.from=null": "from",
+    "networkPolicy.ingress[0].ports[0].port=15008": "allowAnonymous",
     "networkPolicy.enabled=null": "allowAnonymous",
     "ingress.enabled=true,ingress.hosts[0].host=a,security.apiKeysSecret.name=null": "allowAnonymous",
     "gateway.enabled=true,gateway.parentRefs[0].name=public": "allowAnonymous",
