@@ -139,6 +139,7 @@ class Supervisor:
                 continue
             if self._engine.failure is not None:
                 return Trouble(Cause.DIED, self._engine.failure)
+            self._model.admission.look()
             silent = silent + 1 if self._model.silent else 0
             if silent == SILENT_CHECKS:
                 return Trouble(Cause.HUNG, f"no heart beat for {self._engine.heartbeat_age:.0f} s")

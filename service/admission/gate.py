@@ -93,6 +93,11 @@ class Admission:
         self._room = None
         self._pace.pause()
 
+    def look(self) -> None:
+        """To be called now and then: that requests wait with the engine for something else than a row, and so keep
+        nobody from one, its statistics tell, and no event of any request."""
+        self._pump()
+
     @property
     def running(self) -> int:
         """Requests that an engine has or, while the gate is open, will get."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 import pytest
+from msgspec import structs
 from nemoserve.v1 import generation_pb2 as pb
 
 from engine import CheckpointError, EngineConfig, EngineConfigError, EngineDeadError
@@ -17,6 +18,7 @@ from service.errors import Code, ServiceError
 from service.host import Phase, Status
 from service.served import CUT_OFF
 from service.server import Server
+from tests.service.admission.scene import Scene, until
 from tests.service.fake_engine import BOS, toy_text
 from tests.service.fakes import Gate
 from tests.service.grpc.ports import refusal
@@ -39,6 +41,18 @@ async def code_of(call: Any) -> grpc.StatusCode:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         [_ async for _ in call]
     return caught.value.code()
+
+
+async def test_who_waits_is_handed_on_as_soon_as_the_engine_tells_that_another_needs_no_row(tmp_path: Path) -> None:
+    async with living(config(tmp_path)) as life:
+        life.engine.gate = Gate()
+        here = Scene(life.server.model, life.engine)
+        await here.fill()
+        here.ask("queued")
+        await until(lambda: here.model.queue.queued == 1)
+        life.engine.stats = structs.replace(life.engine.stats, blocked=1)
+        await until(lambda: here.reached[-1] == "queued")
+        await here.end()
 
 
 # -- starting again --------------------------------------------------------------------------------------------------
