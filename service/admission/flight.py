@@ -14,7 +14,6 @@ class Flight(Ticket):
     deadline: see `service.generation.GenerationRequest`.
     slots: completions.
     may_block: they have a grammar or an adapter, and so may wait with the engine for something else than a row.
-    joined: when it began to wait for its turn, on the clock of `arrived`.
     waited: seconds from its arrival to its turn.
     used: tokens that its tenant's allowance was charged with.
     entering: its prompt is being encoded.
@@ -28,7 +27,6 @@ class Flight(Ticket):
     deadline: float | None = None
     slots: int = 1
     may_block: bool = False
-    joined: float = 0.0
     waited: float = 0.0
     used: float = 0.0
     entering: bool = True
