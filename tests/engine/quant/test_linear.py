@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-from pathlib import Path
 
 import pytest
 import torch
@@ -68,11 +67,11 @@ def kernels() -> Kernels:
 
 
 @pytest.fixture(scope="module")
-def portable(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+def portable() -> Kernels:
     """The kernels as a CPU without bfloat16 dot products has them."""
     if platform.machine() != "x86_64":
         pytest.skip("no x86-64")
-    return compiled(2, tmp_path_factory.mktemp("kernels"), "x86-64-v3")
+    return compiled(threads=2, architecture="x86-64-v3")
 
 
 def cases(kinds: list[str] | None = None) -> list[tuple[str, int, int]]:
@@ -294,14 +293,6 @@ def test_matrices_with_pages_of_their_own_are_multiplied_alike(kernels: Kernels,
     exact = x.double() @ matrix.dequantise().double().t()
     y = blocked(matrix, kernels)(x)
     torch.testing.assert_close(y.double(), exact, rtol=0, atol=4e-6 * exact.abs().max().item())
-
-
-def test_a_compiled_library_is_reused(tmp_path: Path) -> None:
-    compiled(1, tmp_path)
-    (library,) = tmp_path.iterdir()
-    stamp = library.stat().st_mtime_ns
-    compiled(1, tmp_path)
-    assert [path.stat().st_mtime_ns for path in tmp_path.iterdir()] == [stamp]
 
 
 def blocked(matrix: Matrix, kernels: Kernels, bias: Tensor | None = None, wide: bool = True) -> BlockedLinear:
