@@ -64,6 +64,11 @@ class Forecasts:
     def level(self) -> float:
         return self._fast.value
 
+    @property
+    def mean(self) -> float:
+        """Work a second of the last minutes."""
+        return self._slow.value
+
     def add(self, at: float, seconds: float, work: float, horizon: float) -> list[float]:
         level = self._fast.add(work, seconds)
         before = self._slow.add(work, seconds)

@@ -18,7 +18,7 @@ from autoscaler.fleet import Observation, Phase
 from autoscaler.policy.arrivals import ArrivalMeter, Traffic
 from autoscaler.policy.coldstart import ColdStart
 from autoscaler.policy.fluid import flow_of
-from autoscaler.policy.forecast import Forecasts, Most
+from autoscaler.policy.forecast import FAST, Forecasts, Most
 from autoscaler.policy.limits import Limits
 from autoscaler.policy.plain import by_queue, by_slots
 from autoscaler.policy.shadows import Look, Mirror, Promise, Shadows
@@ -29,6 +29,7 @@ INTERVAL = 5.0  # seconds between two looks
 SETTLING = 60.0  # seconds of arrivals before shadows start: the first rates are chance
 KV_SHARE = 0.9  # of its pages that a replica may use
 NODE_SECONDS = 120.0  # that a node may take to come, before we take it that there is none
+CHANCE = 2.0  # variance of work, over its mean times that of one request: Poisson arrivals of exponential work
 QUEUE_SHARE = 0.5  # of the time that may go by in the queue, at which the real one is a reason to grow
 
 
@@ -52,6 +53,7 @@ class QueuePolicy:
         self._asked: int | None = None  # what we answered
         self._first = 0  # what there was asked for when we came
         self._found: int | None = None  # what there was asked for at the look before
+        self._grew = -math.inf  # when that became more
 
     @property
     def interval_seconds(self) -> float:
@@ -68,6 +70,8 @@ class QueuePolicy:
             self._limits.restart(at, current, self._cold.horizon(at, observation.replicas) + INTERVAL)
         elif self._found is None:
             self._first = current
+        if self._found is not None and current > self._found:
+            self._grew = at
         self._found = current
         decision = self._at_zero(observation, traffic, least) or self._some(observation, traffic, least, most)
         self._asked = decision.desired
@@ -165,12 +169,27 @@ class QueuePolicy:
         level = self._forecasts.level
         figures = {"demand_work_ratio": level, "replica_work_ratio": each}
         if self._settled < SETTLING or traffic.seconds <= 0:
-            headroom = 1.1
-            need = max(math.ceil(headroom * level / each - 1e-6), observation.desired)
+            headroom = 1.0
+            need = max(math.ceil(self._sure(level, traffic) / each - 1e-6), observation.desired)
         else:
             efficiency = self._mirror.efficiency
-            look = Look(observation.at, traffic.seconds, flow, demands, each, horizon, efficiency, lowest, most)
-            self._mirror.advance(look, promise, len(traffic.heard), traffic.late, traffic.slow)
+            look = Look(
+                at=observation.at,
+                seconds=traffic.seconds,
+                flow=flow,
+                mean=self._forecasts.mean,
+                demands=demands,
+                most_work=each,
+                horizon=horizon,
+                efficiency=efficiency,
+                ready=len(traffic.heard),
+                real=len(traffic.heard) if observation.at - self._grew < horizon else observation.desired,
+                late=traffic.late,
+                slow=traffic.slow,
+                lowest=lowest,
+                highest=most,
+            )
+            self._mirror.advance(look, promise)
             shadow = self._shadows.advance(look, promise, self._first, self._mirror.floor)
             need, headroom = shadow.ordered, shadow.factor
             figures["forecast_work_ratio"] = demands[shadow.signal]
@@ -217,9 +236,17 @@ class QueuePolicy:
         if max(oldest, prompts / max(soon, 1)) < QUEUE_SHARE * wait:
             return 0, ""
         backlog = prompts + requests * mix.new_tokens * engine.row_seconds(mix)
+        level = self._sure(level, traffic)
+        if loads and backlog + (level - soon * each) * horizon <= 0:
+            return 0, ""  # it has gone before another replica is there
         most = level if loads else math.inf  # for a queue that goes, no more than twice what will be needed then
         count = math.ceil((level + min(backlog / horizon, most)) / each - 1e-6)
         return count, f"{requests} wait, the first for {oldest:.1f} s: {backlog:.1f} s of work beside {level:.2f} s/s"
+
+    def _sure(self, level: float, traffic: Traffic) -> float:
+        """Work a second that is there for sure: one standard deviation of chance below what was measured."""
+        seen = traffic.requests * min(self._settled, 2 * FAST)
+        return level * max(0.0, 1 - math.sqrt(CHANCE / seen)) if seen > 0 else 0.0
 
     def _for_kv(self, traffic: Traffic) -> tuple[int, str]:
         """Replicas whose KV pages hold what is held now."""

@@ -9,6 +9,9 @@ never change. The latter are what a fleet of constant size would have cost, know
 Before anything was seen there are beliefs: the less headroom, the longer a shadow must have done well before it is
 followed; the fleet that was found is thought to have its reasons.
 
+Where a shadow has as many replicas as the real fleet, what real requests met counts and not what was worked out; with
+more, no more were late than there, with fewer no fewer.
+
 The choice moves to a safer shadow at once, and to a cheaper one after a while.
 """
 
@@ -23,9 +26,17 @@ from autoscaler.policy.fluid import Flow, Fluid
 from autoscaler.policy.forecast import Smoothed
 
 FACTORS = (1.0, 1.06, 1.12, 1.18, 1.24, 1.3, 1.36, 1.5, 1.7, 2.0, 2.4)
-MEMORY = 24 * 3600.0  # seconds after which what happened has lost 63 % of its weight
-BELIEF = 3600.0  # seconds of what is seen that a belief is worth: less, and a calm half hour makes one forget spikes
-SAFE = 0.7  # of the share that may be late, for a shadow to be followed
+MEMORY = 24 * 3600.0  # seconds after which what was late has lost 63 % of its weight
+PAID = 3600.0  # the same of what was paid: what is cheap at night is not at noon
+BELIEF = 7200.0  # seconds of what is seen that a belief is worth: less, and a calm hour makes one forget spikes
+AMPLE = 1.5  # times the load: what a constant fleet must bear if the one that was found cannot bear the load
+# What is believed to be late, in shares of what is safe, of constant fleets as large as the one that was found, and of
+# smaller ones
+OWNERS, FEWER = 0.5, 6.0
+SAFE = 0.9  # of the share that may be late, for a shadow to be followed
+FORESEEN = 4 / 3  # what was worked out counts as so much more than what was seen
+SPELL = 300.0  # seconds of real requests that are held against a shadow's: there they are late when they come, here
+# when they go
 PATIENCE = 300.0  # seconds before a cheaper one is followed
 CHEAPER = 0.98  # of the cost of the one that is followed
 LOOSE = 1.06  # a replica goes only if the rest could take this much more
@@ -60,17 +71,27 @@ class Look:
     """What all shadows see.
 
     Attributes:
+        mean: work a second of the last minutes.
         most_work: seconds of work a second that one replica can take, as far as is known.
         efficiency: share of a replica of the fluid that a real one is worth.
+        ready, real: replicas of the real fleet that serve; the same, or how many are asked for, if that has not grown
+            for a horizon: replicas that it lost since then are what a fleet of that size meets with.
+        late, slow: requests of the real fleet that were late since the look before, and those that ended and were slow
+            (many are both).
     """
 
     at: float
     seconds: float
     flow: Flow
+    mean: float
     demands: Sequence[float]
     most_work: float
     horizon: float
     efficiency: float
+    ready: int
+    real: int
+    late: int
+    slow: int
     lowest: int
     highest: int
 
@@ -83,11 +104,25 @@ class Shadow:
         constant: replicas that it always has; None: it follows the forecast.
         belief: what it is thought to be late, before anything was seen, in shares of what is safe.
         ordered: replicas that it pays for.
-        late: requests, forgetting.
-        cost: replica-seconds, forgetting.
+        proved: late requests up to the spell that goes on, forgetting.
+        cost: replica-seconds, forgetting sooner.
     """
 
-    __slots__ = ("_coming", "_fluid", "_ready", "belief", "constant", "cost", "factor", "late", "ordered", "signal")
+    __slots__ = (
+        "_coming",
+        "_fewer",
+        "_fluid",
+        "_foreseen",
+        "_more",
+        "_ready",
+        "belief",
+        "constant",
+        "cost",
+        "factor",
+        "ordered",
+        "proved",
+        "signal",
+    )
 
     def __init__(self, signal: int, factor: float, constant: int | None = None) -> None:
         self.signal = signal
@@ -95,7 +130,9 @@ class Shadow:
         self.constant = constant
         self.belief = 1.0
         self.ordered = self._ready = 0
-        self.late = self.cost = 0.0
+        self.proved = self.cost = 0.0
+        self._foreseen = 0.0  # late in this spell, by the fluid
+        self._more = self._fewer = True  # than the real fleet, or as many, all through this spell
         self._fluid = Fluid()
         self._coming: deque[tuple[float, int]] = deque()
 
@@ -114,17 +151,20 @@ class Shadow:
         self.cost = float(self.ordered)
         if self.constant is None:
             self.belief = 1.5 + 5 * math.exp(-(self.factor - 1) / 0.35)
-        else:
-            enough = self.constant * look.most_work >= 1.1 * look.demands[0]
-            self.belief = 0.5 if self.constant >= found and enough else 6.0
+            return
+        bears = found * look.most_work >= look.mean
+        self.belief = OWNERS if self.constant >= (found if bears else AMPLE * look.mean / look.most_work) else FEWER
 
     def advance(self, look: Look, promise: Promise, keep: float) -> None:
         coming = self._coming
         while coming and coming[0][0] <= look.at:
             self._ready += coming.popleft()[1]
         self._fluid.advance(look.flow, self._ready * look.efficiency, look.seconds)
-        self.late = self.late * keep + promise.late(self._fluid) * look.flow.arrivals * look.seconds
-        self.cost = self.cost * keep + self.ordered * look.seconds
+        self.proved *= keep
+        self._foreseen = self._foreseen * keep + promise.late(self._fluid) * look.flow.arrivals * look.seconds
+        self._more &= self._ready >= look.real
+        self._fewer &= self._ready <= look.real
+        self.cost = self.cost * math.exp(-look.seconds / PAID) + self.ordered * look.seconds
         need = self.need(look)
         if need > self.ordered:
             coming.append((look.at + look.horizon, need - self.ordered))
@@ -139,6 +179,21 @@ class Shadow:
             self._ready -= surplus
         self.ordered = need
 
+    def late(self, real: float) -> float:
+        """Requests, forgetting. `real` is how many of the real fleet's were late in this spell: with more replicas no
+        more would have been, with fewer no fewer."""
+        spell = self._foreseen * FORESEEN
+        if self._more:
+            spell = min(spell, real)
+        if self._fewer:
+            spell = max(spell, real)
+        return self.proved + spell
+
+    def settle(self, real: float) -> None:
+        """The spell is over."""
+        self.proved = self.late(real)
+        self._foreseen, self._more, self._fewer = 0.0, True, True
+
 
 class Shadows:
     """All of them, and which is followed."""
@@ -151,6 +206,8 @@ class Shadows:
         self._since = 0.0
         self._seconds = 0.0  # forgetting
         self._requests = 0.0  # forgetting
+        self._spell = 0.0  # seconds
+        self._late = self._slow = self._hopeless = 0.0  # requests of the real fleet in this spell
 
     def advance(self, look: Look, promise: Promise, found: int, floor: float = 0.0) -> Shadow:
         """The one to follow. `found` is the count of real replicas that there were meant to be at first, `floor` the
@@ -161,14 +218,27 @@ class Shadows:
         keep = math.exp(-look.seconds / MEMORY)
         self._seconds = self._seconds * keep + look.seconds
         self._requests = self._requests * keep + look.flow.arrivals * look.seconds
+        if self._spell >= SPELL:
+            for each in self._all:
+                each.settle(self._real)
+            self._spell = self._late = self._slow = self._hopeless = 0.0
+        self._spell += look.seconds
+        self._late += look.late
+        self._slow += look.slow
+        self._hopeless += floor * look.flow.arrivals * look.seconds
         for each in self._all:
             each.advance(look, promise, keep)
         return self._choose(look, max(promise.late_share * SAFE - floor, promise.late_share * SAFE / 4))
 
+    @property
+    def _real(self) -> float:
+        """Requests that were late in this spell and that other replicas could have helped."""
+        return max(max(self._late, self._slow) - self._hopeless, 0.0)
+
     def late_share(self, shadow: Shadow, safe: float) -> float:
         """With what was believed before anything was seen."""
         rate = self._requests / self._seconds if self._seconds else 0.0
-        seen = shadow.late / rate if rate > 0 else 0.0
+        seen = shadow.late(self._real) / rate if rate > 0 else 0.0
         return (seen + shadow.belief * safe * BELIEF) / (self._seconds + BELIEF)
 
     def _choose(self, look: Look, safe: float) -> Shadow:
@@ -202,6 +272,7 @@ class Mirror:
     """
 
     LEAST, MOST = 0.2, 1.08
+    HARMLESS = 0.6  # of the share that may be late: below it nothing is learnt
     HIGHEST_FLOOR = 0.4  # of the share that may be late
     SECONDS = 4 * 3600.0  # in which efficiency changes e-fold if all is wrong: one bad hour is not what a replica is
     FORGETS = 6 * 3600.0  # in which it comes back to 1 by itself: with nobody late there is nothing to learn from
@@ -220,20 +291,22 @@ class Mirror:
     def efficiency(self) -> float:
         return math.exp(self._log)
 
-    def advance(self, look: Look, promise: Promise, ready: int, late: int, slow: int) -> None:
-        self._fluid.advance(look.flow, ready * self.efficiency, look.seconds)
+    def advance(self, look: Look, promise: Promise) -> None:
+        self._fluid.advance(look.flow, look.ready * self.efficiency, look.seconds)
         came = look.flow.arrivals * look.seconds
-        busy = look.demands[0] / max(ready, 1)
+        busy = look.demands[0] / max(look.ready, 1)
         high = busy >= self._usual.add(busy, look.seconds)
         tally = self._high if high else self._low
         for each in (self._low, self._high):
             each.fade(math.exp(-look.seconds / self.SMOOTH))
-        tally.add(came, late, slow, promise.late(self._fluid) * came)
+        tally.add(came, look.late, look.slow, promise.late(self._fluid) * came)
         if not tally.came:
             return
         seen, expected = max(tally.late, tally.slow) / tally.came, tally.expected / tally.came + self.floor
         if high:
-            error = (seen - expected) / max(seen, expected, promise.late_share * SAFE)
+            allowed = promise.late_share * self.HARMLESS
+            seen, expected = max(seen, allowed), max(expected, allowed)
+            error = (seen - expected) / max(seen, expected)
             self._log -= error * look.seconds / self.SECONDS + self._log * look.seconds / self.FORGETS
             self._log = min(max(self._log, math.log(self.LEAST)), math.log(self.MOST))
         else:

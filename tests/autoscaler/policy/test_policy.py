@@ -117,8 +117,9 @@ def test_constant_load_leads_to_a_constant_count_that_serves_it(work: float, col
     changes = [after - before for before, after in pairwise(asked[180:]) if after != before]
     turns = sum((before < 0) != (after < 0) for before, after in pairwise(changes))
     assert turns <= 3  # it learns how little is enough, and may have to take back a step
-    assert sum(max(change, 0) for change in changes) <= 2
-    assert work / 0.9 <= asked[-1] <= max(begin, 1.4 * work / 0.9 + 1)
+    assert sum(max(change, 0) for change in changes) <= 4
+    # One that found too few takes half as many again as it seemed to need in its first minute, and keeps them for hours
+    assert work / 0.9 <= asked[-1] <= max(begin, 2.3 * work / 0.9 + 2)
 
 
 def after(world: World, change: Mapping[str, object], which: int) -> Decision:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from autoscaler.policy.fluid import Fluid, flow_of
-from autoscaler.policy.shadows import SAFE, Look, Mirror, Promise, Shadow, Shadows
+from autoscaler.policy.shadows import PAID, SAFE, Look, Mirror, Promise, Shadow, Shadows
 from autoscaler.policy.work import Engine, Mix
 from tests.autoscaler.policy.scene import COST, NEW, PROMPT, REQUEST_SECONDS
 
@@ -17,10 +17,25 @@ ENGINE, MIX = Engine(COST, rows=256, step_tokens=4096), Mix(PROMPT, NEW)
 STEP = 5.0
 
 
-def look(at: float, work: float, horizon: float = 120.0, efficiency: float = 1.0) -> Look:
-    """One forecast, which is what there is."""
+def look(at: float, work: float, *, efficiency: float = 1.0, ready: int = 1000, late: int = 0, slow: int = 0) -> Look:
+    """One forecast, which is what there is. The real fleet is so large that it tells nothing of smaller ones."""
     rate = work / REQUEST_SECONDS
-    return Look(at, STEP, flow_of(ENGINE, MIX, rate, rate * PROMPT), [work], 0.9, horizon, efficiency, 1, 100)
+    return Look(
+        at=at,
+        seconds=STEP,
+        flow=flow_of(ENGINE, MIX, rate, rate * PROMPT),
+        mean=work,
+        demands=[work],
+        most_work=0.9,
+        horizon=120.0,
+        efficiency=efficiency,
+        ready=ready,
+        real=ready,
+        late=late,
+        slow=slow,
+        lowest=1,
+        highest=100,
+    )
 
 
 def test_a_fluid_that_meets_the_promise_with_room_is_late_for_nobody() -> None:
@@ -40,9 +55,10 @@ def test_a_shadow_gets_what_it_asked_for_one_cold_start_later_and_pays_at_once()
     late = []
     for number in range(1, 241):
         shadow.advance(look(STEP * number, 4.0), PROMISE, 1.0)
-        late.append(shadow.late)
+        late.append(shadow.late(0.0))
     assert shadow.ordered == 5
-    assert shadow.cost == pytest.approx(2 + 2 * STEP + 239 * 5 * STEP)  # what it asks for is paid from the next look on
+    # What it asks for is paid from the next look on; what was paid is forgotten
+    assert shadow.cost == pytest.approx(5 * PAID * (1 - math.exp(-1200 / PAID)), rel=0.01)
     assert late[24] > 60 * 4.0 / REQUEST_SECONDS  # of the first two minutes most
     assert late[-1] - late[-60] < 10  # and hardly anybody when they are there and have caught up
 
@@ -58,7 +74,7 @@ def followed(work: Callable[[float], float], hours: float, found: int) -> list[t
 
 
 def test_the_fleet_that_was_found_is_followed_until_another_did_as_well_for_less() -> None:
-    steady = followed(lambda at: 3.0, 4.0, found=8)
+    steady = followed(lambda at: 3.0, 11.0, found=8)
     assert steady[0][0] == 8
     assert steady[-1][0] == 4
     counts = [count for count, _ in steady]
@@ -79,6 +95,40 @@ def test_load_that_goes_up_and_down_slowly_is_followed() -> None:
     assert sum(last) / len(last) < 9.5
 
 
+def shares(real: int, late: float, work: float = 3.7) -> dict[int, float]:
+    """Of constant fleets, after an hour in which this share was late of a fleet of `real`. The fluid thinks that most
+    are late with 4, none with 8."""
+    shadows = Shadows(["level"], 10)
+    arrived, owed = work / REQUEST_SECONDS * STEP, 0.0
+    for number in range(720):
+        owed += late * arrived
+        count = int(owed)
+        owed -= count
+        shadows.advance(look(STEP * number, work, ready=real, late=count), PROMISE, 10)
+    fleets = {each.constant: each for each in shadows._all if each.constant}
+    return {count: each.late(shadows._real) / (arrived * 720) for count, each in fleets.items()}
+
+
+def test_what_real_requests_met_counts_for_fleets_of_that_size_and_bounds_the_others() -> None:
+    foreseen = shares(1000, 0.0)
+    assert foreseen[4] > 0.5
+    assert foreseen[8] == 0
+    well = shares(4, 0.0)
+    assert max(well[4], well[5], well[8]) == 0
+    assert well[3] == foreseen[3]
+    badly = shares(6, 0.1)
+    assert badly[6] == pytest.approx(0.1, rel=0.05)
+    assert badly[8] == 0
+    assert badly[5] >= badly[6]
+
+
+def test_a_fleet_that_cannot_bear_the_load_vouches_for_none() -> None:
+    few = Shadows(["level"], 20).advance(look(0.0, 5.0), PROMISE, 1)
+    assert few.constant == 9
+    enough = Shadows(["level"], 20).advance(look(0.0, 5.0), PROMISE, 6)
+    assert enough.constant == 6
+
+
 def test_a_floor_leaves_less_to_be_late() -> None:
     shadows = Shadows(["level"], 10)
     shadow = shadows.advance(look(0.0, 3.0), PROMISE, 8)
@@ -91,7 +141,7 @@ def test_more_late_requests_than_the_fluid_knows_of_make_a_replica_worth_less() 
         work = 3.0 if number % 120 < 60 else 4.0
         arrived = work / REQUEST_SECONDS * STEP
         slow = int(0.05 * arrived) if work > 3 else 0
-        mirror.advance(look(STEP * number, work), PROMISE, 6, 0, slow)
+        mirror.advance(look(STEP * number, work, ready=6, slow=slow), PROMISE)
     assert mirror.efficiency < 0.9
     assert mirror.floor < 0.001
 
@@ -100,6 +150,7 @@ def test_what_is_late_with_little_to_do_is_no_want_of_replicas() -> None:
     mirror = Mirror()
     for number in range(4 * 1440):
         work = 2.0 if number % 120 < 60 else 3.0
-        mirror.advance(look(STEP * number, work), PROMISE, 6, 0, round(0.003 * work / REQUEST_SECONDS * STEP))
+        slow = round(0.003 * work / REQUEST_SECONDS * STEP)
+        mirror.advance(look(STEP * number, work, ready=6, slow=slow), PROMISE)
     assert mirror.floor == pytest.approx(0.003, abs=0.001)
     assert mirror.efficiency > 0.7
