@@ -162,8 +162,8 @@ class Supervisor:
                 self._serve(await self._load(self._config, "restart", self._text))
                 log.info("engine runs again", extra={"seconds": round(self._clock() - now, 1)})
                 return None
-            except FAILURES as error:  # also what may pass: memory that is not yet free
-                trouble = Trouble(Cause.NOT_STARTED, str(error))
+            except Exception as error:  # also what may pass: memory that is not yet free
+                trouble = _not_started(error)
 
     async def _end(self, trouble: Trouble) -> None:
         """Its requests learn of it at once; then there is no engine."""
@@ -272,8 +272,8 @@ class Supervisor:
             return None
         try:
             self._serve(await self._load(self._config, "load the model before", text))
-        except FAILURES as error:
-            return Trouble(Cause.NOT_STARTED, str(error))
+        except Exception as error:
+            return _not_started(error)
         return None
 
     async def _emptied(self, wish: Wish, *, takes: bool) -> bool:
@@ -307,6 +307,14 @@ class Supervisor:
             await wish.granted
         finally:
             wish.granted.cancel()  # who has gone away wishes nothing any more
+
+
+def _not_started(error: Exception) -> Trouble:
+    """One that nobody foresaw is no reason to end a server that has served: it is tried again like the others."""
+    if isinstance(error, FAILURES):
+        return Trouble(Cause.NOT_STARTED, str(error))
+    log.error("the load failed in an unforeseen way", exc_info=error)
+    return Trouble(Cause.NOT_STARTED, f"{type(error).__name__}: {error}")
 
 
 def _refuse(wish: Wish, config: EngineConfig, error: Exception) -> None:

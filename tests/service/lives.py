@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from nemoserve.v1 import generation_pb2 as pb
 from nemoserve.v1 import generation_pb2_grpc as rpc
 
-from engine import Done, EngineConfig, EngineError, LoadProgress
+from engine import Done, EngineConfig, LoadProgress
 from service.host import Status
 from service.loading import Find
 from service.management import Package
@@ -37,7 +37,7 @@ class Engines:
 
     started: list[FakeEngine] = field(default_factory=list)
     paths: list[str] = field(default_factory=list)
-    failures: list[EngineError | None] = field(default_factory=list)
+    failures: list[Exception | None] = field(default_factory=list)
     gate: asyncio.Event | None = None
 
     async def __call__(self, config: EngineConfig, progress: LoadProgress) -> FakeEngine:

@@ -140,13 +140,16 @@ async def test_an_engine_that_does_not_come_up_is_tried_again_with_longer_pauses
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("service.supervisor.MAX_PAUSE_SECONDS", 0.0)
-    async with living(config(tmp_path)) as life:
-        life.engines.failures = [EngineDeadError("killed by signal 9"), EngineConfigError("no memory is free")]
+    async with living(config(tmp_path, engine_restarts=4)) as life:
+        known: list[Exception] = [EngineDeadError("killed by signal 9"), EngineConfigError("no memory is free")]
+        life.engines.failures = [*known, RuntimeError("nobody thought of this")]
         life.engine.die()
         await life.until(lambda status: not ready(status))
         await life.until(ready)
-        assert life.server.model.restarts == {"died": 1, "not_started": 2}
+        assert life.server.model.restarts == {"died": 1, "not_started": 3}
         assert await life.answer() == "abc"
+    [unforeseen] = [record for record in caplog.records if "unforeseen" in record.message]
+    assert unforeseen.exc_info
 
 
 async def test_the_first_load_is_tried_again_if_the_engine_dies_but_not_if_the_model_is_wrong(tmp_path: Path) -> None:
