@@ -63,6 +63,8 @@ class ColdStart:
         if replica.eta_seconds is not None:
             return max(replica.eta_seconds, 0.0)
         expected = UNKNOWN if self.seconds is None else self.seconds
+        if replica.ready_at is not None:  # and loads anew: nothing tells since when
+            return expected
         age = self._age(at, replica)
         return max(expected - age, 0.1 * age, 1.0)
 

@@ -46,3 +46,9 @@ def test_time_without_a_node_is_none_of_a_cold_start() -> None:
 
 def test_a_replica_knows_best_itself() -> None:
     assert ColdStart().remaining(50.0, Replica("a", Phase.LOADING, 0.0, eta_seconds=7.0)) == 7.0
+
+
+def test_the_age_of_a_replica_that_loads_anew_tells_nothing_of_this_start() -> None:
+    cold = ColdStart()
+    cold.observe(1000, (came(0, 40.0),))
+    assert cold.remaining(90_000.0, Replica("a", Phase.LOADING, 0.0, ready_at=40.0)) == 40.0
