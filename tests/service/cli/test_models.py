@@ -43,6 +43,7 @@ def test_sigterm_ends_a_pull_and_gives_the_lock_back(tmp_path: Path, monkeypatch
     def fetch(store: ModelStore, wanted: Wanted, source: object, progress: Progress) -> None:
         signal.raise_signal(signal.SIGTERM)
 
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)  # other tests in this process set it
     monkeypatch.setattr(ModelStore, "_fetch", fetch)
     before = signal.getsignal(signal.SIGTERM)
     assert run("pull", "smollm2-135m-instruct", NEMOSERVE_CACHE=str(tmp_path)).exit_code == 143
