@@ -20,8 +20,9 @@ from autoscaler.policy.coldstart import ColdStart
 from autoscaler.policy.fluid import flow_of
 from autoscaler.policy.forecast import FAST, Forecasts, Most
 from autoscaler.policy.limits import Limits
+from autoscaler.policy.mirror import Mirror
 from autoscaler.policy.plain import by_queue, by_slots
-from autoscaler.policy.shadows import Look, Mirror, Promise, Shadows
+from autoscaler.policy.shadows import Look, Promise, Shadows
 from autoscaler.policy.work import Calibration, Engine, engine_of, scaled
 from autoscaler.settings import Settings
 

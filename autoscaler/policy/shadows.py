@@ -23,7 +23,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from autoscaler.policy.fluid import Flow, Fluid
-from autoscaler.policy.forecast import Smoothed
 
 FACTORS = (1.0, 1.06, 1.12, 1.18, 1.24, 1.3, 1.36, 1.5, 1.7, 2.0, 2.4)
 MEMORY = 24 * 3600.0  # seconds after which what was late has lost 63 % of its weight
@@ -155,7 +154,7 @@ class Shadow:
         bears = found * look.most_work >= look.mean
         self.belief = OWNERS if self.constant >= (found if bears else AMPLE * look.mean / look.most_work) else FEWER
 
-    def advance(self, look: Look, promise: Promise, keep: float) -> None:
+    def advance(self, look: Look, promise: Promise, keep: float, keep_cost: float) -> None:
         coming = self._coming
         while coming and coming[0][0] <= look.at:
             self._ready += coming.popleft()[1]
@@ -164,7 +163,7 @@ class Shadow:
         self._foreseen = self._foreseen * keep + promise.late(self._fluid) * look.flow.arrivals * look.seconds
         self._more &= self._ready >= look.real
         self._fewer &= self._ready <= look.real
-        self.cost = self.cost * math.exp(-look.seconds / PAID) + self.ordered * look.seconds
+        self.cost = self.cost * keep_cost + self.ordered * look.seconds
         need = self.need(look)
         if need > self.ordered:
             coming.append((look.at + look.horizon, need - self.ordered))
@@ -215,7 +214,7 @@ class Shadows:
         if self._followed is None:
             for each in self._all:
                 each.start(look, found)
-        keep = math.exp(-look.seconds / MEMORY)
+        keep, keep_cost = math.exp(-look.seconds / MEMORY), math.exp(-look.seconds / PAID)
         self._seconds = self._seconds * keep + look.seconds
         self._requests = self._requests * keep + look.flow.arrivals * look.seconds
         if self._spell >= SPELL:
@@ -227,7 +226,7 @@ class Shadows:
         self._slow += look.slow
         self._hopeless += floor * look.flow.arrivals * look.seconds
         for each in self._all:
-            each.advance(look, promise, keep)
+            each.advance(look, promise, keep, keep_cost)
         return self._choose(look, max(promise.late_share * SAFE - floor, promise.late_share * SAFE / 4))
 
     @property
@@ -260,80 +259,6 @@ class Shadows:
             if safer or cheaper:
                 self._followed, self._since = best, look.at
         return self._followed or best
-
-
-class Mirror:
-    """The shadow of the real fleet: what is late there, and is not here, is what the fluid does not know.
-
-    Requests come in bursts within a look, prompts hold up the rows beside them, balancers do not balance. All of that
-    makes a replica of the fluid worth more than a real one; `efficiency` is what a real one is worth, learnt so that
-    as many are late here as there while there is more to do than usual. What is late while there is less to do than
-    usual more replicas would not help: that is the `floor`, up to a limit, lest want of replicas is taken for it.
-    """
-
-    LEAST, MOST = 0.2, 1.08
-    HARMLESS = 0.6  # of the share that may be late: below it nothing is learnt
-    HIGHEST_FLOOR = 0.4  # of the share that may be late
-    SECONDS = 4 * 3600.0  # in which efficiency changes e-fold if all is wrong: one bad hour is not what a replica is
-    FORGETS = 6 * 3600.0  # in which it comes back to 1 by itself: with nobody late there is nothing to learn from
-    # Over these seconds late requests are compared: the fluid's are late when they come, real ones when they go
-    SMOOTH = 600.0
-    USUAL = 3600.0  # seconds that make up what is usual
-
-    def __init__(self) -> None:
-        self.floor = 0.0  # share
-        self._fluid = Fluid()
-        self._log = 0.0
-        self._usual = Smoothed(self.USUAL)
-        self._low, self._high = _Tally(), _Tally()
-
-    @property
-    def efficiency(self) -> float:
-        return math.exp(self._log)
-
-    def advance(self, look: Look, promise: Promise) -> None:
-        self._fluid.advance(look.flow, look.ready * self.efficiency, look.seconds)
-        came = look.flow.arrivals * look.seconds
-        busy = look.demands[0] / max(look.ready, 1)
-        high = busy >= self._usual.add(busy, look.seconds)
-        tally = self._high if high else self._low
-        for each in (self._low, self._high):
-            each.fade(math.exp(-look.seconds / self.SMOOTH))
-        tally.add(came, look.late, look.slow, promise.late(self._fluid) * came)
-        if not tally.came:
-            return
-        seen, expected = max(tally.late, tally.slow) / tally.came, tally.expected / tally.came + self.floor
-        if high:
-            allowed = promise.late_share * self.HARMLESS
-            seen, expected = max(seen, allowed), max(expected, allowed)
-            error = (seen - expected) / max(seen, expected)
-            self._log -= error * look.seconds / self.SECONDS + self._log * look.seconds / self.FORGETS
-            self._log = min(max(self._log, math.log(self.LEAST)), math.log(self.MOST))
-        else:
-            self.floor += (seen - expected) * look.seconds / self.SECONDS
-            self.floor = min(max(self.floor, 0.0), self.HIGHEST_FLOOR * promise.late_share)
-
-
-@dataclass(slots=True)
-class _Tally:
-    """Requests, forgetting: that came, that were late or slow (many are both), that were expected to be."""
-
-    came: float = 0.0
-    late: float = 0.0
-    slow: float = 0.0
-    expected: float = 0.0
-
-    def fade(self, keep: float) -> None:
-        self.came *= keep
-        self.late *= keep
-        self.slow *= keep
-        self.expected *= keep
-
-    def add(self, came: float, late: float, slow: float, expected: float) -> None:
-        self.came += came
-        self.late += late
-        self.slow += slow
-        self.expected += expected
 
 
 def _counts(highest: int) -> Iterator[int]:

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pytest
 
 from autoscaler.policy.fluid import Fluid, flow_of
-from autoscaler.policy.shadows import PAID, SAFE, Look, Mirror, Promise, Shadow, Shadows
+from autoscaler.policy.mirror import Mirror
+from autoscaler.policy.shadows import PAID, SAFE, Look, Promise, Shadow, Shadows
 from autoscaler.policy.work import Engine, Mix
 from tests.autoscaler.policy.scene import COST, NEW, PROMPT, REQUEST_SECONDS
 
@@ -54,7 +55,7 @@ def test_a_shadow_gets_what_it_asked_for_one_cold_start_later_and_pays_at_once()
     assert shadow.ordered == 2
     late = []
     for number in range(1, 241):
-        shadow.advance(look(STEP * number, 4.0), PROMISE, 1.0)
+        shadow.advance(look(STEP * number, 4.0), PROMISE, 1.0, math.exp(-STEP / PAID))
         late.append(shadow.late(0.0))
     assert shadow.ordered == 5
     # What it asks for is paid from the next look on; what was paid is forgotten
