@@ -7,6 +7,10 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
+
+# What clients of a Service should set: see docs/lifecycle.md
+SERVICE_CONFIG = Path(__file__).resolve().parents[1] / "proto" / "nemoserve" / "v1" / "service_config.json"
 
 
 class ServiceAddress:

@@ -15,8 +15,7 @@ from nemoserve.v1 import generation_pb2 as pb
 from nemoserve.v1 import generation_pb2_grpc as rpc
 
 from tests.e2e.conftest import ServerProcess
-from tests.service.test_rolling import SERVICE_CONFIG
-from tests.service_address import service_address
+from tests.service_address import SERVICE_CONFIG, service_address
 
 CLIENTS = 3
 

@@ -13,9 +13,7 @@ from nemoserve.v1 import generation_pb2 as pb
 from nemoserve.v1 import generation_pb2_grpc as rpc
 
 from tests.service.lives import Life, config, living
-from tests.service_address import service_address
-
-SERVICE_CONFIG = Path(__file__).resolve().parents[2] / "proto" / "nemoserve" / "v1" / "service_config.json"
+from tests.service_address import SERVICE_CONFIG, service_address
 
 
 def channel_to(*replicas: Life) -> grpc.aio.Channel:
