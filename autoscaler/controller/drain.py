@@ -25,7 +25,8 @@ from autoscaler.resource import TargetRef
 
 SERVES = "nemoserve.dev/serves"  # label: name of the workload; the Service selects it
 DRAINING = "nemoserve.dev/draining-since"  # label: Unix seconds
-TEMPLATE = "pod-template-hash"  # label: which ReplicaSet of a Deployment made the pod
+# Labels: which ReplicaSet of a Deployment made the pod, or which revision of a StatefulSet
+TEMPLATE, REVISION = "pod-template-hash", "controller-revision-hash"
 DOOMED = -1000  # deletion cost; those of others are 0
 # Seconds that endpoints take, about, to reach all nodes; a look before says nothing of who still comes.
 SETTLE = 3.0
@@ -82,10 +83,15 @@ class Scene:
         return max(0, self.scale.replicas - len(self.draining))
 
     @property
+    def mixed(self) -> bool:
+        """Its pods are not all of one template."""
+        return len({(pod.labels.get(TEMPLATE), pod.labels.get(REVISION)) for pod in self.pods.values()}) > 1
+
+    @property
     def rolls_out(self) -> bool:
         """A Deployment that shrinks meanwhile takes from the ReplicaSets of both templates, and each of them deletes
         by the cost of its own pods alone: one that serves would go in place of one that has drained."""
-        return not self.target.ordered and len({each.labels.get(TEMPLATE) for each in self.pods.values()}) > 1
+        return not self.target.ordered and self.mixed
 
 
 def let_go(pods: Mapping[str, Pod], scale: Scale, target: TargetRef) -> frozenset[str]:

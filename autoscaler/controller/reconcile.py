@@ -24,6 +24,7 @@ from autoscaler.controller.drain import DRAINING, Hands, Plan, Scene, draining_s
 from autoscaler.controller.front import Cover, Front
 from autoscaler.controller.metrics import Metrics
 from autoscaler.controller.rivals import OLDER, rival
+from autoscaler.controller.spare import Spare
 from autoscaler.controller.status import Report, Scaled, zero_is_ours
 from autoscaler.controller.tell import Teller, refusal, report_of
 from autoscaler.controller.verdict import Verdict, held_back, judge
@@ -84,6 +85,7 @@ class Reconciler:
         self._rival_at = -math.inf
         self._asked: int | None = None  # that the workload should be asked for, if nobody else has changed it
         self._draining: dict[str, float] = {}  # see `_since`
+        self._spare = Spare()
         self._untold: Scaled | None = None  # what the status does not say yet
 
     async def look(self) -> float:
@@ -108,7 +110,8 @@ class Reconciler:
             return await self._refuse(refusal(resource, word, f"{spec.target} cannot be scaled: {error}"), resource)
         await self._look_for_rival(resource, spec)
         decision = self._decide(policy, scene)
-        verdict = judge(spec, scene.scale.replicas, decision, self._rival, zero_is_ours=zero_is_ours(resource))
+        asked, ours = scene.scale.replicas, zero_is_ours(resource)
+        verdict = judge(spec, asked, decision, self._rival, zero_is_ours=ours, spare=self._spare.due)
         if scene.rolls_out:
             verdict = held_back(verdict, scene.wanted)
         self._untold = await self._act(resource, spec, scene, verdict) or self._untold
@@ -133,6 +136,7 @@ class Reconciler:
         """A new one for another workload, or new settings: what was promised is part of what it learnt."""
         if self._target != spec.target:
             self._target, self._policy, self._asked, self._rival_at = spec.target, None, None, -math.inf
+            self._spare = Spare()
         if self._policy is None or spec.settings != self._settings:
             self._policy, self._settings = self._tools.policy(spec.settings), spec.settings
         return self._policy
@@ -176,9 +180,10 @@ class Reconciler:
     # -- deciding ------------------------------------------------------------------------------------------------
 
     def _decide(self, policy: Policy, scene: Scene) -> Decision:
+        self._spare.see(scene, self._tools.clock.monotonic())
         observation = Observation(
             at=scene.at,
-            desired=scene.wanted,
+            desired=scene.wanted - self._spare.included,
             replicas=(*scene.replicas, *scene.others),
             held_requests=self._cover.held_requests if self._cover is not None else 0,
             oldest_held_seconds=self._cover.oldest_held_seconds if self._cover is not None else 0.0,
@@ -202,6 +207,7 @@ class Reconciler:
         steps = Plan(asked) if yields else plan(scene, desired, spec.drain_seconds)
         if self._cover is not None:
             await self._cover.arrange(spec, scene, steps)
+        self._spare.note(before, verdict)
         self._asked = None  # until it is certain what has become of it
         await self._hands.carry_out(steps, scene)
         self._asked = steps.asked

@@ -27,6 +27,7 @@ WARNINGS = (Limit.MAX_REPLICAS, Limit.NO_NODES)  # more is needed than there may
 class Verdict:
     """Attributes:
     acts: whether the workload is changed.
+    spare: of those desired, the ones beside what was decided on.
     """
 
     desired: int
@@ -34,11 +35,19 @@ class Verdict:
     acts: bool
     active: Condition
     limited: Condition
+    spare: int = 0
 
 
-def judge(spec: Spec, asked: int, decision: Decision, rival: str | None, *, zero_is_ours: bool = False) -> Verdict:
-    """`asked`: replicas that the workload is asked for; `rival`: who else scales it; `zero_is_ours`: that it is asked
-    for none is by the resource's own former word."""
+def judge(
+    spec: Spec, asked: int, decision: Decision, rival: str | None, *, zero_is_ours: bool = False, spare: int = 0
+) -> Verdict:
+    """
+    Args:
+        asked: replicas that the workload is asked for.
+        rival: who else scales it.
+        zero_is_ours: that it is asked for none is by the resource's own former word.
+        spare: replicas beside those that were decided on, as some fail.
+    """
     settings = spec.settings
     if rival is not None:
         return _held(decision.desired, "OtherScaler", f"{rival} scales {spec.target} too: delete one of the two")
@@ -52,12 +61,16 @@ def judge(spec: Spec, asked: int, decision: Decision, rival: str | None, *, zero
         return _held(0, "Paused", f"{spec.target} was scaled to 0 by hand; scale it to 1 or more to go on")
     lowest = 0 if settings.scale_to_zero.enabled else settings.min_replicas
     desired = min(max(decision.desired, lowest), settings.max_replicas)
+    reason = "scale to zero is off" if zero_is_off else decision.reason
+    spare = min(spare, settings.max_replicas - desired) if desired else 0
+    if spare:
+        desired += spare
+        reason += f"; {desired} with one for what fails"
     if spec.dry_run:
         active = _active(Is.FALSE, "DryRun", f"{desired} replicas would be right; spec.dryRun is true")
     else:
         active = _active(Is.TRUE, "Deciding", "replicas follow load")
-    reason = "scale to zero is off" if zero_is_off else decision.reason
-    return Verdict(desired, reason, not spec.dry_run, active, _limited(decision.limit))
+    return Verdict(desired, reason, not spec.dry_run, active, _limited(decision.limit), spare)
 
 
 def held_back(verdict: Verdict, wanted: int) -> Verdict:

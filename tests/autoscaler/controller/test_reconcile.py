@@ -285,6 +285,7 @@ async def test_who_is_not_heard_counts_as_busy(three: Scene) -> None:
 
 async def test_replicas_that_fail_are_told_with_the_reason_once_for_each_cause(three: Scene) -> None:
     assert three.condition("ReplicasFailing")[:2] == ("False", "NoneFails")
+    three.change(QUEUE_AUTOSCALERS, NAME, replicas=3)
     a, b, c = three.pods
     three.break_container(a, "ErrImagePull", "no such image")
     await three.look(20)

@@ -65,6 +65,21 @@ def test_a_dry_run_says_and_does_nothing() -> None:
     assert told(verdict(4, dry_run=True, pin=1)) == (1, False, "Pinned")
 
 
+def test_what_fails_asks_for_one_more_of_as_many_as_there_may_be_and_of_none_at_zero_or_beside_a_pin() -> None:
+    zero = Settings(min_replicas=0, max_replicas=5, scale_to_zero=ScaleToZero(enabled=True))
+
+    def with_spare(desired: int, **spec: Any) -> tuple[int, str]:
+        given = {"target": TARGET, "settings": SETTINGS} | spec
+        found = judge(Spec(**given), 3, Decision(desired, "load"), None, spare=1)
+        return found.desired, found.reason
+
+    assert with_spare(3) == (4, "load; 4 with one for what fails")
+    assert with_spare(1)[0] == 3  # the least that there may be, and one
+    assert with_spare(5) == (5, "load")
+    assert with_spare(0, settings=zero) == (0, "load")
+    assert with_spare(4, pin=3)[0] == 3
+
+
 @pytest.mark.parametrize("limit", list(Limit))
 def test_a_limit_is_a_condition(limit: Limit) -> None:
     limited = verdict(4, limit=limit).limited

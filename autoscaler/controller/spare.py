@@ -1,0 +1,50 @@
+"""One replica more than load needs while some fail: a sick pod or node costs no capacity. Pure, with a memory.
+
+It is one however many fail, and only while others of the same template serve: a fleet in which whatever is made fails,
+as after a bad image, does not grow. What was added is kept apart from what was decided, so that a policy never sees it:
+one that took it for its own would learn a larger fleet each time a replica goes back and forth.
+"""
+
+from __future__ import annotations
+
+from autoscaler.controller.drain import Scene
+from autoscaler.controller.verdict import Verdict
+from autoscaler.fleet import Phase
+
+# That a replica must have failed: what ended for the first or second time is started anew within 10 and 20 s.
+SICK_SECONDS = 30.0
+# That the spare one stays after the last failure: a kubelet pauses up to 300 s, and the start itself takes its time.
+HEALTHY_SECONDS = 600.0
+
+
+class Spare:
+    """Of one workload, by one process.
+
+    Attributes:
+        included: replicas that the workload is asked for beside those that were decided on.
+        due: the same, as it should be.
+    """
+
+    def __init__(self) -> None:
+        self.included = self.due = 0
+        self._failed: dict[str, float] | None = None  # by name, since when; None: nothing was seen yet
+        self._sick_at: float | None = None
+        self._of: dict[int, int] = {}  # how many are included, by how many are wanted in all
+
+    def see(self, scene: Scene, now: float) -> None:
+        """`now`: seconds that never jump. Whoever begins to look takes what fails for what is made up for already."""
+        first, known = self._failed is None, self._failed or {}
+        unknown = -SICK_SECONDS if first else 0.0
+        failed = [each.name for each in scene.replicas if each.phase is Phase.FAILED]
+        self._failed = {name: known.get(name, now + unknown) for name in failed}
+        if sick := any(now - since >= SICK_SECONDS for since in self._failed.values()):
+            self._sick_at = now
+        serves = any(each.phase is Phase.READY for each in scene.replicas)
+        makes_up = sick and serves and not scene.mixed and scene.wanted > 1
+        self.included = int(makes_up) if first else min(self._of.get(scene.wanted, 0), max(0, scene.wanted - 1))
+        stays = scene.mixed or (self._sick_at is not None and now - self._sick_at < HEALTHY_SECONDS)
+        self.due = int(makes_up or (self.included > 0 and stays))
+
+    def note(self, before: int, verdict: Verdict) -> None:
+        """So many were wanted in all: they are still, if what is about to be done fails."""
+        self._of = {before: self.included} | ({verdict.desired: verdict.spare} if verdict.acts else {})
