@@ -23,7 +23,7 @@ CONTROLLER = "autoscaling.nemoserve.dev/operator"
 SERIES_SECONDS = 600.0
 WRITE_SECONDS = 60.0
 REMEMBERED = 256  # different ones
-MAX_INSTANCE = 128  # letters
+MAX_WORD = 128  # letters, of a reason and of who reports it
 
 
 @dataclass(slots=True)
@@ -88,7 +88,7 @@ class Recorder:
             },
             "eventTime": micro_timestamp(now),
             "reportingController": CONTROLLER,
-            "reportingInstance": self._instance[:MAX_INSTANCE],
+            "reportingInstance": self._instance[:MAX_WORD],
             "regarding": {
                 "apiVersion": about.get("apiVersion", ""),
                 "kind": about.get("kind", ""),
@@ -97,7 +97,7 @@ class Recorder:
                 "uid": metadata.get("uid", ""),
             },
             "type": "Warning" if warning else "Normal",
-            "reason": reason,
+            "reason": reason[:MAX_WORD],
             "action": action,
             "note": shortened(note),
         }

@@ -6,6 +6,7 @@ no `kind`. Times are Unix seconds, as in `autoscaler.fleet`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -27,7 +28,8 @@ FAILURES = {
     "RunContainerError": "RunContainerError",
 }
 GIVEN_UP = 3  # restarts after which a container that never came up between two is not expected to
-MAX_SAID = 200  # letters, of what a container says of its end
+MAX_SAID = 200  # letters, of what is said of an end
+MAX_CAUSE = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,7 @@ class Pod:
         holds_place: counts for its controller. One that ended, was evicted, or is being deleted does not: another one
             has been made in its place.
         ready_since: when the condition `Ready` became true; None: it is not.
+        ended_at: when its node ended or refused it for good; another one has been made in its place.
         came_up: its server has been ready once, as the startup probe saw it, and may have served.
     """
 
@@ -65,6 +68,7 @@ class Pod:
     ready_since: float | None = None
     unschedulable_since: float | None = None
     deleted_at: float | None = None  # when its grace ends
+    ended_at: float | None = None
     ip: str | None = None
     restarts: int = 0
     came_up: bool = False
@@ -79,6 +83,7 @@ def pod(item: Json) -> Pod:
     phase = _phase(item, is_ready=ready.get("status") == "True")
     unschedulable = phase is Phase.PENDING and scheduled.get("reason") == "Unschedulable"
     deleted = meta.get("deletionTimestamp")
+    ended = deleted is None and status.get("phase") == "Failed"
     return Pod(
         name=meta.get("name", ""),
         uid=meta.get("uid", ""),
@@ -89,10 +94,11 @@ def pod(item: Json) -> Pod:
         ready_since=seconds(ready.get("lastTransitionTime")) if phase is Phase.READY else None,
         unschedulable_since=seconds(scheduled.get("lastTransitionTime")) if unschedulable else None,
         deleted_at=seconds(deleted),
+        ended_at=_latest(meta, status) if ended else None,
         ip=status.get("podIP") or None,
         restarts=_restarts(status),
         came_up=bool(main := status.get("containerStatuses")) and all(each.get("started") for each in main),
-        failure=_failure(status),
+        failure=_end(status) if ended else _failure(status),
         deletion_cost=_cost((meta.get("annotations") or {}).get(DELETION_COST, "")),
         labels=meta.get("labels") or {},
     )
@@ -128,6 +134,21 @@ def _failure(status: Json) -> Failure | None:
             said = f"ended with {code} ({reason}){last and ': '}{last}" if ended else ""
         return Failure(cause, f"container {each.get('name', '')}: {said[:MAX_SAID] or cause}")
     return None
+
+
+def _end(status: Json) -> Failure:
+    """Of a pod as a whole: evicted, or refused by its node. No condition can have kubelet's `OutOfnvidia.com/gpu`."""
+    cause = re.sub("[^A-Za-z0-9]", "", status.get("reason", ""))[:MAX_CAUSE]
+    said = str(status.get("message", ""))[:MAX_SAID]
+    return Failure(cause or "PodFailed", said or "its containers ended, and are not started anew")
+
+
+def _latest(meta: Json, status: Json) -> float:
+    """The last that is known to have happened to it: no field says when its phase became what it is."""
+    ends = [(each.get("state") or {}).get("terminated") or {} for each in _containers(status)]
+    times = [each.get("lastTransitionTime") for each in status.get("conditions") or ()]
+    times += [meta.get("creationTimestamp"), status.get("startTime"), *(each.get("finishedAt") for each in ends)]
+    return max((seconds(each) or 0.0 for each in times), default=0.0)
 
 
 def _waiting(container: Json) -> Json:

@@ -66,6 +66,7 @@ class Scene:
         others: which are being deleted, and finish what they accepted.
         draining: Unix seconds since when, by the pod's name.
         fresh_since: Unix seconds; a load seen before is not known any more.
+        ended: pods that ended lately and stay in the list; others were made in their place.
     """
 
     at: float
@@ -76,6 +77,7 @@ class Scene:
     others: tuple[Replica, ...]
     draining: Mapping[str, float]
     fresh_since: float
+    ended: tuple[Pod, ...] = ()
 
     @property
     def wanted(self) -> int:

@@ -35,6 +35,7 @@ from autoscaler.settings import Settings
 
 log = logging.getLogger(__name__)
 
+ENDED_SECONDS = 60.0  # that a pod which ended is told of
 STALE_INTERVALS = 3  # after which a load is not known any more
 RIVAL_SECONDS = 30.0  # between two looks for others that scale the same workload
 WRONG_SECONDS = 30.0  # between two looks at a resource that cannot be followed as it is
@@ -146,7 +147,8 @@ class Reconciler:
         asked = scale(await cluster.get(target.resource, target.name, "scale"))
         self.selector = asked.selector
         listed = items(await cluster.list(PODS, asked.selector)) if asked.selector else ()
-        pods = [each for each in map(pod, listed) if each.holds_place or each.deleted_at is not None]
+        every = [pod(each) for each in listed]
+        pods = [each for each in every if each.holds_place or each.deleted_at is not None]
         at = self._tools.clock.wall()
         replicas = await self._observer.look(pods, spec, at)
         here = {each.name: each for each in pods if each.holds_place}
@@ -161,6 +163,7 @@ class Reconciler:
             pods=here,
             replicas=tuple(each for each in seen if each.name in here),
             others=tuple(each for each in seen if each.name not in here),
+            ended=tuple(each for each in every if each.ended_at is not None and at - each.ended_at < ENDED_SECONDS),
             draining=self._draining,
             fresh_since=at - STALE_INTERVALS * policy.interval_seconds,
         )

@@ -162,10 +162,15 @@ def _failing(scene: Scene) -> Condition:
             found[each.name] = failure
         elif each.phase is Phase.FAILED:
             found[each.name] = Failure("ServerFailed", "its server says that it has failed, or has no model")
-    if not found:
+    ended = {each.name: each.failure for each in scene.ended if each.failure is not None}
+    if not found and not ended:
         return Condition("ReplicasFailing", Is.FALSE, "NoneFails", "no replica fails")
-    told = [f"{name}: {each.cause}, {each.text}" for name, each in sorted(found.items())]
-    more = f"; and {len(told) - NAMED} more" if len(told) > NAMED else ""
-    text = f"{len(found)} of {len(scene.replicas)} fail: {'; '.join(told[:NAMED])}{more}"
-    causes = ",".join(sorted({each.cause for each in found.values()}))
-    return Condition("ReplicasFailing", Is.TRUE, causes, text, warning=True)
+    told = [f"{len(found)} of {len(scene.replicas)} fail: {_named(found)}"] if found else []
+    told += [f"{len(ended)} ended lately, in whose place are others: {_named(ended)}"] if ended else []
+    causes = ",".join(sorted({each.cause for each in (*found.values(), *ended.values())}))
+    return Condition("ReplicasFailing", Is.TRUE, causes, "; ".join(told), warning=True)
+
+
+def _named(failures: Mapping[str, Failure]) -> str:
+    told = [f"{name}: {each.cause}, {each.text}" for name, each in sorted(failures.items())]
+    return "; ".join(told[:NAMED]) + (f"; and {len(told) - NAMED} more" if len(told) > NAMED else "")

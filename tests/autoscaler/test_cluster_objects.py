@@ -109,6 +109,18 @@ def test_one_that_ends_again_and_again_is_no_replica_that_starts_but_one_that_se
     assert objects.pod(overloaded).phase is Phase.STARTING
 
 
+def test_a_pod_that_its_node_ended_says_why_and_when_as_far_as_anything_tells() -> None:
+    late = "2026-11-26T08:00:09Z"
+    ended = {"name": "server", "state": {"terminated": {"exitCode": 137, "finishedAt": late}}}
+    evicted = objects.pod(a_pod(phase="Failed", reason="Evicted", message="no memory", containerStatuses=[ended]))
+    assert (evicted.failure, evicted.ended_at) == (objects.Failure("Evicted", "no memory"), SECONDS + 9)
+    refused = objects.pod(a_pod(phase="Failed", reason="OutOfnvidia.com/gpu", startTime=AT))
+    assert refused.failure is not None
+    assert (refused.failure.cause, refused.ended_at) == ("OutOfnvidiacomgpu", SECONDS)
+    for other in (a_pod(phase="Failed", meta={"deletionTimestamp": AT}), a_pod(phase="Succeeded"), a_pod()):
+        assert objects.pod(other).ended_at is None
+
+
 def test_times_are_told_where_they_mean_something() -> None:
     ready = objects.pod(a_pod(phase="Running", startTime=AT, conditions=[is_so("Ready")]))
     assert (ready.created_at, ready.ready_since) == (SECONDS, SECONDS)

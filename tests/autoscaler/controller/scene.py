@@ -19,7 +19,7 @@ import yaml
 from autoscaler.cluster.client import connect
 from autoscaler.cluster.events import Recorder
 from autoscaler.cluster.face import DEPLOYMENTS, EVENTS, PODS, QUEUE_AUTOSCALERS, STATEFUL_SETS, Json, Kind
-from autoscaler.cluster.objects import Pod
+from autoscaler.cluster.objects import Pod, timestamp
 from autoscaler.controller.drain import SERVES
 from autoscaler.controller.front import Front
 from autoscaler.controller.metrics import Metrics
@@ -218,6 +218,15 @@ class Scene:
         def alter(old: Json) -> Json:
             conditions = [{"type": "Ready", "status": "False"}]
             return old | {"status": old["status"] | {"containerStatuses": [status], "conditions": conditions}}
+
+        self.api.machinery.update(self.api.machinery.resource("", "pods"), "default", pod_name, alter, "status")
+
+    def end_pod(self, pod_name: str, reason: str, message: str) -> None:
+        """By its node, for good."""
+
+        def alter(old: Json) -> Json:
+            conditions = [{"type": "Ready", "status": "False", "lastTransitionTime": timestamp(self.clock.wall())}]
+            return old | {"status": {"phase": "Failed", "reason": reason, "message": message, "conditions": conditions}}
 
         self.api.machinery.update(self.api.machinery.resource("", "pods"), "default", pod_name, alter, "status")
 

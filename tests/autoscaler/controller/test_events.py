@@ -79,8 +79,9 @@ async def test_other_words_are_another_event(book: Book) -> None:
 
 
 async def test_long_words_are_cut_at_the_bytes_that_an_api_server_takes(book: Book) -> None:
-    await book.write("→" * 2000)
+    await book.write("→" * 2000, reason=",".join(["ImagePullBackOff"] * 20))
     [event] = book.events
+    assert event["reason"].startswith("ImagePullBackOff,")
     assert len(event["note"].encode()) <= 1024
     assert event["note"].startswith("→→→")
     assert shortened("→" * 10, 10) == "→→…"

@@ -13,6 +13,7 @@ from autoscaler.controller.drain import DRAINING, TEMPLATE
 from autoscaler.controller.reconcile import GoneError
 from autoscaler.controller.rivals import HPAS
 from autoscaler.decision import Limit
+from tests.autoscaler.controller.clock import until
 from tests.autoscaler.controller.scene import NAME, Scene, scaler, scene, workload
 from tests.autoscaler.fake_api import Fault
 
@@ -312,6 +313,24 @@ async def test_a_server_that_has_failed_is_a_replica_that_fails(three: Scene) ->
     await three.look()
     assert three.condition("ReplicasFailing")[:2] == ("False", "NoneFails")
     assert ("NoneFails", "ReplicasFailing is False: no replica fails") in three.events
+
+
+async def test_pods_that_their_nodes_ended_are_told_for_a_minute_and_are_no_replicas_that_fail(three: Scene) -> None:
+    evicted, refused, _ = three.pods
+    three.end_pod(evicted, "Evicted", "The node was low on resource: memory.")
+    three.end_pod(refused, "OutOfnvidia.com/gpu", "Node didn't have enough resource: nvidia.com/gpu")
+    await until(lambda: len(three.pods) == 5)
+    await three.reconciler.look()
+    assert three.condition("ReplicasFailing")[:2] == ("True", "Evicted,OutOfnvidiacomgpu")
+    message = three.condition("ReplicasFailing")[2]
+    assert message.startswith("2 ended lately, in whose place are others: ")
+    assert f"{evicted}: Evicted, The node was low on resource: memory." in message
+    assert ("Evicted,OutOfnvidiacomgpu", f"ReplicasFailing is True: {message}") in three.events
+    assert len(three.word.seen[-1].replicas) == 3
+    three.clock.turn(60)
+    await three.reconciler.look()
+    assert three.condition("ReplicasFailing")[:2] == ("False", "NoneFails")
+    assert evicted in three.pods  # until somebody tidies up
 
 
 # -- by whom ---------------------------------------------------------------------------------------------------------
