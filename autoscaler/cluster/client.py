@@ -1,4 +1,4 @@
-"""A namespace of a cluster through the official client: raw JSON, one request per call, a limit on each.
+"""A namespace of a cluster through the official client: JSON as it is, one request per call, a limit on each.
 
 `kubernetes.aio` brings what is worth not writing anew: kubeconfig with its exec plugins, the token of the service
 account, which it reads anew each minute, and TLS. Its models and its `Watch` stay unused: a model loses fields that it
@@ -11,7 +11,6 @@ credentials be read anew, once, since a token may have been exchanged before its
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -21,10 +20,12 @@ from typing import Any
 from urllib.parse import quote
 
 import aiohttp
+import msgspec
 from kubernetes.aio.client import ApiClient, Configuration
 from kubernetes.aio.config import ConfigException, load_incluster_config, load_kube_config
 
-from autoscaler.cluster.face import ClusterError, Json, Kind, WatchEvent
+from autoscaler.cluster.face import PODS, ClusterError, Json, Kind, WatchEvent
+from autoscaler.cluster.objects import PodList
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +33,8 @@ NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 MERGE_PATCH = "application/merge-patch+json"
 # The largest object that etcd takes is 1.5 MB of its own encoding; nothing that is longer can be an event.
 MAX_EVENT_BYTES = 16 * 2**20
+ANY_OBJECT: msgspec.json.Decoder[Json] = msgspec.json.Decoder(Json)
+LISTS: Mapping[Kind, msgspec.json.Decoder[Any]] = {PODS: msgspec.json.Decoder(PodList)}
 # No answer, or half of one; ConfigException: a token file that is being exchanged
 BROKEN = (TimeoutError, OSError, aiohttp.ClientError, ConfigException)
 
@@ -113,7 +116,8 @@ class ApiCluster:
         return await self._call("GET", self._path(kind, name, subresource))
 
     async def list(self, kind: Kind, label_selector: str = "") -> Json:
-        return await self._call("GET", self._path(kind), query=_selected(label_selector))
+        decoder = LISTS.get(kind, ANY_OBJECT)
+        return await self._call("GET", self._path(kind), query=_selected(label_selector), decoder=decoder)
 
     async def create(self, kind: Kind, body: Json) -> Json:
         return await self._call("POST", self._path(kind), body=body)
@@ -157,11 +161,12 @@ class ApiCluster:
         query: Sequence[tuple[str, str]] = (),
         body: Json | None = None,
         content_type: str = "application/json",
+        decoder: msgspec.json.Decoder[Json] = ANY_OBJECT,
     ) -> Json:
         try:
             async with asyncio.timeout(self._limits.call):
                 async with await self._send(method, path, query, body=body, content_type=content_type) as response:
-                    return _object(response.status, await response.read())
+                    return _object(response.status, await response.read(), decoder)
         except BROKEN as error:
             raise _unreachable(method, path, error) from error
 
@@ -222,14 +227,11 @@ def _event(line: bytes) -> WatchEvent:
     return WatchEvent(event.get("type", ""), subject)
 
 
-def _object(code: int, text: bytes) -> Json:
+def _object(code: int, text: bytes, decoder: msgspec.json.Decoder[Json] = ANY_OBJECT) -> Json:
     try:
-        found = json.loads(text)
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise ClusterError(code, "InvalidResponse", f"not a JSON object: {text[:200]!r}")
-    return found
+        return decoder.decode(text)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ClusterError(code, "InvalidResponse", f"no JSON as it should be: {error}: {text[:200]!r}") from None
 
 
 def _refusal(response: aiohttp.ClientResponse, text: bytes) -> ClusterError:

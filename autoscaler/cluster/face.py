@@ -71,7 +71,7 @@ class Cluster(Protocol):
     async def get(self, kind: Kind, name: str, subresource: str = "") -> Json: ...
 
     async def list(self, kind: Kind, label_selector: str = "") -> Json:
-        """The list object: `items`, and `metadata.resourceVersion` to watch from."""
+        """The list object: `items`, and `metadata.resourceVersion` to watch from. Of pods as much as `PodList` has."""
 
     async def create(self, kind: Kind, body: Json) -> Json: ...
 

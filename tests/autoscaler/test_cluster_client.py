@@ -13,10 +13,12 @@ import pytest
 import yaml
 from kubernetes.aio.config import incluster_config
 
-from autoscaler.cluster import client
+from autoscaler.cluster import client, objects
 from autoscaler.cluster.client import ApiCluster, Limits, connect
 from autoscaler.cluster.face import LEASES, PODS, ClusterError, Json, WatchEvent
+from tests.autoscaler.controller.clock import until
 from tests.autoscaler.fake_api import FakeApi, Fault
+from tests.autoscaler.fake_api.workloads import Workloads, endpoints
 from tests.service.security.certificates import Authority
 
 SHORT = Limits(connect=1.0, call=0.3, watch=1, watch_grace=0.1)
@@ -47,6 +49,24 @@ async def refusal(cluster: ApiCluster) -> ClusterError:
     with pytest.raises(ClusterError) as refused:
         await cluster.get(LEASES, "lock")
     return refused.value
+
+
+async def test_a_list_of_pods_has_what_is_read_of_them_and_no_more(api: FakeApi, cluster: ApiCluster) -> None:
+    labels = {"app": "nemo"}
+    template = {"metadata": {"labels": labels}, "spec": {"containers": [{"name": "server", "image": "nemoserve"}]}}
+    spec = {"replicas": 1, "selector": {"matchLabels": labels}, "template": template}
+    async with Workloads(api):
+        api.apply({"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "nemo"}, "spec": spec})
+        await until(lambda: bool(endpoints(api, "app=nemo")))
+        [item] = (await cluster.list(PODS, "app=nemo"))["items"]
+        whole = await cluster.get(PODS, item["metadata"]["name"])
+    assert objects.pod(item) == objects.pod(whole)
+    assert item == {
+        "metadata": {key: value for key, value in whole["metadata"].items() if key in item["metadata"]},
+        "spec": {"nodeName": whole["spec"]["nodeName"]},
+        "status": whole["status"],
+    }
+    assert "ownerReferences" not in item["metadata"]
 
 
 # -- errors and limits -----------------------------------------------------------------------------------------
