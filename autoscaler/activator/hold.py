@@ -4,7 +4,8 @@ entered ──► waiting ──► handed to a replica ──► started: the a
               ▲                 │
               └── full, or lost ┘
 
-- Bounded by requests and by bytes; a request that does not fit is refused at once, with a time to come again.
+- Bounded by requests, those whose answers run included, and by bytes that are kept; what does not fit is refused at
+  once, with a time to come again.
 - In order of arrival. One that a replica refused comes back to its old place, and lets others pass until its time.
 - A replica is handed no more at once than it runs twice over: so that its batch never runs dry, and the others wait
   here, where the next replica can take them. It shrinks when the replica refuses and grows with each answer, as the
@@ -41,7 +42,7 @@ RETRY_SPREAD = 0.5  # of the hint, added at random: who was refused together sha
 
 
 class Held:
-    """One request, from its arrival to the beginning of its answer; a context manager around all of that."""
+    """One request, from its arrival to the end of its answer; a context manager around all of that."""
 
     def __init__(self, room: Room, number: int, arrived: float, deadline: float | None) -> None:
         self.number, self.arrived = number, arrived
@@ -184,7 +185,7 @@ class Room:
         self.changes = 0
         self._progress = Progress()
         self._windows: tuple[Window, ...] = ()
-        self._entered: set[Held] = set()  # without the beginning of an answer
+        self._entered: set[Held] = set()  # until their answers have ended
         self._waiting: list[Held] = []  # by number
         self._numbers = 0
         self._changed = asyncio.Event()
@@ -262,7 +263,8 @@ class Room:
         if self.closed:
             raise self._count(self.closed_down())
         if len(self._entered) >= self.limits.max_requests:
-            message = f"{len(self._entered)} requests wait for a replica, and there is no place for more"
+            waiting = f"{self.held_requests} of them wait for a replica"
+            message = f"{len(self._entered)} requests are here, {waiting}, and there is no place for more"
             raise self._count(self.refuse(Reason.FULL, message))
         self._numbers += 1
         held = Held(self, self._numbers, self.now(), deadline)

@@ -4,11 +4,14 @@ health     what a client's channel asks for before it sends ("" and names of ser
            taken, whoever answers them. `nemoserve.live`: SERVING. `nemoserve.ready`, whether an answer could begin
            now: only while there is a replica. KServe's three questions likewise.
 GetLoad    the load of nobody: what waits, and how far the first replica is. As soon as there is one, it answers.
+
+Streams of both stay open for as long as clients want. There may be as many as requests.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -85,6 +88,19 @@ def _constant(answer: bytes) -> Handler:
 class _Own:
     def __init__(self, room: Room) -> None:
         self._room = room
+        self._watches = 0
+
+    @asynccontextmanager
+    async def _watched(self, context: Context) -> AsyncIterator[None]:
+        """Around a stream."""
+        if self._watches >= (most := self._room.limits.max_requests):
+            message = f"{self._watches} watches are open, and there is no place for more than {most}; retry later"
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, message)
+        self._watches += 1
+        try:
+            yield
+        finally:
+            self._watches -= 1
 
     async def check(self, request: Any, context: Context) -> Any:
         if request.service not in SERVICES:
@@ -93,14 +109,15 @@ class _Own:
 
     async def watch(self, request: Any, context: Context) -> AsyncIterator[Any]:
         last = None
-        while True:
-            seen = self._room.changes
-            if (status := self._status(request.service)) != last:
-                last = status
-                yield health_pb2.HealthCheckResponse(status=status)
-            if self._room.closed:
-                return
-            await self._room.changed(seen, CHECK_SECONDS)
+        async with self._watched(context):
+            while True:
+                seen = self._room.changes
+                if (status := self._status(request.service)) != last:
+                    last = status
+                    yield health_pb2.HealthCheckResponse(status=status)
+                if self._room.closed:
+                    return
+                await self._room.changed(seen, CHECK_SECONDS)
 
     def _status(self, service: str) -> Any:
         kinds = health_pb2.HealthCheckResponse
@@ -118,10 +135,11 @@ class _Own:
         if not low <= interval <= high:
             message = f"interval_seconds: {interval} must be between {low:g} and {high:g}, or 0"
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, message)
-        while not self._room.replicas and not self._room.closed:
-            seen = self._room.changes
-            yield pb.WatchLoadResponse(load=self._load())
-            await self._room.changed(seen, interval)
+        async with self._watched(context):
+            while not self._room.replicas and not self._room.closed:
+                seen = self._room.changes
+                yield pb.WatchLoadResponse(load=self._load())
+                await self._room.changed(seen, interval)
         await context.abort(grpc.StatusCode.UNAVAILABLE, "there are replicas now; watch one of them")
 
     def _load(self) -> pb.Load:

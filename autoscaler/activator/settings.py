@@ -8,13 +8,14 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HoldLimits:
-    """How much waits for the first replica, and how long.
+    """How much is here while there is no replica, or from before there was one, and how long it waits.
 
     Raises:
         ValueError: names the field, its value and the limit.
     """
 
-    # A server of 32 rows queues 256: four of them full. What comes later is better told at once to come again.
+    # That wait or are being answered; and streams that watch health or load. A server of 32 rows queues 256: four of
+    # them full. What comes later is better told at once to come again.
     max_requests: int = 1024
     # 64 KiB for each of those, 16,000 tokens of text; and four of the largest that a server takes.
     max_bytes: int = 64 * 2**20

@@ -24,6 +24,7 @@ from autoscaler.observe.text import read_text
 
 MAX_LOAD_BYTES = 64 * 1024  # a Load has some 600
 MAX_TEXT_BYTES = 4 << 20  # a server with 64 adapters has 1.5 MiB of metrics
+TEXTS_AT_ONCE = 32  # bodies of metrics in memory: 128 MiB at most, however many servers there are
 MAX_HEADER_BYTES = 16 * 1024
 OPTIONS: list[tuple[str, str | int]] = [
     ("grpc.max_receive_message_length", MAX_LOAD_BYTES),
@@ -74,6 +75,7 @@ class Servers:
         self._seconds = seconds
         self._channels: dict[Address, grpc.aio.Channel] = {}
         self._http: httpx.AsyncClient | None = None
+        self._texts = asyncio.Semaphore(TEXTS_AT_ONCE)
 
     async def prepare(self, addresses: Collection[Address]) -> None:
         """These are all that will be asked: forget the others. Secrets that have changed hold from now on; where they
@@ -133,7 +135,7 @@ class Servers:
     async def _get_text(self, address: Address) -> Answer:
         try:
             async with asyncio.timeout(self._seconds):
-                return read_text((await self._fetch(address)).decode(errors="replace"))
+                return await self._fetch(address)
         except httpx.HTTPError as error:
             raise SilentError(f"{type(error).__name__}: {str(error)[:200]}") from None
         except TimeoutError:
@@ -141,7 +143,7 @@ class Servers:
         except (BrokenAnswerError, httpx.InvalidURL, OSError) as error:
             raise SilentError(str(error)) from None
 
-    async def _fetch(self, address: Address) -> bytes:
+    async def _fetch(self, address: Address) -> Answer:
         if self._http is None:
             tls = self._opened.tls()
             self._http = httpx.AsyncClient(
@@ -161,9 +163,10 @@ class Servers:
                 raise BrokenAnswerError(f"status {response.status_code}")
             if response.headers.get("content-encoding", "identity") != "identity":
                 raise BrokenAnswerError("the metrics are packed, though nobody asked for that")
+            await stack.enter_async_context(self._texts)  # who does not answer takes no place
             body = bytearray()
             async for chunk in response.aiter_raw():
                 body += chunk
                 if len(body) > MAX_TEXT_BYTES:
                     raise BrokenAnswerError(f"the metrics have more than {MAX_TEXT_BYTES} bytes")
-            return bytes(body)
+            return read_text(body.decode(errors="replace"))

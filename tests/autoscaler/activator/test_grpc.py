@@ -224,10 +224,24 @@ async def test_a_full_room_refuses_at_once_with_a_hint() -> None:
         here.room.progress("loading the model", eta=20)
         error = await error_of(here.call(b"3"))
         assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert error.details() == "2 requests wait for a replica, and there is no place for more; retry later"
+        full = "2 requests are here, 2 of them wait for a replica, and there is no place for more; retry later"
+        assert error.details() == full
         assert 19_000 < int(hints(error)["retry-after-ms"]) <= 30_000
         assert hints(error)["grpc-retry-pushback-ms"] == hints(error)["retry-after-ms"]
         assert here.room.outcomes == {"full": 1}
+
+
+async def test_a_stream_that_is_being_answered_has_its_place_until_its_end() -> None:
+    async with grpc_scene(HoldLimits(max_requests=1)) as here, here.replica():
+        stream = here.stream(timeout=20)
+        await stream.write(b"1")
+        assert await stream.read() == b"r0:1"
+        error = await error_of(here.call(b"2"))
+        assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert str(error.details()).startswith("1 requests are here, 0 of them wait for a replica")
+        await stream.done_writing()
+        assert await stream.read() is grpc.aio.EOF
+        assert await here.call(b"3") == [b"r0:3"]
 
 
 async def test_a_room_full_of_bytes_refuses() -> None:

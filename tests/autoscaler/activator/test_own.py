@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -13,8 +15,9 @@ from nemoserve.v1 import generation_pb2_grpc as rpc
 from prometheus_client.parser import text_string_to_metric_families
 from tritonclient.grpc.aio import InferenceServerClient
 
+from autoscaler.activator import HoldLimits
 from autoscaler.activator.own_rpcs import KSERVE, TYPED
-from tests.autoscaler.activator.scene import Scene, grpc_scene, http_scene
+from tests.autoscaler.activator.scene import Scene, error_of, grpc_scene, http_scene
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
@@ -104,6 +107,31 @@ async def test_a_watch_of_load_follows_and_ends_when_there_is_a_replica() -> Non
         with pytest.raises(grpc.aio.AioRpcError) as error:
             await anext(aiter(typed.WatchLoad(pb.WatchLoadRequest(interval_seconds=61))))
         assert error.value.details() == "interval_seconds: 61.0 must be between 0.1 and 60, or 0"
+
+
+async def test_streams_that_watch_are_as_many_as_requests_at_most_and_one_that_ends_gives_its_place_back() -> None:
+    async with grpc_scene(HoldLimits(max_requests=2)) as here:
+        typed: Any = rpc.GenerationServiceStub(here.channel)
+        check = health_pb2_grpc.HealthStub(here.channel)
+        load = typed.WatchLoad(pb.WatchLoadRequest(interval_seconds=60))
+        health = check.Watch(health_pb2.HealthCheckRequest())
+        assert await anext(aiter(load))
+        assert await anext(aiter(health))
+        for third in (check.Watch(health_pb2.HealthCheckRequest()), typed.WatchLoad(pb.WatchLoadRequest())):
+            error = await error_of(anext(aiter(third)))
+            assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert error.details() == "2 watches are open, and there is no place for more than 2; retry later"
+        load.cancel()
+        async with asyncio.timeout(20):  # until the server has seen it
+            while not await watches(check):
+                pass
+
+
+async def watches(check: Any) -> bool:
+    """Whether one more may watch."""
+    with suppress(grpc.aio.AioRpcError):
+        return bool(await anext(aiter(check.Watch(health_pb2.HealthCheckRequest()))))
+    return False
 
 
 async def test_with_a_replica_it_answers_for_itself() -> None:

@@ -5,20 +5,24 @@ from __future__ import annotations
 import asyncio
 import ssl
 import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import grpc
+import httpx
 import pytest
 from nemoserve.v1 import generation_pb2 as pb
 
 from autoscaler.fleet import Counters, Load, Phase, StepCost
-from autoscaler.observe import Observer, Secrets
+from autoscaler.observe import Observer, Secrets, servers
 from autoscaler.observe.servers import MAX_LOAD_BYTES, MAX_TEXT_BYTES
 from autoscaler.settings import Settings, Target
 from service.security.access import Access
 from service.security.keys import KeysFile
+from tests.autoscaler.controller.clock import until
 from tests.autoscaler.observe.replicas import FakeReplica, Spec, Web, fleet, free_port, names, pod
 from tests.service.fake_engine import FakeEngine
 from tests.service.grpc.ports import served, serving
@@ -506,6 +510,31 @@ async def test_where_get_load_fails_the_metrics_are_read() -> None:
         assert (seen_starting.observed_at, len(web.requests)) == (1.0, 1)  # it was not asked
         assert web.requests[0].startswith("GET /metrics HTTP/1.1")
         await observer.close()
+
+
+async def test_few_texts_are_in_memory_at_once_however_many_servers_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(servers, "TEXTS_AT_ONCE", 2)
+    web, spec, ips = Web(VLLM), Spec(free_port(), free_port()), [f"127.0.9.{number}" for number in range(10, 16)]
+    body, read, most = httpx.Response.aiter_raw, 0, 0
+
+    async def counted(response: httpx.Response) -> AsyncIterator[bytes]:
+        nonlocal read, most
+        read += 1
+        most = max(most, read)
+        await until(lambda: len(web.requests) == len(ips))
+        async for each in body(response):
+            yield each
+        read -= 1
+
+    monkeypatch.setattr(httpx.Response, "aiter_raw", counted)
+    async with AsyncExitStack() as stack:
+        for ip in ips:
+            await stack.enter_async_context(web.at(ip, spec.metrics_port))
+        observer = patient()
+        seen = await observer.look([pod(ip, ip=ip) for ip in ips], spec, 1.0)
+        assert [each.load is not None for each in seen] == [True] * len(ips)
+        await observer.close()
+    assert most == 2
 
 
 @pytest.mark.parametrize(
