@@ -71,11 +71,16 @@ class Spec:
     metrics_port: int = METRICS_PORT
 
 
+def read_target(resource: Json) -> TargetRef:
+    """Of a spec that may be wrong otherwise. Raises InvalidSpecError."""
+    return _target(_Fields(resource, "").part("spec").part("scaleTargetRef"))
+
+
 def read_spec(resource: Json) -> Spec:
     """Raises InvalidSpecError."""
     spec = _Fields(resource, "").part("spec")
     return Spec(
-        target=_target(spec.part("scaleTargetRef")),
+        target=read_target(resource),
         settings=_settings(spec),
         pin=spec.count("replicas", None, most=MAX_REPLICAS),
         dry_run=spec.flag("dryRun", False),

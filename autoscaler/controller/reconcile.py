@@ -13,14 +13,15 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from autoscaler.clock import Clock
 from autoscaler.cluster.events import Recorder
 from autoscaler.cluster.face import PODS, QUEUE_AUTOSCALERS, Cluster, ClusterError, Json
-from autoscaler.cluster.objects import Pod, items, pod, scale
-from autoscaler.controller.drain import DRAINING, Hands, Plan, Scene, draining_since, let_go, plan
+from autoscaler.cluster.objects import Pod, Scale, items, pod, scale
+from autoscaler.controller.drain import Hands, Plan, Scene, draining_since, let_go, plan
 from autoscaler.controller.front import Cover, Front
 from autoscaler.controller.metrics import Metrics
 from autoscaler.controller.rivals import OLDER, rival
@@ -30,7 +31,7 @@ from autoscaler.controller.tell import Teller, refusal, report_of
 from autoscaler.controller.verdict import Verdict, held_back, judge
 from autoscaler.decision import Decision, Policy
 from autoscaler.fleet import Observation, Phase, Replica
-from autoscaler.resource import InvalidSpecError, Spec, TargetRef, read_spec
+from autoscaler.resource import InvalidSpecError, Spec, TargetRef, read_spec, read_target
 from autoscaler.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -99,9 +100,11 @@ class Reconciler:
         resource = await self._resource()
         try:
             spec = read_spec(resource)
+            await self._leave(spec.target)
             policy = self._policy_for(spec)
         except (InvalidSpecError, ValueError) as error:
-            return await self._refuse(refusal(resource, "InvalidSpec", str(error)), resource)
+            await self._stop(resource)
+            return await self._refuse(replace(refusal(resource, "InvalidSpec", str(error)), draining=0), resource)
         try:
             scene = await self._see(spec, policy)
         except ClusterError as error:
@@ -109,7 +112,7 @@ class Reconciler:
                 raise
             word = "TargetNotFound" if error.not_found else "TargetForbidden"
             return await self._refuse(refusal(resource, word, f"{spec.target} cannot be scaled: {error}"), resource)
-        await self._look_for_rival(resource, spec)
+        await self._look_for_rival(resource, spec.target)
         decision = self._decide(policy, scene)
         asked, ours = scene.scale.replicas, zero_is_ours(resource)
         verdict = judge(spec, asked, decision, self._rival, zero_is_ours=ours, spare=self._spare.due)
@@ -142,12 +145,16 @@ class Reconciler:
             self._policy, self._settings = self._tools.policy(spec.settings), spec.settings
         return self._policy
 
-    async def _see(self, spec: Spec, policy: Policy) -> Scene:
-        cluster, target = self._tools.cluster, spec.target
+    async def _find(self, target: TargetRef) -> tuple[Scale, list[Pod]]:
+        cluster = self._tools.cluster
         asked = scale(await cluster.get(target.resource, target.name, "scale"))
-        self.selector = asked.selector
         listed = items(await cluster.list(PODS, asked.selector)) if asked.selector else ()
-        every = [pod(each) for each in listed]
+        return asked, [pod(each) for each in listed]
+
+    async def _see(self, spec: Spec, policy: Policy) -> Scene:
+        target = spec.target
+        asked, every = await self._find(target)
+        self.selector = asked.selector
         pods = [each for each in every if each.holds_place or each.deleted_at is not None]
         at = self._tools.clock.wall()
         replicas = await self._observer.look(pods, spec, at)
@@ -174,11 +181,16 @@ class Reconciler:
         marks = {name: since for name, pod in pods.items() if (since := draining_since(pod)) is not None}
         return {name: min(self._draining.get(name, since), at) for name, since in marks.items()}
 
-    async def _look_for_rival(self, resource: Json, spec: Spec) -> None:
+    async def _look_for_rival(self, resource: Json, target: TargetRef) -> None:
         now = self._tools.clock.monotonic()
         if now - self._rival_at >= RIVAL_SECONDS:
-            self._rival = await rival(self._tools.cluster, resource, spec.target)
+            self._rival = await rival(self._tools.cluster, resource, target)
             self._rival_at = now
+
+    @property
+    def _yields(self) -> bool:
+        """What an older QueueAutoscaler has begun is not ours to undo."""
+        return self._rival is not None and self._rival.startswith(OLDER)
 
     # -- deciding ------------------------------------------------------------------------------------------------
 
@@ -204,10 +216,8 @@ class Reconciler:
             await self._teller.record(resource, "ScaledByHand", "Look", note)
         self._asked = asked
         # Who does not act leaves the workload as if it had never been touched: what drains serves again.
-        # But what an older QueueAutoscaler has begun is not ours to undo.
-        yields = self._rival is not None and self._rival.startswith(OLDER)
         desired = verdict.desired if verdict.acts else asked
-        steps = Plan(asked) if yields else plan(scene, desired, spec.drain_seconds)
+        steps = Plan(asked) if self._yields else plan(scene, desired, spec.drain_seconds)
         if self._cover is not None:
             await self._cover.arrange(spec, scene, steps)
         self._spare.note(before, verdict)
@@ -220,6 +230,34 @@ class Reconciler:
             return scaled if verdict.desired != before else None
         told = verdict.desired == (resource.get("status") or {}).get("desired")
         return scaled if spec.dry_run and not told and verdict.desired != before else None
+
+    async def _leave(self, target: TargetRef) -> None:
+        """For this workload the one before, if it is another."""
+        if self._target not in (None, target):
+            await self._serve_again(self._target)
+
+    async def _stop(self, resource: Json) -> None:
+        """The spec cannot be followed: what drains would neither go nor serve until somebody has corrected it."""
+        with suppress(InvalidSpecError):
+            target = self._target or read_target(resource)
+            await self._look_for_rival(resource, target)
+            await self._serve_again(target)
+
+    async def _serve_again(self, target: TargetRef) -> None:
+        """All that drain, but for those that the workload's controller is about to delete. Raises ClusterError."""
+        if self._yields:
+            return
+        try:
+            asked, pods = await self._find(target)
+        except ClusterError as error:
+            if error.code not in (403, 404):
+                raise
+            log.warning("drains not ended", extra={"autoscaler": self.name, "reason": str(error)})
+            return
+        here = {each.name: each for each in pods if each.holds_place}
+        going = let_go(here, asked, target)
+        drains = [each for each in here.values() if draining_since(each) is not None and each.name not in going]
+        await self._hands.give_back(drains, target)
 
     async def _refuse(self, report: Report, resource: Json) -> float:
         self._asked = None
@@ -237,9 +275,8 @@ class Reconciler:
         """The resource is gone: the workload stays as it is, and what drains serves again. Raises ClusterError."""
         if self._cover is not None:
             await self._cover.end()
-        if self._target is not None and self.selector:
-            pods = items(await self._tools.cluster.list(PODS, f"{self.selector},{DRAINING}"))
-            await self._hands.give_back([pod(each) for each in pods], self._target)
+        if self._target is not None:
+            await self._serve_again(self._target)
 
     async def hand_over(self) -> None:
         """What is held by this process goes to replicas, or to the process that leads. Nothing is written.

@@ -17,6 +17,8 @@ from tests.autoscaler.controller.clock import until
 from tests.autoscaler.controller.scene import NAME, Scene, scaler, scene, workload
 from tests.autoscaler.fake_api import Fault
 
+IMPOSSIBLE = {"cron": "99 * * * *", "durationSeconds": 60, "minReplicas": 2}  # which the definition lets through
+
 
 @pytest.fixture
 async def three(tmp_path: Path) -> AsyncIterator[Scene]:
@@ -166,7 +168,7 @@ async def test_one_that_is_wanted_again_serves_again_and_none_is_made(three: Sce
     assert "DrainReversed" in three.reasons
 
 
-@pytest.mark.parametrize("change", ["dry run", "gone"])
+@pytest.mark.parametrize("change", ["dry run", "gone", "wrong", "wrong, and another leader", "another workload"])
 async def test_who_acts_no_more_leaves_none_draining(three: Scene, change: str) -> None:
     before = three.pods
     three.ears.running = dict.fromkeys(three.pods, 2)
@@ -175,6 +177,15 @@ async def test_who_acts_no_more_leaves_none_draining(three: Scene, change: str) 
     assert len(three.serving) == 1
     if change == "dry run":
         three.change(QUEUE_AUTOSCALERS, NAME, dryRun=True)
+        await three.look()
+    elif change.startswith("wrong"):
+        three.change(QUEUE_AUTOSCALERS, NAME, schedules=[IMPOSSIBLE])
+        three.reconciler = three.successor() if "leader" in change else three.reconciler
+        await three.look()
+        assert (three.condition("Ready")[1], three.status["draining"]) == ("InvalidSpec", 0)
+    elif change == "another workload":
+        target = three.resource["spec"]["scaleTargetRef"] | {"name": "other"}
+        three.change(QUEUE_AUTOSCALERS, NAME, scaleTargetRef=target)
         await three.look()
     else:
         three.delete(QUEUE_AUTOSCALERS, NAME)
@@ -454,7 +465,11 @@ async def test_the_younger_of_two_resources_leaves_the_drains_of_the_older_alone
     three.word.desired = 2
     await three.look()
     assert len(three.serving) == 2
-    await three.successor("late").look()
+    late = three.successor("late")
+    await late.look()
+    assert len(three.serving) == 2
+    three.change(QUEUE_AUTOSCALERS, "late", schedules=[IMPOSSIBLE])
+    await late.look()
     assert len(three.serving) == 2
 
 
@@ -462,8 +477,7 @@ async def test_the_younger_of_two_resources_leaves_the_drains_of_the_older_alone
 
 
 async def test_a_spec_that_cannot_be_followed_is_a_condition_until_it_can(three: Scene) -> None:
-    schedule = {"cron": "99 * * * *", "durationSeconds": 60, "minReplicas": 2}  # which the definition lets through
-    three.change(QUEUE_AUTOSCALERS, NAME, schedules=[schedule])
+    three.change(QUEUE_AUTOSCALERS, NAME, schedules=[IMPOSSIBLE])
     three.word.desired = 5
     await three.look()
     assert three.asked == 3
