@@ -36,7 +36,10 @@ Record = Callable[[Callable[[], None]], Replay]
 # Beyond, a size has as many parts as its context needs, and those beyond a shorter one are programs that end at once:
 # at a factor of 8, a few µs of a layer that reads 64 sequences of 5,000 tokens in some hundred.
 SHORT_CONTEXT, CONTEXT_FACTOR = 4096, 8
-DRAFT_TOKENS = (16, 32, 64)  # of a step with drafts: whole tiles of rows; a step of more has work beside its launches
+DRAFT_TOKENS = (16, 32, 64)  # of a step with drafts: whole tiles of rows
+# Of a step with prompts or chunks, beside which others decode. Up to 1,024 tokens of NeMo in FP8 an H100 is done with
+# the kernels before a host has launched them one by one (measured); beyond, they are work enough.
+PROMPT_TOKENS = (128, 256, 512, 1024)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +72,11 @@ def batch_sizes(most: int) -> Iterator[int]:
     yield most
 
 
-def sizes(max_batch_size: int, max_draft_tokens: int, max_model_len: int) -> list[Size]:
-    """All sizes to record, those that cost least first: each batch with a token of each, and with some drafts."""
+def sizes(max_batch_size: int, max_batch_tokens: int, max_draft_tokens: int, max_model_len: int) -> list[Size]:
+    """All sizes to record, those that cost least first: each batch with a token of each, with some drafts, and prompts.
+
+    Prompts have short contexts alone: a long one is cut into parts by a look at the batch, which a recording has not.
+    """
     contexts = []
     context = SHORT_CONTEXT
     while context < max_model_len:
@@ -78,16 +84,18 @@ def sizes(max_batch_size: int, max_draft_tokens: int, max_model_len: int) -> lis
         context *= CONTEXT_FACTOR
     contexts.append(max_model_len)
     longest = 1 + max_draft_tokens
-    shapes = []
+    found = []
     for sequences in batch_sizes(max_batch_size):
-        shapes.append((sequences, sequences, 1))
+        found += [Size(sequences, sequences, 1, context) for context in contexts]
         held = 0  # tokens that a smaller size has room for
         for tokens in DRAFT_TOKENS if max_draft_tokens else ():
             if sequences <= tokens and held < sequences * longest:
-                shapes.append((sequences, tokens, longest))
+                found += [Size(sequences, tokens, longest, context) for context in contexts]
                 held = tokens
-    shapes.sort(key=lambda shape: (shape[1], shape[0]))
-    return [Size(*shape, context) for shape in shapes for context in contexts]
+    for tokens in PROMPT_TOKENS:
+        if tokens <= max_batch_tokens:
+            found.append(Size(min(max_batch_size, tokens), tokens, tokens, contexts[0]))
+    return sorted(found, key=lambda size: (size.tokens, size.longest, size.sequences, size.context))
 
 
 class Graphs:

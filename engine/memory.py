@@ -17,7 +17,16 @@ from typing import NamedTuple
 
 from engine.adapters import slot_size
 from engine.config import EngineConfig, ModelConfig
-from engine.limits import CHOICE_CHUNK, DECODE_SLAB, LOGITS_SLAB, SCORE_SLAB, SPLIT_ROWS, WORKSPACE
+from engine.limits import (
+    CHOICE_CHUNK,
+    DECODE_SLAB,
+    LOGITS_SLAB,
+    PLAIN_PAGES,
+    PLAIN_PAGES_FROM,
+    SCORE_SLAB,
+    SPLIT_ROWS,
+    WORKSPACE,
+)
 from engine.schemes import SCHEMES, Kept, Scheme
 
 LONGEST_CONTEXT = 131072  # what NeMo was trained for; its files claim up to 1,024,000
@@ -253,20 +262,24 @@ def _attention_bytes(model: ModelConfig, engine: EngineConfig, floats: int) -> i
 
 
 def _triton_bytes(model: ModelConfig, engine: EngineConfig, floats: int) -> int:
-    """Of a step in Triton kernels: products decode weights in registers, attention reads keys and values in place.
+    """Of a step in Triton kernels: products of few rows decode weights in registers, decode reads the cache in place.
 
-    What is left are activations and WORKSPACE: in attention the sums of a context's parts, in products of few rows
-    those of parts of the inputs, never both. A table in codes is looked up in plain torch. At the end there are the
-    logits of the rows that sample or of a slab of a prompt's, and what the choice or logprobs need beside them.
+    What is left are activations, weights as numbers for products of many rows, a slab at a time, and WORKSPACE: in
+    attention the sums of a context's parts, in products of few rows those of parts of the inputs. A table in codes is
+    looked up in plain torch. At the end there are the logits of the rows that sample or of a slab of a prompt's, and
+    what the choice or logprobs need beside them. Codes of a long prompt's context as numbers have a place of their own.
     """
     tokens, width, inner = engine.max_batch_tokens, model.hidden_size, model.intermediate_size
     stream = tokens * (width * (4 + 2 * floats) + (model.q_size + 2 * model.kv_size) * floats + 6 * 8)
     parts = WORKSPACE + floats * max(tokens * model.q_size, min(tokens, SPLIT_ROWS) * 2 * inner)
-    embedding = SCHEMES[engine.precision].embedding
-    looked_up = 0 if embedding is Kept.FLOAT else tokens * width * _DECODE_BYTES[embedding]
-    layers = max(stream + max(tokens * 3 * inner * floats, parts), looked_up)
+    scheme = SCHEMES[engine.precision]
+    looked_up = 0 if scheme.embedding is Kept.FLOAT else tokens * width * _DECODE_BYTES[scheme.embedding]
+    slab = 0 if scheme.linear is Kept.FLOAT else min(DECODE_SLAB, 2 * inner * width) * floats
+    layers = max(stream + max(tokens * 3 * inner * floats, tokens * 2 * inner * floats + slab, parts), looked_up)
     vocab = model.vocab_size * engine.tensor_parallel_size
     rows = min(tokens, max(engine.max_batch_size, 1 + engine.max_draft_tokens))
-    chosen = rows * (4 * vocab + -(-vocab // CHOICE_CHUNK) * CHOICE_CHUNK * _CHOICE_BYTES)
+    head = 0 if scheme.head is Kept.FLOAT else min(DECODE_SLAB, vocab * width) * floats
+    chosen = rows * 4 * vocab + max(head, rows * -(-vocab // CHOICE_CHUNK) * CHOICE_CHUNK * _CHOICE_BYTES)
     scored = min(tokens, max(1, LOGITS_SLAB // (4 * vocab))) * vocab * _TARGET_BYTES
-    return max(layers, tokens * width * floats + max(chosen, scored))
+    plain = PLAIN_PAGES if engine.kv_precision == "fp8" and tokens >= PLAIN_PAGES_FROM else 0
+    return plain + max(layers, tokens * width * floats + max(chosen, scored))

@@ -42,8 +42,8 @@ from engine.speculate import standing
 from engine.step import Masks, RowInit, RowWork, StepPlan, StepResult
 
 CPU_WARM_UP_TOKENS = 32  # more than the row counts that kernels treat as few
-GPU_WARM_UP_ROWS = (1, 16, 32, 64)  # up to each of them a matrix product has a kernel of its own, and beyond them
-GPU_WARM_UP_QUERIES = (1, 2, 16)  # of a sequence: a decode, drafts and a chunk, as attention tells them apart
+GPU_WARM_UP_ROWS = (1, 2, 4, 16, 32, 64)  # up to each of them a matrix product has a kernel of its own, and beyond them
+GPU_WARM_UP_QUERIES = (1, 2, 16, 256)  # of a sequence: a decode, drafts, and chunks, as attention tells them apart
 READ_SHARE = 0.8  # of the time to load; the rest is one step of each kind
 
 
@@ -98,7 +98,9 @@ class Runner:
         record = record or _find_record(config, decoder)
         self._graphs = None
         if record is not None:
-            recorded = sizes(config.max_batch_size, config.max_draft_tokens, size.max_model_len)
+            recorded = sizes(
+                config.max_batch_size, config.max_batch_tokens, config.max_draft_tokens, size.max_model_len
+            )
             self._graphs = Graphs(decoder, self._cache, recorded, size.pages_per_sequence, record)
         self._rows = Rows(config.max_batch_size, size.pages_per_sequence, config.page_size, device)
         whole = whole or model

@@ -4,8 +4,8 @@
             ├─► fp8, bf16, int4                      the 12.2 B NeMo of random weights, eager and with graphs
             └─► transformers                         its continuous batching on the same shape
 
-One command, eight minutes at most, no downloads and no weights. Beside torch and Triton it needs msgspec alone, in
-which the engine's own vocabulary is written.
+One command, eight minutes at most, no downloads and no weights. Beside torch and Triton it needs what the engine does,
+msgspec and llguidance.
 
 Each part is a process of its own that adds to the result file as it goes: a kernel that breaks the device, or hangs,
 is named, and another process goes on behind it. What is wrong is counted and never stops the run. Exit code: 0, or 1 if

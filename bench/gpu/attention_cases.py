@@ -38,9 +38,9 @@ def attention_case(bench: Bench, mix: Mix, fp8: bool, window: int | None = None)
     token_bytes = cache.nbytes // (len(cache.keys) * PAGE_SIZE)
     pairs = sum(new * (past + (new + 1) / 2) if window is None else new * min(window, past + new) for past, new in mix)
     return Case(
-        expected=lambda: [REFERENCE.attention(query, cache, batch, window)],
+        expected=lambda: [REFERENCE.attention(query, cache, batch, window).view(query.shape)],
         run=lambda: bench.ops.attention(query, cache, batch, window),
-        outputs=lambda result: [result],
+        outputs=lambda result: [result.view(query.shape)],
         tolerance=ATTENTION_TOLERANCE,
         nbytes=sum(seen) * token_bytes + 2 * query.numel() * query.element_size(),
         flops=4.0 * model.num_heads * model.head_dim * pairs,

@@ -62,7 +62,6 @@ def build(config: ModelConfig, device: torch.device) -> Any:
     return model.eval()
 
 
-@torch.inference_mode()
 def tokens_per_second(model: Any, streams: int, prompt: int, new: int) -> float:
     """From the moment its first request runs to the end of the last: the start of its batching does not count."""
     import transformers  # is there: the model comes from it

@@ -163,11 +163,14 @@ def try_case(name: str, make: Callable[[], Case], timer: Timer, limits: CardLimi
 
 
 def largest_error(actual: list[Tensor], expected: list[Tensor]) -> float:
-    """Of |actual - expected| / (|expected| + rms of expected), over all tensors; infinite where one is not finite."""
+    """Of |actual - expected| / (|expected| + rms of expected), over all vectors; infinite where one is not finite.
+
+    A vector is what the last dimension has: of attention, small where a token sees much, large where it sees little.
+    """
     worst = 0.0
     for one, other in zip(actual, expected, strict=True):
         one, other = one.double(), other.double()
-        rms = other.square().mean().sqrt()
+        rms = other.square().mean(-1, keepdim=True).sqrt()
         error = ((one - other).abs() / (other.abs() + rms).clamp(min=1e-30)).max().item()
         worst = max(worst, error if math.isfinite(error) else math.inf)
     return worst

@@ -1,8 +1,8 @@
 """Coded weights on a GPU, and on a CPU without a compiler: which product serves which number of rows.
 
-Matrix ──fill──► CodedWeight ─┬─ Triton: few rows stream the codes, many decode tiles    on CUDA
+Matrix ──fill──► CodedWeight ─┬─ Triton: few rows stream the codes                       on CUDA
                               ├─ torch._scaled_mm: matrix units of FP8                   there, many rows of W8A8
-                              ├─ decoded a slab at a time, then F.linear                 anywhere: the reference
+                              ├─ decoded a slab at a time, then torch.mm                 anywhere: the reference
                               └─ rows of an embedding table
 """
 
@@ -33,8 +33,14 @@ class Products(Protocol):
     def takes(self, weight: CodedWeight) -> bool:
         """Whether `multiply` can."""
 
+    def most_rows(self, weight: CodedWeight) -> int:
+        """Rows that `multiply` takes at most."""
+
     def multiply(self, x: Activations, weight: CodedWeight, bias: Tensor | None, wide: bool) -> Tensor:
         """x · weightᵀ + bias: [rows, outputs] in x's dtype, or in float32 if `wide`."""
+
+    def decode(self, weight: CodedWeight, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Some rows of a weight as numbers: [stop - start, inputs]."""
 
     def quantise(self, x: Tensor, rounding: Rounding) -> Quantised:
         """`reference.quantise_tokens`."""
@@ -87,6 +93,7 @@ class CodedLinear:
             inputs=inputs,
         )
         self._products = products if products is not None and products.takes(self._weight) else None
+        self._streamed = 0 if self._products is None else self._products.most_rows(self._weight)
         # They give bfloat16, whose rounding `wide` is there to avoid.
         self._units = units and not wide and form.bits == 0 and form.group == 0 and not (outputs % 16 or inputs % 16)
         weight = self._weight
@@ -117,7 +124,7 @@ class CodedLinear:
             x = (self._products.quantise if self._products else quantise_tokens)(x, self.rounding)
         if self._units and isinstance(x, Quantised) and (self._products is None or len(x) >= UNITS_FROM):
             return self._multiply_fp8(x)
-        if self._products is not None:
+        if self._products is not None and len(x) <= self._streamed:
             return self._products.multiply(x, self._weight, self._bias, self._wide)
         return self._multiply_decoded(x)
 
@@ -135,17 +142,26 @@ class CodedLinear:
 
     def _multiply_decoded(self, x: Activations) -> Tensor:
         numbers, scales = (x, None) if isinstance(x, Tensor) else (x.codes.to(x.dtype), x.scales)
-        step = max(1, DECODE_SLAB // self._weight.inputs)
-        slabs = [
-            functional.linear(numbers, self._decode(slice(at, at + step)).to(x.dtype))
-            for at in range(0, self._weight.outputs, step)
-        ]
-        y = (torch.cat(slabs, dim=-1) if len(slabs) > 1 else slabs[0]).float()
+        outputs, step = self._weight.outputs, max(1, DECODE_SLAB // self._weight.inputs)
+        mixed = self._wide and numbers.is_cuda and x.dtype != torch.float32  # only CUDA multiplies them into float32
+        y = numbers.new_empty(len(x), outputs, dtype=torch.float32 if mixed else x.dtype)
+        for start in range(0, outputs, step):
+            stop = min(start + step, outputs)
+            weight, part = self._slab(start, stop, x.dtype).t(), y[:, start:stop]
+            if mixed:
+                torch.mm(numbers, weight, out_dtype=torch.float32, out=part)
+            else:
+                torch.mm(numbers, weight, out=part)
         if scales is not None:
-            y = y * scales.unsqueeze(-1)
+            y *= scales.unsqueeze(-1)
         if self._bias is not None:
-            y = y + self._bias
-        return y if self._wide else y.to(x.dtype)
+            y += self._bias
+        return y.float() if self._wide else y
+
+    def _slab(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        if self._products is not None:
+            return self._products.decode(self._weight, start, stop, dtype)
+        return self._decode(slice(start, stop)).to(dtype)
 
     def rows(self, index: Tensor) -> Tensor:
         """Rows of the weight, decoded: int64 [n] -> float32 [n, inputs]."""

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from engine import speculate
 from engine.config import EngineConfig
-from engine.graphs import SHORT_CONTEXT, Graphs, Replay, Size, batch_sizes, sizes
+from engine.graphs import PROMPT_TOKENS, SHORT_CONTEXT, Graphs, Replay, Size, batch_sizes, sizes
 from engine.model.cache import KVCache
 from engine.model.decoder import Decoder
 from engine.model.rope import rope_table
@@ -152,7 +152,7 @@ def test_tokens_are_the_same_from_recorded_steps(
     recorded = record.recorded
     assert tokens_of(runner, config_of(way), REQUESTS, way) == expected
     assert record.replayed > 20
-    assert record.recorded == recorded == len(sizes(way.batch, way.drafts, MAX_LEN))
+    assert record.recorded == recorded == len(sizes(way.batch, way.budget, way.drafts, MAX_LEN))
 
 
 def greedy(*rows: int, logprobs: int | None = None) -> list[RowInit]:
@@ -186,7 +186,7 @@ def test_a_result_is_its_own_after_the_next_step_was_launched(decoder: Decoder) 
 class Direct:
     """Recorded steps and plain ones side by side, each with its own pages, on the same random work."""
 
-    def __init__(self, decoder: Decoder, rows: int, drafts: int, seed: int = 0) -> None:
+    def __init__(self, decoder: Decoder, rows: int, drafts: int, tokens: int = 0, seed: int = 0) -> None:
         each = MAX_LEN // PAGE_SIZE
         self.record = Recorded()
         self.decoder = decoder
@@ -197,7 +197,7 @@ class Direct:
             for layer in cache.layers:
                 layer.keys.fill_(torch.nan)
                 layer.values.fill_(torch.nan)
-        self.graphs = Graphs(decoder, self.caches[0], sizes(rows, drafts, MAX_LEN), each, self.record)
+        self.graphs = Graphs(decoder, self.caches[0], sizes(rows, tokens, drafts, MAX_LEN), each, self.record)
         self.lengths = [0] * rows
         self.pages = torch.randperm(rows * each, generator=self.random).view(rows, each).tolist()
 
@@ -240,6 +240,16 @@ def test_padding_reads_nothing_writes_nothing_and_reaches_nobody(decoder: Decode
         rows = torch.randperm(6, generator=direct.random)[: direct.integer(1, 6)].tolist()
         assert direct.same(direct.batch(rows, 1 + drafts))
     assert direct.record.replayed == 40
+
+
+@torch.inference_mode()
+def test_prompts_and_chunks_are_replayed_beside_decodes(decoder: Decoder) -> None:
+    direct = Direct(decoder, rows=5, drafts=0, tokens=128)
+    direct.graphs.record()
+    for _ in range(25):
+        rows = torch.randperm(5, generator=direct.random)[: direct.integer(1, 5)].tolist()
+        assert direct.same(direct.batch(rows, [1, 9, min(60, 128 // len(rows))][direct.integer(0, 2)]))
+    assert direct.record.replayed == 25
 
 
 @torch.inference_mode()
@@ -301,7 +311,7 @@ def test_batches_are_padded_by_a_third_at_most() -> None:
 def test_every_decode_has_a_size_and_drafts_have_one_as_long_as_launches_matter(
     rows: int, drafts: int, context: int
 ) -> None:
-    every = sizes(rows, drafts, context)
+    every = sizes(rows, 300, drafts, context)
     assert len(every) == len(set(every))
 
     def first(sequences: int, tokens: int, longest: int, length: int) -> Size:
@@ -316,6 +326,11 @@ def test_every_decode_has_a_size_and_drafts_have_one_as_long_as_launches_matter(
             for tokens in range(sequences + drafts, min(sequences * (1 + drafts), 64) + 1) if drafts else ():
                 size = first(sequences, tokens, 1 + drafts, length)
                 assert size.tokens <= max(16, 2 * (tokens - 1))
+    for tokens in range(9, 257):
+        size = first(min(rows, tokens), tokens, tokens, min(context, SHORT_CONTEXT))
+        assert size.tokens == next(each for each in PROMPT_TOKENS if each >= tokens)
+    beyond = meta_batch(1, 257, 257, 257), meta_batch(1, 128, 128, SHORT_CONTEXT + 1)
+    assert not any(size.holds(batch) for size in every for batch in beyond)  # of the step, of the recordings' contexts
 
 
 def meta_batch(sequences: int, tokens: int, longest: int, context: int) -> AttentionBatch:
@@ -331,6 +346,6 @@ def meta_batch(sequences: int, tokens: int, longest: int, context: int) -> Atten
 
 def test_recording_says_how_long_it_took(decoder: Decoder, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="engine.graphs"):
-        runner_of(decoder, Way(batch=2), Recorded()).warm_up()
+        runner_of(decoder, Way(batch=2, budget=130), Recorded()).warm_up()
     [said] = [record.getMessage() for record in caplog.records]
-    assert re.fullmatch(r"2 step sizes recorded in \d+\.\d s", said)
+    assert re.fullmatch(r"3 step sizes recorded in \d+\.\d s", said)

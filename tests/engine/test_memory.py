@@ -31,7 +31,7 @@ from engine.model.load import load_decoder
 from engine.request import SamplingParams
 from engine.runner import Runner
 from engine.sampling.device import DeviceRows
-from engine.schemes import SCHEMES
+from engine.schemes import SCHEMES, Kept
 from engine.sizing import CacheSize, size_cache
 from engine.step import RowInit, RowWork, StepPlan, Targets
 from tests.compiled import compiled
@@ -253,7 +253,7 @@ def unlaunched(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         pytest.param(1, 2048, 2048, "auto", 2**16, 2**20, id="MLP"),
         pytest.param(1, 512, 4096, "auto", 2**16, 2**23, id="parts of attention"),
-        pytest.param(5, 16, 4096, "fp8", 2**16, 2**21, id="parts, few tokens"),
+        pytest.param(5, 16, 4096, "fp8", 2**16, 2**19, id="parts, few tokens"),
         pytest.param(1, 1024, 1024, "fp8", 2**26, 2**20, id="logprobs of a prompt"),
         pytest.param(48, 64, 256, "auto", 2**16, 2**20, id="choice and logprobs"),
     ],
@@ -277,6 +277,9 @@ def test_with_triton_too(
     """
     for module in ("engine.memory", "engine.ops.triton.attention", "engine.ops.triton.linear"):
         monkeypatch.setattr(import_module(module), "WORKSPACE", workspace)
+    monkeypatch.setattr("engine.memory.PLAIN_PAGES", workspace)
+    for module in ("engine.memory", "engine.quant.coded"):
+        monkeypatch.setattr(f"{module}.DECODE_SLAB", workspace // 2)
     for module in ("engine.memory", "engine.sampling.prompt"):
         monkeypatch.setattr(f"{module}.LOGITS_SLAB", slab)
     options = stepping(batch, tokens, context, precision, kv)
@@ -291,7 +294,8 @@ def test_with_triton_too(
     ]
     wide = SamplingParams(temperature=5.0, top_p=0.99999, logprobs=5)
     peaks = [peak_of_a_step(runner, work, wide) for work in ([prefill], decode)]
-    assert 0.6 * planned < max(peaks) <= planned
+    widened = 2 * batch * decoder.config.vocab_size if SCHEMES[precision].head is not Kept.FLOAT else 0
+    assert 0.6 * planned < max(peaks) <= planned + widened  # only CUDA multiplies bfloat16 into float32
 
 
 @pytest.mark.parametrize(("kv", "dtype"), [("auto", torch.bfloat16), ("fp8", torch.float8_e4m3fn)])

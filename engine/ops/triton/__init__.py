@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from engine.limits import PLAIN_PAGES
 from engine.ops.interface import Activations, AttentionBatch, LayerCache, Rounding
 from engine.ops.triton.activation import silu_mul
 from engine.ops.triton.attention import attention
 from engine.ops.triton.norm import add_rms_norm
+from engine.ops.triton.pages import PlainPages
 from engine.ops.triton.rope import rope_and_write
 
 
@@ -29,6 +31,7 @@ class TritonOps:
             capability: of the card, (9, 0) for an H100; `engine.limits.LEAST_CAPABILITY` or later.
         """
         self._capability = capability
+        self._plain_pages = PlainPages(PLAIN_PAGES)
 
     def add_rms_norm(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, rounding: Rounding | None = None
@@ -39,7 +42,7 @@ class TritonOps:
         return rope_and_write(qkv, rope_table, cache, batch)
 
     def attention(self, query: Tensor, cache: LayerCache, batch: AttentionBatch, window: int | None) -> Tensor:
-        return attention(query, cache, batch, window, self._capability)
+        return attention(query, cache, batch, window, self._capability, self._plain_pages)
 
     def silu_mul(self, gate_up: Tensor, rounding: Rounding | None = None) -> Activations:
         return silu_mul(gate_up, rounding)

@@ -12,10 +12,10 @@ The heads of a group share the keys, so that they are rows of one matrix product
 in base 2. All that depends on lengths is read on the device: a launch depends on the number of sequences and tokens and
 on `max_context_len` and `max_query_len` alone, so that a captured graph serves every batch within those.
 
-Prefill is the same kernel with more rows, not a library's: torch's attention kernels want keys in one piece and in the
-compute dtype, so that each layer would gather and decode the whole context; of them cuDNN's has no window, and
-FlashAttention's none of FP8. Here a window, FP8, any page size and a chunk upon a context are the same few lines. What
-FlashAttention-3 is faster at is long prefill in bfloat16: at 8K tokens an eighth of a NeMo step is attention.
+Prefill is the same kernel with more rows, not a library's: torch's attention kernels want keys in one piece, so that
+each layer would gather the whole context; of them cuDNN's has no window, and FlashAttention's none of FP8. Here a
+window, any page size and a chunk upon a context are the same few lines. Codes of a long prompt's context are decoded
+once beforehand (`pages`).
 Reference: `ReferenceOps.attention`.
 """
 
@@ -23,20 +23,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.limits import WORKSPACE
+from engine.limits import PLAIN_PAGES_FROM, WORKSPACE
 from engine.ops.interface import AttentionBatch, LayerCache
 from engine.ops.triton.e4m3 import decode_e4m3
+from engine.ops.triton.pages import PlainPages
 
 FEW_QUERIES = 8  # of a sequence that is attended to as decode: the last token and drafts behind it
 FEW_ROWS = 64  # at most, of queries × heads of a group, but where one query has more
-MAX_PARTS = 64
-PROGRAMS = 264  # two to each multiprocessor of an H100: with fewer, a context is cut into more parts
+MAX_PARTS, MANY_MAX_PARTS = 64, 8  # of a context; where queries are many, they fill a card with fewer
+PROGRAMS = 528  # four to each multiprocessor of an H100: contexts are cut into parts as long as there are no more
+LEAST_PART = 1024  # tokens of a part where queries are many, whose sums cost as much to put together as to make
 PART_TOKENS = 4096  # so that among short sequences a long one is not left to one multiprocessor: 2 MiB of bfloat16
 
 
@@ -50,24 +53,30 @@ class Tile:
     stages: int
 
 
-def few_tile(rows: int, head_dim: int, dtype: torch.dtype) -> Tile:
+def few_tile(rows: int, head_dim: int, dtype: torch.dtype, fp8: bool, decodes: bool) -> Tile:
     """For decode, which waits for memory: 1 µs of an H100's 3.35 TB/s is 25 KB in flight on each multiprocessor.
 
-    A tile of 64 keys and values of 128 is 32 KiB in bfloat16, 16 KiB in FP8. With 5 stages two of them are on their way
-    while one is in use (the page's number, which has to come first, takes the others), and two programs fit into the
-    shared memory of an A100, three into an H100's: 128 KiB and more, so that a short part too has its data in time.
+    A tile of 64 keys and values of 128 is 32 KiB in bfloat16, 16 KiB in FP8; several programs share a multiprocessor,
+    so that one has its data while others wait for theirs. Codes are decoded between memory and product, where warps
+    wait for one another: with two of them, and more programs, an H100 is done in four fifths of the time of four.
+
+    Args:
+        decodes: by instructions of the card; an A100's decoding takes registers, of which two warps have too few.
     """
     if dtype == torch.float32:
         return Tile(rows, 32, 8, 1)
-    return Tile(rows, 64 if head_dim <= 128 else 32, 4, 5)
+    if head_dim > 128:
+        return Tile(rows, 32, 4, 5)
+    if fp8:
+        return Tile(rows, 64, 2, 4) if decodes and rows == 16 else Tile(rows, 64, 4, 5)
+    return Tile(rows, 64, 4, 3)
 
 
 def many_tile(head_dim: int, dtype: torch.dtype, fp8: bool, large: bool) -> Tile:
     """For prefill, which waits for the matrix units: as many rows as registers hold beside their sums.
 
-    128 rows of 128 float32 sums are 64 registers in each of 256 threads, scores of 64 keys half of that. A Hopper's
-    wgmma takes keys from shared memory and leaves room for 128 at a time, which halves the rescaling of the sums. An
-    A100 decodes FP8 in registers that it then lacks: with more than 32 keys it would spill.
+    128 rows of 128 float32 sums are 64 registers in each of 256 threads, scores of 64 keys half of that; keys are on
+    their way far ahead, since loading them is what an H100 waits for with fewer stages. Codes cost registers too.
 
     Args:
         large: 227 KiB of shared memory, of Hopper and the data centre's Blackwell; else what 99 KiB hold.
@@ -76,9 +85,9 @@ def many_tile(head_dim: int, dtype: torch.dtype, fp8: bool, large: bool) -> Tile
         return Tile(32, 32, 8, 1)
     if head_dim > 128:
         return Tile(64, 32, 8, 3)
-    if large:
-        return Tile(128, 64, 8, 5) if fp8 else Tile(128, 128, 8, 3)
-    return Tile(128, 32 if fp8 else 64, 8, 5)
+    if fp8:
+        return Tile(64, 128, 4, 2) if large else Tile(128, 32, 8, 5)
+    return Tile(128, 64, 8, 5)
 
 
 @triton.jit
@@ -160,18 +169,17 @@ def _attend_to(
         key = _load(keys, rows, inside, column, DIM, PAD, MASKED)
         if CODES:
             scores = tl.dot(query, tl.trans(decode_e4m3(key, DOT)), input_precision="ieee")
-            key_scale = tl.load(key_scales + rows, mask=inside, other=0.0) * scale
-            scores *= key_scale[None, :]
+            scores *= tl.load(key_scales + rows, mask=inside, other=0.0)[None, :]
         else:
-            scores = tl.dot(query, tl.trans(key.to(DOT)), input_precision="ieee") * scale
+            scores = tl.dot(query, tl.trans(key.to(DOT)), input_precision="ieee")
         if MASKED:
             seen = inside[None, :] & (key_position[None, :] <= position[:, None])
             if WINDOW:
                 seen = seen & (key_position[None, :] > position[:, None] - window)
             scores = tl.where(seen, scores, float("-inf"))
-        now = tl.maximum(largest, tl.max(scores, axis=1))
+        now = tl.maximum(largest, tl.max(scores, axis=1) * scale)
         finite = tl.where(now == float("-inf"), 0.0, now)  # a row that has seen nothing yet
-        weights = tl.exp2(scores - finite[:, None])
+        weights = tl.exp2(scores * scale - finite[:, None])  # one multiply-add for each
         shrink = tl.exp2(largest - finite)
         total = total * shrink + tl.sum(weights, axis=1)
         largest = now
@@ -317,7 +325,12 @@ def _combine(
 
 
 def attention(
-    query: Tensor, cache: LayerCache, batch: AttentionBatch, window: int | None, capability: tuple[int, int]
+    query: Tensor,
+    cache: LayerCache,
+    batch: AttentionBatch,
+    window: int | None,
+    capability: tuple[int, int],
+    plain_pages: PlainPages | None = None,
 ) -> Tensor:
     """As `Ops.attention`. Sequences of few new tokens and of many are two launches: each passes over the other's, and
     there is one where a look at the batch's list says that all are many.
@@ -326,6 +339,7 @@ def attention(
 
     Args:
         capability: of the card. Before (8, 9) Triton has no float8, and codes are decoded from their bits.
+        plain_pages: room for codes as numbers, which long prompts have them read as.
     """
     _, kv_heads, _, head_dim = cache.keys.shape
     tokens, heads, _ = query.shape
@@ -337,9 +351,15 @@ def attention(
     alike = batch.query_starts_list and tokens == sequences * longest  # a recorded batch has no list: it may be any
     if longest <= few or not alike:
         block = 1 if longest == 1 else few
-        tile = few_tile(max(16, triton.next_power_of_2(block * group)), head_dim, query.dtype)
+        rows = max(16, triton.next_power_of_2(block * group))
+        tile = few_tile(rows, head_dim, query.dtype, fp8, decodes=capability >= (8, 9))
         _launch(query, cache, batch, window, out, capability, tile, block, few, sequences, is_few=True)
     if longest > few:
+        if fp8 and plain_pages is not None and longest >= PLAIN_PAGES_FROM and batch.query_starts_list:
+            first = next(i for i, (begin, end) in enumerate(pairwise(batch.query_starts_list)) if end - begin > few)
+            plain = plain_pages.decode(cache, batch, first, query.dtype, capability >= (8, 9))
+            cache, batch = plain or (cache, batch)
+            fp8 = plain is None
         tile = many_tile(head_dim, query.dtype, fp8, large=capability[0] in (9, 10))
         block = max(1, tile.rows // group)
         programs = tokens // block + sequences
@@ -423,7 +443,7 @@ def _launch(
             HEADS=heads,
             DIM=head_dim,
             PAD=pad,
-            MAX_PARTS=MAX_PARTS,
+            MAX_PARTS=MAX_PARTS if is_few else MANY_MAX_PARTS,
             num_warps=4,
         )
 
@@ -438,7 +458,10 @@ def count_parts(programs: int, visible: int, part_bytes: int, tile_keys: int, is
         visible: keys of the longest.
         part_bytes: that one more part of all takes in memory.
     """
-    wanted = -(-PROGRAMS // programs)
-    most = max(wanted, -(-visible // PART_TOKENS) if is_few else 1)
-    parts = max(1, min(most, MAX_PARTS, -(-visible // tile_keys), WORKSPACE // part_bytes))
+    wanted = max(1, PROGRAMS // programs)
+    if is_few:
+        most = min(max(wanted, -(-visible // PART_TOKENS)), MAX_PARTS, -(-visible // tile_keys))
+    else:
+        most = min(wanted, MANY_MAX_PARTS, -(-visible // LEAST_PART))
+    parts = max(1, min(most, WORKSPACE // part_bytes))
     return min(wanted, parts), parts

@@ -1,4 +1,4 @@
-"""The kernels of `linear.py`: a program makes a tile of ROWS x COLUMNS, or what a split of the depth has in it."""
+"""The kernels of `linear.py`: a program makes ROWS x COLUMNS, all rows, or what a split of the depth has in it."""
 
 from __future__ import annotations
 
@@ -31,17 +31,6 @@ def _write(
     if BIAS:
         total += tl.load(bias + column).to(tl.float32)[None, :]
     tl.store(y + row[:, None] * outputs + column[None, :], total.to(y.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _place(rows, outputs, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SWIZZLE: tl.constexpr):
-    """This program's row and column block: SWIZZLE blocks of rows go through the columns side by side."""
-    program = tl.program_id(0)
-    row_blocks, column_blocks = tl.cdiv(rows, ROWS), tl.cdiv(outputs, COLUMNS)
-    together = SWIZZLE * column_blocks
-    first = program // together * SWIZZLE
-    height = tl.minimum(row_blocks - first, SWIZZLE)
-    return first + program % together % height, program % together // height
 
 
 @triton.jit
@@ -107,7 +96,6 @@ def bytes_linear(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     STAGES: tl.constexpr,
-    SWIZZLE: tl.constexpr,
     SPLITS: tl.constexpr,
     GROUPED: tl.constexpr,
     X_CODES: tl.constexpr,
@@ -115,8 +103,8 @@ def bytes_linear(
     DOT: tl.constexpr,
 ):
     """e4m3 codes [outputs, inputs]; scales float32 [groups, outputs]. `steps` of DEPTH inputs for each split."""
-    row_block, block = _place(rows, outputs, ROWS, COLUMNS, SWIZZLE)
-    row = row_block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    block = tl.program_id(0)
+    row = tl.arange(0, ROWS).to(tl.int64)
     column = block.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     there = tl.where(column < outputs, column, 0)
     depth = tl.arange(0, DEPTH)
@@ -198,67 +186,111 @@ def groups_linear(
     SMALL: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
     STAGES: tl.constexpr,
-    SWIZZLE: tl.constexpr,
     SPLITS: tl.constexpr,
     BIAS: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """Codes in groups, [inputs, outputs]; scales and mins [groups, outputs]. SMALL: groups of 16 inputs, no more."""
-    row_block, block = _place(rows, outputs, ROWS, COLUMNS, SWIZZLE)
-    row = row_block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    """Codes in groups, [inputs, outputs]; scales and mins [groups, outputs]; a step is a chunk of 32 inputs.
+
+    Args:
+        SMALL: groups of 16 inputs, no more; else a step has one.
+    """
+    block = tl.program_id(0)
+    row = tl.arange(0, ROWS).to(tl.int64)
     column = block.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     exists = column < outputs  # a mask, not other columns instead: so the compiler sees whole lines
-    r = tl.arange(0, DEPTH // 2)
-    j = r % 16
+    j = tl.arange(0, 16)
     first = tl.program_id(1) * steps
-    last = tl.minimum(first + steps, tl.cdiv(inputs, DEPTH))
-    AFTER: tl.constexpr = (ROWS > 1) & (DEPTH == 32)  # of the product, scales are applied; its group is the step
-    acc = tl.zeros((DEPTH // 2 if ROWS == 1 else ROWS, COLUMNS), tl.float32)
+    last = tl.minimum(first + steps, tl.cdiv(inputs, 32))
+    UNITS: tl.constexpr = ROWS > 4
+    acc = tl.zeros((ROWS, COLUMNS) if UNITS else (ROWS, 16, COLUMNS), tl.float32)
     for step in tl.range(first, last, num_stages=STAGES):
-        chunk = (step * (DEPTH // 32) + r // 16).to(tl.int64)
+        chunk = (step + tl.zeros_like(j)).to(tl.int64)
         known = (chunk * 32 < inputs)[:, None] & exists[None, :]
         low = chunk
         if BITS != 8:
             where = codes + (chunk * 16 + j)[:, None] * outputs + column[None, :]
             low = tl.load(where, mask=known, other=0)
-        if AFTER:
+        if UNITS:
             product = tl.zeros((ROWS, COLUMNS), tl.float32)
             mass = tl.zeros((ROWS,), tl.float32)
         for half in tl.static_range(2):
             k = chunk * 32 + half * 16 + j
             number = _numbers(low, codes, high, chunk, j, half, column, known, inputs, outputs, BITS)
-            if ROWS == 1:
-                given = tl.load(x + k, mask=k < inputs, other=0.0)[:, None]
-            else:
-                present = (row < rows)[:, None] & (k < inputs)[None, :]
-                given = tl.load(x + row[:, None] * inputs + k[None, :], mask=present, other=0.0)
-            if DEPTH == 32:  # half of it is in one group
-                at = ((step * 32 + half * 16) // group).to(tl.int64) * outputs + column[None, :]
-                of_known = exists[None, :]
-            else:
-                at = (k // group)[:, None] * outputs + column[None, :]
-                of_known = known
-            if AFTER:
+            present = (row < rows)[:, None] & (k < inputs)[None, :]
+            given = tl.load(x + row[:, None] * inputs + k[None, :], mask=present, other=0.0)
+            at = ((step * 32 + half * 16) // group).to(tl.int64) * outputs + column[None, :]
+            if UNITS:
                 product = tl.dot(given.to(DOT), number.to(DOT), product, input_precision="ieee")
                 mass += tl.sum(given.to(tl.float32), axis=1)
                 if SMALL or half == 1:
-                    acc += product * tl.load(scales + at, mask=of_known, other=0.0).to(tl.float32)
+                    acc += product * tl.load(scales + at, mask=exists[None, :], other=0.0).to(tl.float32)
                     if BITS < 6:
-                        acc -= mass[:, None] * tl.load(mins + at, mask=of_known, other=0.0).to(tl.float32)
+                        acc -= mass[:, None] * tl.load(mins + at, mask=exists[None, :], other=0.0).to(tl.float32)
                     product = tl.zeros((ROWS, COLUMNS), tl.float32)
                     mass = tl.zeros((ROWS,), tl.float32)
             else:
-                number *= tl.load(scales + at, mask=of_known, other=0.0).to(tl.float32)
+                number *= tl.load(scales + at, mask=exists[None, :], other=0.0).to(tl.float32)
                 if BITS < 6:
-                    number -= tl.load(mins + at, mask=of_known, other=0.0).to(tl.float32)
-                if ROWS == 1:
-                    acc += number * given.to(tl.float32)
-                else:
-                    acc = tl.dot(given.to(DOT), number.to(DOT), acc, input_precision="ieee")
-    total = tl.sum(acc, axis=0)[None, :] if ROWS == 1 else acc
+                    number -= tl.load(mins + at, mask=exists[None, :], other=0.0).to(tl.float32)
+                acc += number[None, :, :] * given.to(tl.float32)[:, :, None]
+    total = acc if UNITS else tl.sum(acc, axis=1)
     _finish(
         total, y, bias, scales, x, partial, arrived, rows, outputs, row, column, block,
         SPLITS, False, False, BIAS,
     )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["start"])
+def decode_bytes(codes, scales, out, start, inputs, outputs, group, GROUPED: tl.constexpr, BLOCK: tl.constexpr):
+    """Numbers [_, inputs] of the rows from `start` on, a program for BLOCK of one row. Codes as of `bytes_linear`."""
+    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < inputs
+    stored = tl.load(codes + (start + row) * inputs + column, mask=inside, other=0.0)
+    scale = scales + start + row
+    if GROUPED:
+        number = decode_e4m3(stored, tl.float32) * tl.load(
+            scale + (column // group).to(tl.int64) * outputs, mask=inside, other=0.0
+        )
+    else:
+        number = decode_e4m3(stored, tl.float32) * tl.load(scale)
+    tl.store(out + row * inputs + column, number.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["start", "width"])
+def decode_groups(
+    codes,
+    high,
+    scales,
+    mins,
+    out,
+    start,
+    width,
+    inputs,
+    outputs,
+    group,
+    BITS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Numbers [inputs, width] of the columns from `start` on. Codes as of `groups_linear`, whose rows are inputs."""
+    r = tl.arange(0, CHUNKS * 16)
+    j = r % 16
+    chunk = (tl.program_id(0) * CHUNKS + r // 16).to(tl.int64)
+    place = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    exists = place < width
+    column = (start + place).to(tl.int64)
+    known = (chunk * 32 < inputs)[:, None] & exists[None, :]
+    low = chunk
+    if BITS != 8:
+        low = tl.load(codes + (chunk * 16 + j)[:, None] * outputs + column[None, :], mask=known, other=0)
+    for half in tl.static_range(2):
+        k = chunk * 32 + half * 16 + j
+        number = _numbers(low, codes, high, chunk, j, half, column, known, inputs, outputs, BITS)
+        at = (k // group)[:, None] * outputs + column[None, :]
+        number *= tl.load(scales + at, mask=known, other=0.0).to(tl.float32)
+        if BITS < 6:
+            number -= tl.load(mins + at, mask=known, other=0.0).to(tl.float32)
+        inside = known & (k < inputs)[:, None]
+        tl.store(out + k[:, None] * width + place[None, :], number.to(out.dtype.element_ty), mask=inside)

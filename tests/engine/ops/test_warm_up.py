@@ -61,7 +61,11 @@ class Launches:
         for weight, rows in zip(self._weights, (len(query), len(work)), strict=True):
             x = torch.empty(rows, weight.inputs, dtype=torch.bfloat16)
             given = Quantised(x.to(torch.float8_e4m3fn), torch.empty(rows), x.dtype) if self._rounded else x
-            self._products.multiply(given, weight, None, wide=False)
+            if rows <= self._products.most_rows(weight):
+                self._products.multiply(given, weight, None, wide=False)
+            else:  # in slabs, as `CodedLinear` does
+                for start in range(0, weight.outputs, 400):
+                    self._products.decode(weight, start, min(start + 400, weight.outputs), torch.bfloat16)
 
 
 def kind_of(parameter: KernelParam, argument: Any) -> Any:

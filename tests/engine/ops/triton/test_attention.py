@@ -15,6 +15,7 @@ from torch import Tensor
 
 from engine.ops.reference import ReferenceOps
 from engine.ops.triton.attention import FEW_QUERIES, MAX_PARTS, Tile, attention, count_parts, few_tile, many_tile
+from engine.ops.triton.pages import PlainPages
 from tests.engine.ops.cases import Case, assert_close, in_fp8, make_case
 
 REFERENCE = ReferenceOps()
@@ -39,7 +40,7 @@ SMALL = {
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles to a context, several programs to a prompt, one part; memory that nobody wrote is NaN."""
     monkeypatch.setattr(module, "PROGRAMS", 1)
-    monkeypatch.setattr(module, "few_tile", lambda rows, *_: Tile(rows, 16, 4, 1))
+    monkeypatch.setattr(module, "few_tile", lambda rows, *_, **__: Tile(rows, 16, 4, 1))
     monkeypatch.setattr(module, "many_tile", lambda *_, **__: Tile(32, 16, 4, 1))
     fresh = torch.Tensor.new_empty
 
@@ -105,6 +106,7 @@ def test_all_codes_of_numbers_are_read_as_torch_reads_them(capability: tuple[int
 def test_a_context_cut_into_parts_gives_the_same(mix: str, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(40)
     monkeypatch.setattr(module, "PROGRAMS", 40)
+    monkeypatch.setattr(module, "LEAST_PART", 20)
     compare(make_case(SMALL[mix], 1, 32, 16, torch.float32), 4, 1, 32, torch.float32, window, H100)
 
 
@@ -184,12 +186,45 @@ def test_scores_of_any_size_are_survived() -> None:
 
 
 def test_parts_depend_on_bounds_alone_and_keep_to_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PROGRAMS", 264)
-    assert count_parts(8, 131072, 2**14, 64, is_few=True) == (33, 33)  # one sequence: two programs per multiprocessor
+    monkeypatch.setattr(module, "PROGRAMS", 528)
+    assert count_parts(8, 131072, 2**14, 64, is_few=True) == (64, 64)  # one sequence: as many as may be
+    assert count_parts(64, 131072, 2**14, 64, is_few=True) == (8, 32)  # eight fill the card, which one may not
     assert count_parts(8, 64, 2**14, 64, is_few=True) == (1, 1)  # one tile is not cut
     assert count_parts(2048, 1024, 2**22, 64, is_few=True) == (1, 1)  # many sequences fill the card
     assert count_parts(2048, 131072, 2**22, 64, is_few=True) == (1, 16)  # unless one of them may be long
     assert count_parts(2048, 131072, 2**26 + 1, 64, is_few=True) == (1, 1)
     assert count_parts(512, 131072, 2**24, 128, is_few=False) == (1, 1)  # a prompt's chunk fills it
+    assert count_parts(16, 131072, 2**20, 128, is_few=False) == (8, 8)  # a short one does not
+    assert count_parts(16, 1000, 2**20, 128, is_few=False) == (1, 1)  # parts of few keys would not pay
     assert max(count_parts(n, 10**6, 1, 64, is_few=True)[1] for n in range(1, 300)) == MAX_PARTS
     assert FEW_QUERIES == 8  # drafts and the last token: what the decode kernel is promised for
+
+
+@pytest.mark.parametrize("capability", [A100, H100])
+@pytest.mark.parametrize(("window", "page_size", "dtype"), [(None, 16, BF16), (None, 7, F32), (21, 16, F32)])
+def test_prompts_read_codes_that_were_decoded_beforehand(
+    capability: tuple[int, int], window: int | None, page_size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the sequences from the first prompt on; the others read the codes."""
+    monkeypatch.setattr(module, "PLAIN_PAGES_FROM", 20)
+    torch.manual_seed(41)
+    case = make_case([(50, 1), (3, 2), (65, 20), (0, 40)], 2, 32, page_size, torch.float32)
+    case.cache.keys.mul_(torch.randn(*case.cache.keys.shape[:3], 1).exp())
+    cache, query = in_fp8(case.cache), torch.randn(len(case.batch.positions), 8, 32).to(dtype)
+    expected, read = REFERENCE.attention(query, cache, case.batch, window), []
+    decode = PlainPages.decode
+
+    def spied(self: PlainPages, *arguments: Any) -> Any:
+        read.append(decode(self, *arguments))
+        return read[-1]
+
+    monkeypatch.setattr(PlainPages, "decode", spied)
+    for limit, there in ((2**20, True), (2**10, False)):
+        plain_pages = PlainPages(limit)
+        for _ in range(2):
+            actual = attention(query, cache, case.batch, window, capability, plain_pages)
+            if dtype == F32:
+                assert_close(actual, expected)
+            else:  # code times scale is rounded to bfloat16 on its way, by the interpreter cut
+                torch.testing.assert_close(actual, expected, rtol=2**-6, atol=2**-4)
+            assert (read.pop() is not None) == there

@@ -38,14 +38,20 @@ def made(
     return linear
 
 
-def check(linear: CodedLinear, x: Activations, matrix: Matrix, bias: Tensor | None, dtype: torch.dtype) -> None:
-    """Float32 sums to their rounding; bfloat16 to its own at the end, which the interpreter cuts."""
+def check(
+    linear: CodedLinear, x: Activations, matrix: Matrix, bias: Tensor | None, dtype: torch.dtype, most: float = 4e-6
+) -> None:
+    """Float32 sums to their rounding; bfloat16 to its own at the end, which the interpreter cuts.
+
+    Args:
+        most: of an error, beside the largest result.
+    """
     numbers = x.codes.double() * x.scales.double().unsqueeze(1) if isinstance(x, Quantised) else x.double()
     exact = numbers @ matrix.dequantise().double().t() + (0.0 if bias is None else bias.double())
     y = linear(x)
     assert y.dtype == dtype
     torch.testing.assert_close(
-        y.double(), exact, rtol=2**-7 if dtype == torch.bfloat16 else 0.0, atol=4e-6 * exact.abs().max().item()
+        y.double(), exact, rtol=2**-7 if dtype == torch.bfloat16 else 0.0, atol=most * exact.abs().max().item()
     )
 
 
@@ -61,11 +67,11 @@ def test_products_are_the_plain_ones(case: tuple[str, int, int]) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_products_in_parts_are_the_plain_ones(kind: str) -> None:
     torch.manual_seed(0)
-    matrix, bias = random_matrix(kind, 70, 1088), torch.randn(70)
+    matrix, bias = random_matrix(kind, 70, 2176), torch.randn(70)
     linear = made(matrix, products(132), bias)
     for rows in (3, 20) if kind.startswith("fp8") else (1, 3):
         assert choose(rows, linear._weight, 132)[1] > 1
-        check(linear, torch.randn(rows, 1088), matrix, bias, torch.float32)
+        check(linear, torch.randn(rows, 2176), matrix, bias, torch.float32)
 
 
 @pytest.mark.parametrize("kind", ["fp8", "fp8 blocks", "4/32", "6/16"])
@@ -76,7 +82,9 @@ def test_bfloat16_gives_bfloat16_unless_it_is_wide(kind: str, wide: bool) -> Non
     for given in (None, bias):
         for rows in (1, 5) if given is None else (70,):
             x = torch.randn(rows, 288).bfloat16()
-            check(made(matrix, products(132), given, wide), x, matrix, given, torch.float32 if wide else torch.bfloat16)
+            linear, dtype = made(matrix, products(132), given, wide), torch.float32 if wide else torch.bfloat16
+            decoded = rows > products().most_rows(linear._weight)  # to bfloat16, and a CPU's sums are rounded to it too
+            check(linear, x, matrix, given, dtype, 2**-7 if decoded else 4e-6)
 
 
 @pytest.mark.parametrize(("scale", "decodes"), [(None, False), (0.02, True)])
@@ -97,9 +105,9 @@ def test_w8a8_multiplies_codes(kind: str, scale: float | None, decodes: bool) ->
 @pytest.mark.parametrize("kind", ["fp8", "6/16"])
 def test_a_split_gives_the_same_bits_again_and_leaves_nothing_behind(kind: str) -> None:
     torch.manual_seed(3)
-    matrix, by = random_matrix(kind, 70, 1024), products(132)
+    matrix, by = random_matrix(kind, 70, 2176), products(132)
     linear = made(matrix, by)
-    x = torch.randn(5, 1024)
+    x = torch.randn(5, 2176)
     assert choose(5, linear._weight, 132)[1] > 1
     first = linear(x)
     assert torch.equal(first, linear(x))
@@ -137,7 +145,7 @@ def test_a_split_fills_the_device_and_leaves_each_program_some_steps() -> None:
     for outputs, inputs in ((6144, 5120), (5120, 4096), (28672, 5120), (5120, 14336), (131072, 5120)):
         for kind in ("fp8", "4/32"):
             weight = replace(made(random_matrix(kind, 16, 32), None)._weight, outputs=outputs, inputs=inputs)
-            for rows in (1, 16, 64):
+            for rows in (1, 3, 16, 64) if kind == "fp8" else (1, 2, 3, 16):
                 shape, splits = choose(rows, weight, 132)
                 programs = -(-outputs // shape.columns) * splits
                 assert programs >= 2 * 132
