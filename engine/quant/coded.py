@@ -25,6 +25,7 @@ from engine.quant.matrix import FloatMatrix, GroupMatrix, Matrix
 # streams in whole; cuBLAS has its tiles of 64 rows mostly empty, and up to 16 is known to be slow (vLLM pads to 17).
 UNITS_FROM = 17
 _CHUNK = 32  # inputs that CodedWeight packs together
+_ALIGNED = 128  # outputs: a slab of any number takes a matrix product of cuBLAS three times as long
 
 
 class Products(Protocol):
@@ -142,7 +143,7 @@ class CodedLinear:
 
     def _multiply_decoded(self, x: Activations) -> Tensor:
         numbers, scales = (x, None) if isinstance(x, Tensor) else (x.codes.to(x.dtype), x.scales)
-        outputs, step = self._weight.outputs, max(1, DECODE_SLAB // self._weight.inputs)
+        outputs, step = self._weight.outputs, max(1, DECODE_SLAB // self._weight.inputs // _ALIGNED) * _ALIGNED
         mixed = self._wide and numbers.is_cuda and x.dtype != torch.float32  # only CUDA multiplies them into float32
         y = numbers.new_empty(len(x), outputs, dtype=torch.float32 if mixed else x.dtype)
         for start in range(0, outputs, step):
