@@ -65,11 +65,13 @@ async def test_one_command_brings_all_and_others_lose_nothing_by_its_end(helm: H
     first = helm.resource()
     people_pin = {"spec": first["spec"] | {"replicas": 3}}
     helm.api.update(QUEUE_AUTOSCALERS, NAME, lambda old: old | people_pin, namespace="one")
+    helm.api.update(DEPLOYMENTS, NAME, lambda old: old | {"spec": old["spec"] | {"replicas": 5}}, namespace="one")
     assert not await helm("upgrade", "--set", f"{ON},autoscaling.maxReplicas=6")
     assert helm.resource()["metadata"]["uid"] == first["metadata"]["uid"]
     assert (helm.resource()["spec"]["maxReplicas"], helm.resource()["spec"]["replicas"]) == (6, 3)
     assert not await helm("rollback", "1")
     assert helm.resource()["spec"]["maxReplicas"] == 4
+    assert helm.api.get(DEPLOYMENTS, NAME, "one")["spec"]["replicas"] == 5  # as the operator asked for
     assert not await helm("uninstall")
     assert helm.api.list(QUEUE_AUTOSCALERS, "one") == []
     assert helm.api.list(DEPLOYMENTS, "one") == []
