@@ -41,8 +41,8 @@ class Window:
         """The one that it has, with what is known of it now."""
         if known is None:
             return cls(replica)
-        grown, known.replica = known.replica.capacity != replica.capacity, replica
-        if grown:
+        before, known.replica = known.replica, replica
+        if before.capacity != replica.capacity:
             known.size = known.most
         return known
 

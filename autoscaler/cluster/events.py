@@ -14,8 +14,7 @@ from uuid import uuid4
 
 from autoscaler.clock import Clock
 from autoscaler.cluster.face import EVENTS, Cluster, ClusterError, Json
-from autoscaler.cluster.objects import micro_timestamp
-from autoscaler.controller.status import shortened
+from autoscaler.cluster.objects import micro_timestamp, shortened
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +60,8 @@ class Recorder:
             else:
                 await self._again(series, now)
         except ClusterError as error:
+            if error.not_found:  # tidied away meanwhile: the next time is another one
+                self._series.pop(key, None)
             log.warning("event not written", extra={"reason": reason, "note": note, "error": str(error)})
 
     async def _create(self, key: tuple[str, str, str], event: Json, now: float) -> None:

@@ -104,10 +104,8 @@ class Lease:
         """Give it to whoever asks first. Where that fails the others wait for its end."""
         if self.left <= 0:
             return
-        left, self._renewed = (
-            min(self.left, RELEASE_SECONDS),
-            None,
-        )  # from here on nothing is written, whatever becomes of the request
+        left = min(self.left, RELEASE_SECONDS)
+        self._renewed = None  # from here on nothing is written, whatever becomes of the request
         try:
             async with asyncio.timeout(left):
                 lease = await self._cluster.get(LEASES, self._name)

@@ -28,9 +28,11 @@ FAILURES = {
     "CreateContainerError": "CreateContainerError",
     "RunContainerError": "RunContainerError",
 }
-GIVEN_UP = 3  # restarts after which a container that never came up between two is not expected to
+GIVEN_UP = 3  # restarts after which a container that did not last is not expected to
+LASTED_SECONDS = 600.0  # of a run after which its kubelet, too, begins to count anew
 MAX_SAID = 200  # letters, of what is said of an end
 MAX_CAUSE = 64
+MAX_TEXT = 1024  # bytes, of what a person reads in an Event or a condition
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +146,14 @@ def _phase(item: Json, *, is_ready: bool) -> Phase:
         return Phase.READY
     if any(_waiting(each).get("reason") in FAILURES for each in _containers(status)):
         return Phase.FAILED
-    return Phase.FAILED if _failure(status) is not None and _restarts(status) >= GIVEN_UP else Phase.STARTING
+    return Phase.FAILED if any(map(_is_given_up, _containers(status))) else Phase.STARTING
+
+
+def _is_given_up(container: Json) -> bool:
+    """It ends again and again. Restarts count for as long as the pod is there, which may have served for days."""
+    ended = _ended(container)
+    lasted = (seconds(ended.get("finishedAt")) or 0.0) - (seconds(ended.get("startedAt")) or 0.0)
+    return bool(ended) and container.get("restartCount", 0) >= GIVEN_UP and lasted < LASTED_SECONDS
 
 
 def _failure(status: Json) -> Failure | None:
@@ -246,6 +255,12 @@ def scale_patch(scale: Scale, replicas: int) -> Json:
 def items(listed: Json) -> list[Json]:
     """Of a list object: an empty one may have null there."""
     return listed.get("items") or []
+
+
+def shortened(text: str, most: int = MAX_TEXT) -> str:
+    """In bytes, as the API server counts them."""
+    cut = text.encode()
+    return text if len(cut) <= most else cut[: most - 3].decode(errors="ignore") + "…"
 
 
 def seconds(timestamp: str | None) -> float | None:

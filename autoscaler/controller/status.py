@@ -11,11 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from autoscaler.cluster.face import Json
-from autoscaler.cluster.objects import timestamp
+from autoscaler.cluster.objects import shortened, timestamp
 
 DECISIONS = 10
 TEXT_SECONDS = 60.0
-MAX_TEXT = 1024
 
 
 class Is(enum.Enum):
@@ -110,12 +109,6 @@ def news(before: Json, conditions: tuple[Condition, ...]) -> list[Condition]:
     known = {each["type"]: (each["status"], each["reason"]) for each in before.get("conditions", ())}
     changed = [each for each in conditions if known.get(each.type) != (each.status.value, each.reason)]
     return [each for each in changed if each.warning or (each.type in known and each.type != "ScalingLimited")]
-
-
-def shortened(text: str, most: int = MAX_TEXT) -> str:
-    """In bytes, as the API server counts them."""
-    cut = text.encode()
-    return text if len(cut) <= most else cut[: most - 3].decode(errors="ignore") + "…"
 
 
 def _condition(before: Json | None, condition: Condition, generation: int, at: float) -> Json:

@@ -105,6 +105,8 @@ def test_who_comes_or_is_up_or_has_done_its_work_has_no_failure(container: Json)
 def test_one_that_ends_again_and_again_is_no_replica_that_starts_but_one_that_served_is_none_that_failed() -> None:
     phases = [objects.pod(a_pod(containerStatuses=[runs(count, ended=KILLED)])).phase for count in (1, 2, 3)]
     assert phases == [Phase.STARTING, Phase.STARTING, Phase.FAILED]
+    served = KILLED | {"startedAt": "2026-11-26T07:00:00Z", "finishedAt": AT}  # for an hour, before it ended again
+    assert objects.pod(a_pod(containerStatuses=[runs(9, ended=served)])).phase is Phase.STARTING
     overloaded = a_pod(conditions=[is_so("Ready", "False")], containerStatuses=[runs(9, started=True, ended=KILLED)])
     assert objects.pod(overloaded).phase is Phase.STARTING
 

@@ -10,7 +10,7 @@ import pytest
 from autoscaler.cluster.client import connect
 from autoscaler.cluster.events import SERIES_SECONDS, WRITE_SECONDS, Recorder
 from autoscaler.cluster.face import EVENTS, Json
-from autoscaler.controller.status import shortened
+from autoscaler.cluster.objects import shortened
 from tests.autoscaler.controller.clock import TurnedClock
 from tests.autoscaler.fake_api import FakeApi
 
@@ -69,6 +69,18 @@ async def test_the_same_much_later_is_another_event(book: Book) -> None:
     book.clock.turn(SERIES_SECONDS)
     await book.write("1 of 3 are silent")
     assert len(book.events) == 2
+
+
+async def test_the_same_is_another_event_where_the_first_one_has_gone(book: Book) -> None:
+    await book.write("1 of 3 are silent")
+    [first] = book.events
+    events = book.api.machinery.resource(EVENTS.group, EVENTS.plural)
+    book.api.machinery.delete(events, "default", first["metadata"]["name"], {})
+    for _ in range(2):
+        book.clock.turn(WRITE_SECONDS)
+        await book.write("1 of 3 are silent")
+    [again] = book.events
+    assert again["note"] == first["note"]
 
 
 async def test_other_words_are_another_event(book: Book) -> None:
