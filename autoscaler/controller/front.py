@@ -63,14 +63,11 @@ class Cover:
             if (each.phase is Phase.READY and each.name not in steps.drain)
             or (each.phase is Phase.DRAINING and each.name in steps.keep)
         ]
-        self.serve(spec, scene, staying)
+        # What is held, and what comes here still, goes to those that stay, else to those that drain
+        self._hand_to(_takers(staying or _answering(scene), spec, scene), scene)
         endpoints = [each for each in staying if scene.pods[each.name].ready_since is not None]
         stands_in = spec.settings.scale_to_zero.enabled and not spec.dry_run and not endpoints
         await self._label(spec.target.name if stands_in else None)
-
-    def serve(self, spec: Spec, scene: Scene, staying: Sequence[Replica] = ()) -> None:
-        """What is held, and what comes here still, goes to those that stay, else to those that drain."""
-        self._hand_to(_takers(staying or _answering(scene), spec, scene), scene)
 
     async def pass_on(self, spec: Spec, scene: Scene) -> None:
         """By a process that does not lead: what it holds goes to replicas, else to the process that stands in for them,

@@ -1,15 +1,15 @@
 """One replica more than load needs while some fail: a sick pod or node costs no capacity. Pure, with a memory.
 
-It is one however many fail, and only while others of the same template serve: a fleet in which whatever is made fails,
-as after a bad image, does not grow. What was added is kept apart from what was decided, so that a policy never sees it:
-one that took it for its own would learn a larger fleet each time a replica goes back and forth.
+It is one however many fail, and only where one of the same template serves or has served: a fleet in which whatever is
+made fails, as after a bad image, does not grow. What was added is kept apart from what was decided, so that a policy
+never sees it: one that took it for its own would learn a larger fleet each time a replica goes back and forth.
 """
 
 from __future__ import annotations
 
 from autoscaler.controller.drain import Scene
 from autoscaler.controller.verdict import Verdict
-from autoscaler.fleet import Phase
+from autoscaler.fleet import Phase, Replica
 
 # That a replica must have failed: what ended for the first or second time is started anew within 10 and 20 s.
 SICK_SECONDS = 30.0
@@ -39,12 +39,17 @@ class Spare:
         self._failed = {name: known.get(name, now + unknown) for name in failed}
         if sick := any(now - since >= SICK_SECONDS for since in self._failed.values()):
             self._sick_at = now
-        serves = any(each.phase is Phase.READY for each in scene.replicas)
-        makes_up = sick and serves and not scene.mixed and scene.wanted > 1
-        self.included = int(makes_up) if first else min(self._of.get(scene.wanted, 0), max(0, scene.wanted - 1))
+        makes_up = sick and not scene.mixed and any(map(_works, scene.replicas))
+        included = int(makes_up) if first else self._of.get(scene.wanted, 0)
+        self.included = min(included, max(0, scene.wanted - 1))
         stays = scene.mixed or (self._sick_at is not None and now - self._sick_at < HEALTHY_SECONDS)
         self.due = int(makes_up or (self.included > 0 and stays))
 
     def note(self, before: int, verdict: Verdict) -> None:
         """So many were wanted in all: they are still, if what is about to be done fails."""
         self._of = {before: self.included} | ({verdict.desired: verdict.spare} if verdict.acts else {})
+
+
+def _works(replica: Replica) -> bool:
+    """It serves, or was seen to; `ready_at` is its creation where nobody saw that."""
+    return replica.phase is Phase.READY or (replica.ready_at is not None and replica.ready_at > replica.created_at)

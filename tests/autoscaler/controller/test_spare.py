@@ -41,6 +41,18 @@ async def test_one_more_is_asked_for_where_one_fails_for_long(three: Scene) -> N
     assert (three.asked, three.word.seen[-1].desired) == (4, 3)
 
 
+async def test_the_only_one_is_made_up_for_if_it_has_served(tmp_path: Path) -> None:
+    async with scene(tmp_path, replicas=1) as here:
+        here.word.desired = 1
+        await here.look()
+        await sick(here)
+        assert here.asked == 1  # nobody knows whether its template works
+        here.ears.ready_at = {here.pods[0]: here.clock.wall()}
+        for _ in range(3):
+            await here.look()
+        assert (here.asked, here.word.seen[-1].desired) == (2, 1)
+
+
 async def test_one_however_many_fail(three: Scene) -> None:
     await sick(three)
     await sick(three, 3)
@@ -72,6 +84,17 @@ async def test_who_leads_next_adds_no_other(three: Scene) -> None:
     assert {each.desired for each in three.word.seen} == {3}
 
 
+async def test_who_leads_next_never_takes_a_workload_for_one_at_zero(three: Scene) -> None:
+    three.word.desired = 1
+    three.ears.running = dict.fromkeys(three.pods, 1)
+    await three.look()
+    [stays] = three.serving
+    three.ears.failed, three.ears.ready_at = {stays}, {stays: three.clock.wall()}
+    three.reconciler = three.successor()
+    await three.look()
+    assert three.word.seen[-1].desired == 1
+
+
 async def test_what_another_hand_asks_for_is_where_the_next_decision_starts(three: Scene) -> None:
     await sick(three)
     three.scale_by_hand(2)
@@ -87,9 +110,9 @@ async def test_a_pin_is_exact(three: Scene) -> None:
     assert three.asked == 3
 
 
-@pytest.mark.parametrize("why", ["none serves", "a rollout is under way"])
+@pytest.mark.parametrize("why", ["none has served", "a rollout is under way"])
 async def test_a_template_that_fails_makes_no_fleet_grow(three: Scene, why: str) -> None:
-    if why == "none serves":
+    if why == "none has served":
         await sick(three, 3)
     else:
         three.label_pod(three.pods[-1], {TEMPLATE: "new"})
