@@ -122,7 +122,7 @@ WAYS = {
     "in a crowd": Way(batch=8),
     "arriving late, one step ahead": Way(batch=6, gap=2, lookahead=1),
     "in chunks": Way(batch=5, budget=70, lookahead=1),
-    "pre-empted, one step ahead": Way(batch=8, pages=24, preempts=True, lookahead=1),
+    "pre-empted, one step ahead": Way(batch=8, page_size=4, pages=72, preempts=True, lookahead=1),
 }
 MID_KV_BYTES = {"auto": 2 * 2 * 2 * 64 * 4, "fp8": 2 * 2 * 2 * (64 + 4)}  # keys and values, layers, kv heads, head_dim
 NEAR_TIE = {"auto": 1e-3, "fp8": 0.05}  # between the log-probabilities of two tokens that sums in another order swap
