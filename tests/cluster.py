@@ -24,7 +24,7 @@ from helm.chart import CHART, CI
 from helm.manifests import DEPLOY
 from helm.tools import HELMS, tool
 
-CONTRACT = "tests/autoscaler/test_cluster_contract.py"
+CONTRACT = "tests/autoscaler/contract"
 READY = "--wait", "--timeout=15m"
 RESTRICTED = "pod-security.kubernetes.io/enforce=restricted"
 

@@ -1,4 +1,4 @@
-"""Our client of an API server: limits, errors, credentials. What servers do is in test_cluster_contract.py."""
+"""Our client of an API server: limits, errors, credentials. What servers do is in `contract`."""
 
 from __future__ import annotations
 

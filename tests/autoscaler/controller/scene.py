@@ -37,6 +37,7 @@ from tests.autoscaler.fake_api.workloads import Workloads
 NAME = "nemo"
 KINDS = {"Deployment": DEPLOYMENTS, "StatefulSet": STATEFUL_SETS}
 ACCOUNT = "system:serviceaccount:default:"
+IMPOSSIBLE = {"cron": "99 * * * *", "durationSeconds": 60, "minReplicas": 2}  # which the definition lets through
 SHIPPED = Path(__file__).parents[3] / "deploy/components/autoscaler/resources.yaml"
 
 

@@ -7,7 +7,7 @@
 
 It keeps the semantics that a controller depends on: uid, resourceVersion, generation, 409 on what is stale, PUT, the
 three patches, /status and /scale, selectors, watches that expire, schemas with their CEL rules, RBAC.
-`tests/autoscaler/test_cluster_contract.py` says the same of it and of a real cluster. What it does not have, it refuses
+`tests/autoscaler/contract` says the same of it and of a real cluster. What it does not have, it refuses
 (server-side apply, OpenAPI, which `kubectl create` does without by `--validate=false`, `deletecollection`, binding,
 eviction, admission webhooks); lists come whole, as a server may send them.
 """

@@ -14,9 +14,16 @@ from nemoserve.v1 import generation_pb2 as pb
 
 from autoscaler.cluster.objects import Pod
 from autoscaler.fleet import Phase
+from autoscaler.observe import Observer, Secrets
 from autoscaler.settings import Settings
 
 GET_LOAD = "/nemoserve.v1.GenerationService/GetLoad"
+
+VLLM = """\
+# TYPE vllm:num_requests_running gauge
+vllm:num_requests_running{engine="0",model_name="m"} 3.0
+vllm:num_requests_waiting{engine="0",model_name="m"} 2.0
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +113,11 @@ def pod(name: str, phase: Phase = Phase.READY, *, ip: str | None = None, **facts
         "created_at": 1000.0,
     }
     return Pod(name=name, phase=phase, ip=ip, **given | facts)
+
+
+def patient(secrets: Secrets | None = None) -> Observer:
+    """For tests that are not about limits."""
+    return Observer(secrets, seconds=20.0, look_seconds=40.0)
 
 
 class Web:

@@ -3,37 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import ssl
 import time
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import grpc
-import httpx
 import pytest
 from nemoserve.v1 import generation_pb2 as pb
 
 from autoscaler.fleet import Counters, Load, Phase, StepCost
-from autoscaler.observe import Observer, Secrets, servers
-from autoscaler.observe.servers import MAX_LOAD_BYTES, MAX_TEXT_BYTES
+from autoscaler.observe import Observer
+from autoscaler.observe.servers import MAX_LOAD_BYTES
 from autoscaler.settings import Settings, Target
-from service.security.access import Access
-from service.security.keys import KeysFile
-from tests.autoscaler.controller.clock import until
-from tests.autoscaler.observe.replicas import FakeReplica, Spec, Web, fleet, free_port, names, pod
-from tests.service.fake_engine import FakeEngine
-from tests.service.grpc.ports import served, serving
-from tests.service.security.certificates import Authority
-
-KEY = "nms-0123456789abcdef"
-
-
-def patient(secrets: Secrets | None = None) -> Observer:
-    """For tests that are not about limits."""
-    return Observer(secrets, seconds=20.0, look_seconds=40.0)
+from tests.autoscaler.observe.replicas import Spec, fleet, names, patient, pod
 
 
 async def test_a_look_says_of_each_replica_what_it_says_of_itself() -> None:
@@ -387,181 +369,4 @@ async def test_an_address_that_is_none_stops_nobody_else() -> None:
         observer = patient()
         seen = await observer.look([pod("odd", ip="dns:///evil"), *here.pods], here.spec, 1.0)
         assert [each.load is not None for each in seen] == [False, True]
-        await observer.close()
-
-
-# -- who asks ----------------------------------------------------------------------------------------------------------
-
-
-async def test_the_key_is_shown_and_a_new_one_holds_from_the_next_look(tmp_path: Path) -> None:
-    (path := tmp_path / "key").write_text(f"{KEY}\n")
-    async with fleet(1) as here:
-        observer = patient(Secrets(api_key=path))
-        await observer.look(here.pods, here.spec, 1.0)
-        path.write_text("another key")
-        await observer.look(here.pods, here.spec, 2.0)
-        path.unlink()
-        await observer.look(here.pods, here.spec, 3.0)  # the one before holds
-        shown = [each["authorization"] for each in here.replicas[0].asked]
-        assert shown == [f"Bearer {KEY}", "Bearer another key", "Bearer another key"]
-        await observer.close()
-
-
-async def test_a_real_server_answers_the_operator_with_any_tenants_key(tmp_path: Path) -> None:
-    (keys := tmp_path / "keys.yaml").write_text(f"- name: operator\n  key: {KEY}\n")
-    (path := tmp_path / "key").write_text(KEY)
-    async with serving(served(FakeEngine()), access=Access(keys=KeysFile(keys), trusted=False)) as port:
-        ip, _, number = port.address.rpartition(":")
-        pods, spec = [pod("p", ip=ip)], Spec(int(number), 1)
-        allowed, stranger = patient(Secrets(api_key=path)), patient()
-        [seen], [unseen] = await allowed.look(pods, spec, 1.0), await stranger.look(pods, spec, 1.0)
-        assert seen.load is not None
-        assert (seen.load.capacity, seen.load.kv_page_tokens, seen.load.max_step_tokens) == (8, 16, 64)
-        assert unseen.load is None
-        await allowed.close()
-        await stranger.close()
-
-
-async def test_certificates_are_shown_and_looked_at(tmp_path: Path) -> None:
-    authority = Authority(tmp_path)
-    server, client = authority.server(), authority.client("/CN=operator")
-    files: dict[str, Any] = {"ca": authority.path, "server_name": "localhost"}
-    credentials = grpc.ssl_server_credentials(
-        [(server.key.read_bytes(), server.certificate.read_bytes())],
-        root_certificates=authority.path.read_bytes(),
-        require_client_auth=True,
-    )
-    async with fleet(1, credentials) as here:  # at an address that is not in the certificate
-        for secrets, answers in (
-            (Secrets(**files, certificate=client.certificate, key=client.key), True),
-            (Secrets(**files), False),
-            (Secrets(**files | {"server_name": "elsewhere"}, certificate=client.certificate, key=client.key), False),
-            (None, False),
-        ):
-            observer = Observer(secrets, seconds=5.0)
-            [seen] = await observer.look(here.pods, here.spec, 1.0)
-            assert (seen.load is not None) == answers
-            await observer.close()
-
-
-async def test_metrics_are_asked_for_with_the_same_key_and_certificates(tmp_path: Path) -> None:
-    authority = Authority(tmp_path)
-    server, client = authority.server(), authority.client("/CN=operator")
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=str(authority.path))
-    context.load_cert_chain(server.certificate, server.key)
-    context.verify_mode = ssl.CERT_REQUIRED
-    (key := tmp_path / "key").write_text(KEY)
-    shown: dict[str, Any] = {"certificate": client.certificate, "key": client.key}
-    pods, spec = [pod("p", ip="127.0.9.2")], Spec(free_port(), free_port())
-    async with Web(VLLM).at("127.0.9.2", spec.metrics_port, ssl=context) as web:
-        for name, files, answers in (("localhost", shown, True), ("localhost", {}, False), ("elsewhere", shown, False)):
-            secrets = Secrets(api_key=key, ca=authority.path, server_name=name, **files)
-            observer = Observer(secrets, seconds=5.0)
-            [seen] = await observer.look(pods, spec, 1.0)
-            assert (seen.load is not None) == answers
-            assert KEY not in repr(secrets.read())
-            await observer.close()
-    [head] = web.requests
-    assert f"Bearer {KEY}" in head
-
-
-@pytest.mark.parametrize(
-    ("fields", "word"),
-    [
-        ({"ca": "ca.pem"}, "server_name"),
-        ({"server_name": "a"}, "ca"),
-        ({"ca": "ca.pem", "server_name": "a", "key": "k"}, "together"),
-    ],
-)
-def test_half_of_what_certificates_need_is_refused(fields: dict[str, Any], word: str) -> None:
-    paths: dict[str, Any] = {name: value if name == "server_name" else Path(value) for name, value in fields.items()}
-    with pytest.raises(ValueError, match=word):
-        Secrets(**paths)
-
-
-def test_files_that_are_not_there_or_no_key_end_the_start(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="nowhere"):
-        Observer(Secrets(api_key=tmp_path / "nowhere"))
-    (path := tmp_path / "key").write_text("two\nlines")
-    with pytest.raises(ValueError, match="one line"):
-        Observer(Secrets(api_key=path))
-
-
-# -- metrics in place of GetLoad ---------------------------------------------------------------------------------------
-
-VLLM = """\
-# TYPE vllm:num_requests_running gauge
-vllm:num_requests_running{engine="0",model_name="m"} 3.0
-vllm:num_requests_waiting{engine="0",model_name="m"} 2.0
-"""
-ENDLESS = "x" * 65_536 + "\n"
-
-
-async def test_where_get_load_fails_the_metrics_are_read() -> None:
-    replica = FakeReplica("127.0.9.1")
-    async with fleet(1) as here, Web(VLLM).at(replica.ip, here.spec.metrics_port) as web:
-        observer = patient()
-        seen = await observer.look([*here.pods, pod("vllm", ip=replica.ip)], here.spec, 1.0)
-        assert seen[1].load is not None
-        assert (seen[1].load.running_requests, seen[1].load.queued_requests, seen[1].observed_at) == (3, 2, 1.0)
-        assert seen[1].phase is Phase.READY
-        starting = pod("vllm", Phase.STARTING, ip=replica.ip)
-        [seen_starting] = await observer.look([starting], here.spec, 2.0)
-        assert (seen_starting.observed_at, len(web.requests)) == (1.0, 1)  # it was not asked
-        assert web.requests[0].startswith("GET /metrics HTTP/1.1")
-        await observer.close()
-
-
-async def test_few_texts_are_in_memory_at_once_however_many_servers_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(servers, "TEXTS_AT_ONCE", 2)
-    web, spec, ips = Web(VLLM), Spec(free_port(), free_port()), [f"127.0.9.{number}" for number in range(10, 16)]
-    body, read, most = httpx.Response.aiter_raw, 0, 0
-
-    async def counted(response: httpx.Response) -> AsyncIterator[bytes]:
-        nonlocal read, most
-        read += 1
-        most = max(most, read)
-        await until(lambda: len(web.requests) == len(ips))
-        async for each in body(response):
-            yield each
-        read -= 1
-
-    monkeypatch.setattr(httpx.Response, "aiter_raw", counted)
-    async with AsyncExitStack() as stack:
-        for ip in ips:
-            await stack.enter_async_context(web.at(ip, spec.metrics_port))
-        observer = patient()
-        seen = await observer.look([pod(ip, ip=ip) for ip in ips], spec, 1.0)
-        assert [each.load is not None for each in seen] == [True] * len(ips)
-        await observer.close()
-    assert most == 2
-
-
-@pytest.mark.parametrize(
-    ("head", "body", "word"),
-    [
-        ("404 Not Found", VLLM, "status 404"),
-        ("302 Found\r\nlocation: http://127.0.0.1:1/metrics", "", "status 302"),
-        ("200 OK\r\ncontent-encoding: gzip", VLLM, "packed"),
-        ("200 OK", "<html>", "neither"),
-        ("200 OK", VLLM + "vllm:num_requests_running NaN\n", "nan"),
-        ("200 OK", ENDLESS, f"more than {MAX_TEXT_BYTES} bytes"),
-        ("200 OK\r\ncontent-length: 1000000", VLLM, "RemoteProtocolError"),
-        ("not HTTP", "", "RemoteProtocolError"),
-    ],
-    ids=["missing", "redirect", "packed", "page", "NaN", "endless", "cut", "other"],
-)
-async def test_text_that_is_none_stops_nobody(
-    head: str, body: str, word: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    web = Web(body, head)
-    web.endless = body == ENDLESS
-    async with fleet(1) as here, web.at("127.0.9.1", here.spec.metrics_port):
-        observer = patient()
-        for at in (1.0, 2.0):
-            seen = await observer.look([*here.pods, pod("odd", ip="127.0.9.1")], here.spec, at)
-            assert [each.load is not None for each in seen] == [True, False]
-        [complaint] = [each for each in caplog.records if each.message == "a replica is silent"]  # once
-        assert word in vars(complaint)["reason"]
-        assert vars(complaint)["pod"] == "odd"
         await observer.close()
