@@ -74,7 +74,9 @@ async def run(settings: OperatorSettings, observer: Callable[[], Observer]) -> N
             controller, metrics = _controller(settings, cluster, _front(settings, activator), observer)
             async with _probes(settings, controller, metrics):
                 acting = asyncio.create_task(controller.run(), name="controller")
-                await asyncio.wait({acting, asyncio.create_task(stop.wait())}, return_when=asyncio.FIRST_COMPLETED)
+                stopping = asyncio.create_task(stop.wait())
+                await asyncio.wait({acting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+                stopping.cancel()
                 await asyncio.gather(_end(acting), *([activator.stop(settings.stop_seconds)] if activator else ()))
     finally:
         for number in signals:

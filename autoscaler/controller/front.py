@@ -20,7 +20,8 @@ from autoscaler.fleet import Phase, Replica
 from autoscaler.resource import Spec
 
 STANDS_IN = "nemoserve.dev/stands-in-for"  # label of an operator's pod that is an endpoint: name of the workload
-WORDS = {
+WORDS = {  # the last that there is one of is told
+    Phase.FAILED: "its container or its server has failed",
     Phase.PENDING: "waiting for a node",
     Phase.STARTING: "pulling the image and starting the server",
     Phase.LOADING: "loading the model",
@@ -45,7 +46,7 @@ class Cover:
     def __init__(self, front: Front, cluster: Cluster) -> None:
         self._front, self._cluster = front, cluster
         self._workload: str | None = None  # that our pod is an endpoint of
-        self._known = False  # what labels there are
+        self._known = False  # what labels there are; see `doubt`
 
     @property
     def held_requests(self) -> int:
@@ -54,6 +55,10 @@ class Cover:
     @property
     def oldest_held_seconds(self) -> float:
         return self._front.room.oldest_held_seconds
+
+    def doubt(self) -> None:
+        """Labels are looked at anew before the next step: another hand may have changed them."""
+        self._known = False
 
     async def arrange(self, spec: Spec, scene: Scene, steps: Plan) -> None:
         """For what is about to be done. Raises ClusterError."""
@@ -110,7 +115,8 @@ class Cover:
             for each in items(await self._cluster.list(PODS, STANDS_IN))
         }
         ours = labels.pop(self._front.pod_name, {})
-        self._workload = ours.get(STANDS_IN)
+        stood_in = ours.get(STANDS_IN)
+        self._workload = stood_in if stood_in == ours.get(SERVES) else ""  # one of both alone is neither
         return [name for name, each in labels.items() if each.get(SERVES) == each[STANDS_IN]]
 
     async def _patch(self, pod_name: str, labels: Mapping[str, str | None]) -> None:

@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 ENDED_SECONDS = 60.0  # that a pod which ended is told of
 STALE_INTERVALS = 3  # after which a load is not known any more
-RIVAL_SECONDS = 30.0  # between two looks for others that scale the same workload
+RIVAL_SECONDS = 30.0  # between two looks for others that scale the same workload, or that changed our own pod
 WRONG_SECONDS = 30.0  # between two looks at a resource that cannot be followed as it is
 
 
@@ -186,6 +186,8 @@ class Reconciler:
         if now - self._rival_at >= RIVAL_SECONDS:
             self._rival = await rival(self._tools.cluster, resource, target)
             self._rival_at = now
+            if self._cover is not None:
+                self._cover.doubt()
 
     @property
     def _yields(self) -> bool:

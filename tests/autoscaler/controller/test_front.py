@@ -107,6 +107,13 @@ async def test_while_the_first_one_loads_the_activator_stays(tmp_path: Path) -> 
         assert "waiting for a node" in here.front.room.words
 
 
+async def test_who_waits_is_told_that_the_only_replica_fails(zero: Scene) -> None:
+    assert zero.front is not None
+    zero.ears.failed = set(zero.pods)
+    await zero.look()
+    assert zero.front.room.words == "starting a replica, its container or its server has failed"
+
+
 async def test_what_comes_is_held_while_the_only_replica_answers_nobody(tmp_path: Path) -> None:
     async with scene(tmp_path, replicas=1, nodes=0, minReplicas=0, scaleToZero={"enabled": True}) as here:
         here.api.apply(operator_pod(OPERATOR))
@@ -125,6 +132,17 @@ async def test_who_led_before_stands_in_no_more(tmp_path: Path) -> None:
         here.reconciler = here.successor()
         await here.look()
         assert here.serving == here.pods
+
+
+@pytest.mark.parametrize("label", [SERVES, STANDS_IN])
+async def test_at_zero_it_stands_in_again_though_somebody_took_a_label_off(zero: Scene, label: str) -> None:
+    zero.word.desired = 0
+    for _ in range(3):
+        await zero.look()
+    zero.label_pod(OPERATOR, {label: None})
+    await zero.look(30)
+    assert zero.serving == [OPERATOR]
+    assert zero.api.get(PODS, OPERATOR)["metadata"]["labels"] == {SERVES: NAME, STANDS_IN: NAME}
 
 
 async def test_at_zero_who_leads_now_is_an_endpoint_before_who_led_before_is_none(zero: Scene) -> None:
