@@ -81,7 +81,6 @@ class Ears:
     loading: set[str] = field(default_factory=set)
     silent: set[str] = field(default_factory=set)
     failed: set[str] = field(default_factory=set)
-    ready_at: dict[str, float] = field(default_factory=dict)  # first, where it is not as their pods say
     busy: set[str] = field(default_factory=set)  # they served, and answer nobody now
     heard: dict[str, float] = field(default_factory=dict)  # when
 
@@ -97,7 +96,7 @@ class Ears:
         if phase in (Phase.READY, Phase.DRAINING) and pod.name not in self.silent | self.busy:
             self.heard[pod.name] = at
         load = Load(running_requests=self.running.get(pod.name, 0)) if pod.name in self.heard else None
-        ready_at = self.ready_at.get(pod.name, pod.ready_since)
+        ready_at = pod.ready_since
         return Replica(pod.name, phase, pod.created_at, load, self.heard.get(pod.name, 0.0), ready_at)
 
 
