@@ -27,8 +27,9 @@ COPY service service
 COPY proto proto
 
 FROM build AS build-gpu
-# PyPI's torch for Linux is the one with CUDA; it brings Triton at the version that it needs
-RUN grep -v '^triton==' constraints.txt > pins.txt \
+# PyPI's torch for Linux is the one with CUDA; it brings Triton at the version that it needs. Both are those that our
+# kernels ran with on a GPU, which the newest are not
+RUN sed -e 's/^torch==.*/torch==2.11.0/' -e '/^triton==/d' constraints.txt > pins.txt \
     && /opt/nemoserve/bin/pip install --no-cache-dir --constraint pins.txt '.[server]' \
     && /opt/sbom/bin/cyclonedx-py environment --output-reproducible \
         --output-file /opt/nemoserve/sbom.json /opt/nemoserve/bin/python

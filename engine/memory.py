@@ -36,8 +36,9 @@ MIB = 2**20
 CUDA_CONTEXT = 600 * MIB
 # cuBLAS workspaces, kernels that load on first use and captured graphs, and what rounding of blocks wastes, in parts of
 # the free memory: vLLM leaves 8 % for all of this and the context together. Graphs share one pool of
-# what the largest of them computes with, which for NeMo is 140 KB a row, 35 MiB at 256 rows, and up to 64 MiB of parts
-# of attention. If CUDA keeps 4 KiB of each launch, the 87 graphs of 256 rows and contexts of 131,072 take 136 MiB.
+# what the largest of them computes with, which for NeMo is 140 KB a row, 140 MiB at 1,024, and up to 64 MiB of parts of
+# attention. If CUDA keeps 4 KiB of each launch, the 91 graphs of 256 rows and contexts of 131,072 take 142 MiB. With
+# NeMo in FP8 and 43 graphs an H100 had 3.7 GiB left of its 4.4 (measured).
 CUDA_RESERVE, CUDA_RESERVE_SHARE = 512 * MIB, 0.05
 CPU_RESERVE = 256 * MIB  # interpreter, libraries and tokenizer of both processes, beyond the pages that they share
 
@@ -131,7 +132,7 @@ def plan_memory(model: ModelConfig, engine: EngineConfig, device: Device, weight
     reserve = CPU_RESERVE
     if device.kind == "cuda":
         reserve = CUDA_RESERVE + int(device.free * CUDA_RESERVE_SHARE)
-    tables = table_bytes(model, engine)
+    tables = table_bytes(model, engine, device)
     adapters = adapter_bytes(model, engine, device)
     workspace = step_bytes(model, engine, device)
     left = device.free - weights - tables - adapters - workspace - reserve
@@ -204,10 +205,10 @@ def vector_parameters(model: ModelConfig) -> int:
     return model.num_layers * (2 * model.hidden_size + biases) + model.hidden_size
 
 
-def table_bytes(model: ModelConfig, engine: EngineConfig) -> int:
+def table_bytes(model: ModelConfig, engine: EngineConfig, device: Device) -> int:
     """float32 [positions, head_dim] of angles and int32 [rows, pages of a sequence] of pages."""
     positions = engine.max_model_len or context_limit(model)
-    return 4 * positions * model.head_dim + 4 * engine.max_batch_size * -(-positions // engine.page_size)
+    return 4 * positions * model.head_dim + 4 * engine.batch_on(device.kind).size * -(-positions // engine.page_size)
 
 
 def adapter_bytes(model: ModelConfig, engine: EngineConfig, device: Device) -> int:
@@ -231,8 +232,8 @@ def step_bytes(model: ModelConfig, engine: EngineConfig, device: Device) -> int:
     """
     if device.kind == "cuda" and not device.plain:
         return _triton_bytes(model, engine, device.float_bytes)
-    tokens, floats = engine.max_batch_tokens, device.float_bytes
-    rows = min(tokens, max(engine.max_batch_size, 1 + engine.max_draft_tokens))
+    (size, tokens), floats = engine.batch_on(device.kind), device.float_bytes
+    rows = min(tokens, max(size, 1 + engine.max_draft_tokens))
     ranks, width, inner = engine.tensor_parallel_size, model.hidden_size, model.intermediate_size
     vocab = model.vocab_size * ranks
     stream = tokens * (width * (4 + floats) + (model.q_size + 2 * model.kv_size) * floats + 6 * 8)
@@ -249,15 +250,15 @@ def step_bytes(model: ModelConfig, engine: EngineConfig, device: Device) -> int:
         )
     if scheme.head is not Kept.FLOAT:
         head = rows * vocab * 4 + min(DECODE_SLAB, vocab * width) * _DECODE_BYTES[scheme.head]
-    return max(stream + max(mlp, _attention_bytes(model, engine, floats), head), draw)
+    return max(stream + max(mlp, _attention_bytes(model, engine, tokens, floats), head), draw)
 
 
-def _attention_bytes(model: ModelConfig, engine: EngineConfig, floats: int) -> int:
+def _attention_bytes(model: ModelConfig, engine: EngineConfig, tokens: int, floats: int) -> int:
     """Of plain torch, one sequence with the longest context at a time, its queries slab by slab."""
     context = engine.max_model_len or context_limit(model)
-    queries = min(engine.max_batch_tokens, max(1, SCORE_SLAB // (model.num_heads * context)))
+    queries = min(tokens, max(1, SCORE_SLAB // (model.num_heads * context)))
     scores = queries * context * (model.num_heads * _SCORE_BYTES + _MASK_BYTES)
-    outputs = engine.max_batch_tokens * model.q_size * floats
+    outputs = tokens * model.q_size * floats
     return model.kv_size * context * _GATHERED_BYTES + scores + outputs
 
 
@@ -269,7 +270,8 @@ def _triton_bytes(model: ModelConfig, engine: EngineConfig, floats: int) -> int:
     looked up in plain torch. At the end there are the logits of the rows that sample or of a slab of a prompt's, and
     what the choice or logprobs need beside them. Codes of a long prompt's context as numbers have a place of their own.
     """
-    tokens, width, inner = engine.max_batch_tokens, model.hidden_size, model.intermediate_size
+    size, tokens = engine.batch_on("cuda")
+    width, inner = model.hidden_size, model.intermediate_size
     stream = tokens * (width * (4 + 2 * floats) + (model.q_size + 2 * model.kv_size) * floats + 6 * 8)
     parts = WORKSPACE + floats * max(tokens * model.q_size, min(tokens, SPLIT_ROWS) * 2 * inner)
     scheme = SCHEMES[engine.precision]
@@ -277,7 +279,7 @@ def _triton_bytes(model: ModelConfig, engine: EngineConfig, floats: int) -> int:
     slab = 0 if scheme.linear is Kept.FLOAT else min(DECODE_SLAB, 2 * inner * width) * floats
     layers = max(stream + max(tokens * 3 * inner * floats, tokens * 2 * inner * floats + slab, parts), looked_up)
     vocab = model.vocab_size * engine.tensor_parallel_size
-    rows = min(tokens, max(engine.max_batch_size, 1 + engine.max_draft_tokens))
+    rows = min(tokens, max(size, 1 + engine.max_draft_tokens))
     head = 0 if scheme.head is Kept.FLOAT else min(DECODE_SLAB, vocab * width) * floats
     chosen = rows * 4 * vocab + max(head, rows * -(-vocab // CHOICE_CHUNK) * CHOICE_CHUNK * _CHOICE_BYTES)
     scored = min(tokens, max(1, LOGITS_SLAB // (4 * vocab))) * vocab * _TARGET_BYTES

@@ -85,6 +85,7 @@ class Runner:
             record: how steps are recorded once and replayed from then on; None = as the device does, if it does.
         """
         device, dtype, model = decoder.device, decoder.dtype, decoder.config
+        batch = config.batch_on(device.type)
         self._decoder = decoder
         # Every rank samples for itself, from the same logits. But a draw on a GPU may differ in its last bit; where the
         # device goes on with a token that no plan has brought, it must be rank 0's.
@@ -98,20 +99,18 @@ class Runner:
         record = record or _find_record(config, decoder)
         self._graphs = None
         if record is not None:
-            recorded = sizes(
-                config.max_batch_size, config.max_batch_tokens, config.max_draft_tokens, size.max_model_len
-            )
+            recorded = sizes(*batch, config.max_draft_tokens, size.max_model_len)
             self._graphs = Graphs(decoder, self._cache, recorded, size.pages_per_sequence, record)
-        self._rows = Rows(config.max_batch_size, size.pages_per_sequence, config.page_size, device)
+        self._rows = Rows(batch.size, size.pages_per_sequence, config.page_size, device)
         whole = whole or model
         # A file may name tokens that its embedding has not. They never come, and nothing may look for their logits.
         self.eos_token_ids = tuple(token for token in whole.eos_token_ids if 0 <= token < whole.vocab_size)
-        self._sampler = Sampler(whole.vocab_size, config.max_batch_size, device, self.eos_token_ids)
+        self._sampler = Sampler(whole.vocab_size, batch.size, device, self.eos_token_ids)
         self.info = EngineInfo(
             vocab_size=whole.vocab_size,
             max_model_len=size.max_model_len,
-            max_batch_size=config.max_batch_size,
-            max_batch_tokens=config.max_batch_tokens,
+            max_batch_size=batch.size,
+            max_batch_tokens=batch.tokens,
             page_size=config.page_size,
             kv_pages=size.num_pages,
             dtype=str(dtype).removeprefix("torch."),

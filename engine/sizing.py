@@ -23,14 +23,7 @@ class CacheSize:
 
 def check_config(engine: EngineConfig) -> None:
     """Raises EngineConfigError for a size that is not positive or not possible together with the others."""
-    for field in (
-        "max_batch_size",
-        "max_batch_tokens",
-        "page_size",
-        "tensor_parallel_size",
-        "max_cpu_loras",
-        "max_lora_rank",
-    ):
+    for field in ("page_size", "tensor_parallel_size", "max_cpu_loras", "max_lora_rank"):
         _require(getattr(engine, field) >= 1, field, getattr(engine, field), "must be at least 1")
     _require(engine.max_loras >= 0, "max_loras", engine.max_loras, "must be 0 (no adapters) or positive")
     _require(
@@ -41,7 +34,7 @@ def check_config(engine: EngineConfig) -> None:
     )
     _require(engine.max_draft_tokens >= 0, "max_draft_tokens", engine.max_draft_tokens, "must be 0 (none) or positive")
     _require(engine.lookahead in (None, 0, 1), "lookahead", engine.lookahead, "must be 0 or 1")
-    for field in ("kv_memory_bytes", "threads"):
+    for field in ("max_batch_size", "max_batch_tokens", "kv_memory_bytes", "threads"):
         value = getattr(engine, field)
         _require(value is None or value >= 1, field, value, "must be at least 1")
     share = engine.kv_memory_share
@@ -57,11 +50,12 @@ def check_config(engine: EngineConfig) -> None:
     _require(kv in KV_PRECISIONS, "kv_precision", kv, f"must be {', '.join(KV_PRECISIONS)}")
     length = engine.max_model_len
     _require(length is None or length >= 2, "max_model_len", length, "must be at least 2 (a prompt and a completion)")
+    size, tokens = engine.max_batch_size, engine.max_batch_tokens
     _require(
-        engine.max_batch_tokens >= engine.max_batch_size,
+        size is None or tokens is None or tokens >= size,
         "max_batch_tokens",
-        engine.max_batch_tokens,
-        f"must be at least max_batch_size ({engine.max_batch_size}), one token for each running sequence",
+        tokens,
+        f"must be at least max_batch_size ({size}), one token for each running sequence",
     )
 
 
@@ -99,7 +93,7 @@ def size_cache(engine: EngineConfig, model: ModelConfig, plan: MemoryPlan, devic
     )
     pages = budget // page_bytes
     if device == "cpu" and engine.kv_memory_bytes is None and engine.kv_memory_share is None:
-        tokens = max(engine.max_batch_size * DEFAULT_TOKENS_PER_SEQUENCE, wanted or 0)
+        tokens = max(engine.batch_on(device).size * DEFAULT_TOKENS_PER_SEQUENCE, wanted or 0)
         pages = min(-(-tokens // plan.page_size), pages)
     holds, needed = pages * plan.page_size, -(-(wanted or 2) // plan.page_size) * page_bytes
     _require(

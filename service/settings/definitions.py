@@ -218,14 +218,15 @@ SETTINGS = (
     Setting(
         name="max_batch_size",
         parse=parsing.count(1, 4096),
-        default=32,
-        why="requests that run at once; more gain nothing on a CPU",
+        default=None,
+        why="requests that run at once; by default 256 on a GPU and 32 on a CPU, where more gain nothing",
     ),
     Setting(
         name="max_batch_tokens",
         parse=parsing.count(1),
-        default=512,
-        why="tokens of one step; bounds how long a long prompt can hold up the other streams",
+        default=None,
+        why="tokens of one step, which is how long a prompt can hold up the other streams; by default 2,048 on a GPU "
+        "and 512 on a CPU",
     ),
     Setting(
         name="max_draft_tokens",

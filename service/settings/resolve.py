@@ -184,11 +184,11 @@ def _check_precisions(dtype: Resolved, precision: Resolved, kv_precision: Resolv
 
 
 def _check_batch(size: Resolved, tokens: Resolved) -> None:
-    if tokens.value < size.value:
-        named, rule = tokens, f"at least the {size.value} of max_batch_size"
-        if tokens.source == "default":
-            named, rule = size, f"at most the {tokens.value} of max_batch_tokens"
-        raise SettingError(f"{named.source}: {named.value} must be {rule}: a token for each running request")
+    if size.value is not None and tokens.value is not None and tokens.value < size.value:
+        raise SettingError(
+            f"{tokens.source}: {tokens.value} must be at least the {size.value} of max_batch_size: a token for each "
+            "running request"
+        )
 
 
 def _check_ranks(ranks: Resolved, lora_dir: Resolved) -> None:

@@ -37,7 +37,7 @@ def decoder() -> Decoder:
 def make_runner(decoder: Decoder, page_size: int = 16, config: EngineConfig = ENGINE) -> Runner:
     pages = -(-MAX_LEN // page_size)
     config = msgspec.structs.replace(config, page_size=page_size)
-    return Runner(config, decoder, CacheSize(config.max_batch_size * pages, MAX_LEN, pages))
+    return Runner(config, decoder, CacheSize(config.batch_on("cpu").size * pages, MAX_LEN, pages))
 
 
 @dataclass

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from engine.limits import PLAIN_PAGES_FROM
 from engine.ops.interface import AttentionBatch, CodedWeight, LayerCache, Quantised, Rounding
 from engine.ops.triton import TritonOps
 from engine.ops.triton.linear import TritonProducts
@@ -159,7 +160,10 @@ def attention_kernels(ops: TritonOps, model: Model) -> None:
             context_lens_list=[],
         )
         qkv = torch.empty(tokens, (model.heads + 2 * model.kv_heads) * model.head_dim, dtype=model.dtype)
-        ops.attention(ops.rope_and_write(qkv, table, cache, batch), cache, batch, model.window)
+        query = ops.rope_and_write(qkv, table, cache, batch)
+        ops.attention(query, cache, batch, model.window)
+        if model.fp8 and queries >= PLAIN_PAGES_FROM:  # which a look at the batch's lists decides
+            ops.attention(query, cache, replace(batch, query_starts_list=[0, tokens], context_lens_list=[tokens]), None)
 
 
 # Bits (0 = e4m3) and group of weights: our own formats, those of GGUF, blocks of FP8.
@@ -181,11 +185,14 @@ def other_kernels(capability: Capability) -> None:
         high = torch.empty(inputs * (bits - 4) // 8, outputs, dtype=torch.uint8) if bits in (5, 6) else None
         mins = scales if bits in (4, 5) else None
         weight = CodedWeight(codes, high, scales, mins, bits, group, outputs, inputs)
-        for rows in (1, 16, 32, 64, 512):
-            x = torch.empty(rows, inputs, dtype=torch.bfloat16)
-            products.multiply(x, weight, None, wide=False)
-            if bits == 0:
-                products.multiply(Quantised(x.to(torch.float8_e4m3fn), torch.empty(rows), x.dtype), weight, None, False)
+        for rows in (1, 2, 4, 16, 32, 64):
+            if rows <= products.most_rows(weight):
+                x = torch.empty(rows, inputs, dtype=torch.bfloat16)
+                products.multiply(x, weight, None, wide=False)
+                if bits == 0:
+                    codes = x.to(torch.float8_e4m3fn)
+                    products.multiply(Quantised(codes, torch.empty(rows), x.dtype), weight, None, False)
+        products.decode(weight, 0, outputs, torch.bfloat16)
     x, residual, ops = torch.empty(1, inputs, dtype=torch.bfloat16), torch.empty(1, inputs), TritonOps(capability)
     for rounding in (None, Rounding(None), Rounding(0.1)):
         ops.add_rms_norm(x, residual, x[0], 1e-5, rounding)

@@ -121,7 +121,7 @@ def test_fp32_takes_twice_the_cache() -> None:
 def test_a_reason_says_which_keys_and_values_it_is_about() -> None:
     result = run("doctor", "mistral-nemo-12b", "--gpu", "l4", "--max-model-len", "100000")
     about = {line.partition(" does not fit: ")[0] for line in result.stdout.splitlines() if "does not fit: " in line}
-    assert {"bf16", "fp8 with keys and values in bf16", "fp8 with keys and values in fp8"} <= about
+    assert {f"{weights} with keys and values in {kv}" for weights in ("bf16", "fp8") for kv in ("bf16", "fp8")} <= about
     assert "int4 with keys and values in bf16" in about
     assert not about & {"int4", "int4 with keys and values in fp8"}  # which fits
 

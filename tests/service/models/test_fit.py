@@ -161,7 +161,7 @@ def test_a_precision_that_a_file_refuses_says_so() -> None:
 
 def test_options_that_are_wrong_for_any_model_are_an_error() -> None:
     with pytest.raises(EngineConfigError, match="max_batch_tokens: 3 must be at least max_batch_size"):
-        on("h100", max_batch_tokens=3)
+        on("h100", max_batch_size=4, max_batch_tokens=3)
 
 
 # -- GPUs by name ------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ def test_flag_variable_alias_file_profile_default_in_this_order(config: Path) ->
     found = resolve({}, environ)
     assert found["precision"] == Resolved("int4", f"file {config}: precision")
     assert found["kv_precision"] == Resolved("fp8", f"profile {profile}")
-    assert found["max_batch_size"] == Resolved(32, "default")
+    assert found["max_batch_size"] == Resolved(None, "default")
 
 
 def test_a_profile_may_stand_in_the_file(config: Path) -> None:
