@@ -56,6 +56,11 @@ def draining_since(pod: Pod) -> float | None:
         return 0.0
 
 
+def is_marked(pod: Pod) -> bool:
+    """It drains, or was to go."""
+    return DRAINING in pod.labels or pod.deletion_cost == DOOMED
+
+
 @dataclass(frozen=True, slots=True)
 class Scene:
     """A workload at one moment.
@@ -117,7 +122,7 @@ def plan(scene: Scene, desired: int, limit: float) -> Plan:
             have; SIGTERM tells them to go, and the server's own drain, within the pod's grace, finishes the rest.
     """
     asked, since = scene.scale.replicas, scene.draining
-    marked = [name for name, pod in scene.pods.items() if name in since or pod.deletion_cost == DOOMED]
+    marked = [name for name, pod in scene.pods.items() if is_marked(pod)]
     if desired >= asked:
         return Plan(desired, keep=tuple(marked))
     excess = asked - desired

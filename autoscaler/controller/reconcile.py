@@ -21,7 +21,7 @@ from autoscaler.clock import Clock
 from autoscaler.cluster.events import Recorder
 from autoscaler.cluster.face import PODS, QUEUE_AUTOSCALERS, Cluster, ClusterError, Json
 from autoscaler.cluster.objects import Pod, Scale, items, pod, scale
-from autoscaler.controller.drain import Hands, Plan, Scene, draining_since, let_go, plan
+from autoscaler.controller.drain import Hands, Plan, Scene, draining_since, is_marked, let_go, plan
 from autoscaler.controller.front import Cover, Front
 from autoscaler.controller.metrics import Metrics
 from autoscaler.controller.rivals import OLDER, rival
@@ -100,11 +100,13 @@ class Reconciler:
         resource = await self._resource()
         try:
             spec = read_spec(resource)
-            await self._leave(spec.target)
+            if self._target is not None and self._target != spec.target:
+                await self._serve_again(self._target)
             policy = self._policy_for(spec)
         except (InvalidSpecError, ValueError) as error:
+            await self._refuse(replace(refusal(resource, "InvalidSpec", str(error)), draining=0), resource)
             await self._stop(resource)
-            return await self._refuse(replace(refusal(resource, "InvalidSpec", str(error)), draining=0), resource)
+            return WRONG_SECONDS
         try:
             scene = await self._see(spec, policy)
         except ClusterError as error:
@@ -233,11 +235,6 @@ class Reconciler:
         told = verdict.desired == (resource.get("status") or {}).get("desired")
         return scaled if spec.dry_run and not told and verdict.desired != before else None
 
-    async def _leave(self, target: TargetRef) -> None:
-        """For this workload the one before, if it is another."""
-        if self._target not in (None, target):
-            await self._serve_again(self._target)
-
     async def _stop(self, resource: Json) -> None:
         """The spec cannot be followed: what drains would neither go nor serve until somebody has corrected it."""
         with suppress(InvalidSpecError):
@@ -246,7 +243,7 @@ class Reconciler:
             await self._serve_again(target)
 
     async def _serve_again(self, target: TargetRef) -> None:
-        """All that drain, but for those that the workload's controller is about to delete. Raises ClusterError."""
+        """All that drain or were to go, but for those that their controller is about to delete. Raises ClusterError."""
         if self._yields:
             return
         try:
@@ -258,8 +255,8 @@ class Reconciler:
             return
         here = {each.name: each for each in pods if each.holds_place}
         going = let_go(here, asked, target)
-        drains = [each for each in here.values() if draining_since(each) is not None and each.name not in going]
-        await self._hands.give_back(drains, target)
+        marked = [each for each in here.values() if is_marked(each) and each.name not in going]
+        await self._hands.give_back(marked, target)
 
     async def _refuse(self, report: Report, resource: Json) -> float:
         self._asked = None

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from autoscaler.cluster.face import PODS, QUEUE_AUTOSCALERS
-from autoscaler.controller.drain import DRAINING, TEMPLATE
+from autoscaler.cluster.face import PODS, QUEUE_AUTOSCALERS, ClusterError
+from autoscaler.cluster.objects import pod
+from autoscaler.controller.drain import DOOMED, DRAINING, TEMPLATE
 from tests.autoscaler.controller.clock import until
 from tests.autoscaler.controller.scene import IMPOSSIBLE, NAME, Scene, scene
+from tests.autoscaler.fake_api import Fault
 
 
 async def test_the_idlest_drains_and_goes_when_it_is_idle(three: Scene) -> None:
@@ -108,6 +110,29 @@ async def test_who_acts_no_more_leaves_none_draining(three: Scene, change: str) 
         three.delete(QUEUE_AUTOSCALERS, NAME)
         await three.reconciler.end()
     assert (three.serving, three.pods, three.asked) == (before, before, 3)
+
+
+async def test_a_wrong_spec_is_told_though_what_drains_cannot_be_changed(three: Scene) -> None:
+    three.ears.running = dict.fromkeys(three.pods, 2)
+    three.word.desired = 1
+    await three.look()
+    three.change(QUEUE_AUTOSCALERS, NAME, schedules=[IMPOSSIBLE])
+    three.api.faults.append(Fault(verb="patch", path="/pods/", code=500, times=None))
+    with pytest.raises(ClusterError):
+        await three.look()
+    assert three.condition("Ready")[:2] == ("False", "InvalidSpec")
+
+
+async def test_one_that_was_doomed_and_not_let_go_costs_as_much_as_others_again(three: Scene) -> None:
+    three.api.faults.append(Fault(verb="patch", path="/scale", code=500))
+    three.ears.failed = {three.pods[0]}
+    three.word.desired = 2
+    with pytest.raises(ClusterError):
+        await three.look()
+    assert [each.deletion_cost for each in map(pod, three.api.list(PODS))].count(DOOMED) == 1
+    three.change(QUEUE_AUTOSCALERS, NAME, schedules=[IMPOSSIBLE])
+    await three.look()
+    assert [each.deletion_cost for each in map(pod, three.api.list(PODS))] == [0, 0, 0]
 
 
 async def test_who_leads_next_goes_on_where_the_drain_was(three: Scene) -> None:
