@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-USUAL_CAPACITY = 32  # rows of a server that did not tell: its default
+USUAL_CAPACITY = 32  # rows of a server that did not tell: the default of ours on a CPU, which is the smaller one
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,8 @@ class HoldLimits:
         ValueError: names the field, its value and the limit.
     """
 
-    # That wait or are being answered; and streams that watch health or load. A server of 32 rows queues 256: four of
-    # them full. What comes later is better told at once to come again.
+    # That wait or are being answered; and streams that watch health or load. Four batches of a server of 256 rows:
+    # what comes later is better told at once to come again.
     max_requests: int = 1024
     # 64 KiB for each of those, 16,000 tokens of text; and four of the largest that a server takes.
     max_bytes: int = 64 * 2**20
