@@ -61,7 +61,7 @@ def few_tile(rows: int, head_dim: int, dtype: torch.dtype, fp8: bool, decodes: b
     wait for one another: with two of them, and more programs, an H100 is done in four fifths of the time of four.
 
     Args:
-        decodes: by instructions of the card; an A100's decoding takes registers, of which two warps have too few.
+        decodes: by instructions of the card. An A100 decodes bits, for which it needs all registers of two warps.
     """
     if dtype == torch.float32:
         return Tile(rows, 32, 8, 1)

@@ -65,7 +65,7 @@ _LEAST_STEPS = 4  # of a program, or its start would cost more than its work
 _LEAST_BLOCK = 128  # inputs per scale, of e4m3
 _BLOCKS = 2**16  # of columns at most: 524,288 outputs
 _DECODED = 2048  # e4m3 codes of a program that decodes
-_CHUNKS, _DECODED_COLUMNS = 1, 256  # of codes in groups: 32 inputs x 256 outputs
+_DECODED_COLUMNS = 256  # of codes in groups, by 32 inputs
 
 
 def choose(rows: int, weight: CodedWeight, processors: int) -> tuple[Shape, int]:
@@ -159,9 +159,9 @@ class TritonProducts:
             )  # fmt: skip
             return out
         out = torch.empty(inputs, width, dtype=dtype, device=weight.codes.device)
-        decode_groups[triton.cdiv(inputs, 32 * _CHUNKS), triton.cdiv(width, _DECODED_COLUMNS)](
+        decode_groups[triton.cdiv(inputs, 32), triton.cdiv(width, _DECODED_COLUMNS)](
             weight.codes, weight.high, weight.scales, weight.mins, out, start, width, inputs, weight.outputs, group,
-            BITS=weight.bits, CHUNKS=_CHUNKS, COLUMNS=_DECODED_COLUMNS, num_warps=4,
+            BITS=weight.bits, COLUMNS=_DECODED_COLUMNS, num_warps=4,
         )  # fmt: skip
         return out.t()
 

@@ -271,13 +271,11 @@ def decode_groups(
     outputs,
     group,
     BITS: tl.constexpr,
-    CHUNKS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """Numbers [inputs, width] of the columns from `start` on. Codes as of `groups_linear`, whose rows are inputs."""
-    r = tl.arange(0, CHUNKS * 16)
-    j = r % 16
-    chunk = (tl.program_id(0) * CHUNKS + r // 16).to(tl.int64)
+    j = tl.arange(0, 16)
+    chunk = (tl.program_id(0) + tl.zeros_like(j)).to(tl.int64)
     place = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     exists = place < width
     column = (start + place).to(tl.int64)
