@@ -2,5 +2,5 @@
 
     controller ─► one tender per resource ─► reconciler: see ─► policy ─► verdict ─► plan ─► act ─► tell
 
-`victims`, `verdict` and the plan of `drain` are pure; the rest acts through `autoscaler.cluster` alone.
+`spare`, `victims`, `verdict` and the plan of `drain` are pure; the rest acts through `autoscaler.cluster` alone.
 """
