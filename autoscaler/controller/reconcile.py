@@ -115,6 +115,7 @@ class Reconciler:
             word = "TargetNotFound" if error.not_found else "TargetForbidden"
             return await self._refuse(refusal(resource, word, f"{spec.target} cannot be scaled: {error}"), resource)
         await self._look_for_rival(resource, spec.target)
+        self._spare.see(scene, self._tools.clock.monotonic(), (resource.get("status") or {}).get("spare"))
         decision = self._decide(policy, scene)
         asked, ours = scene.scale.replicas, zero_is_ours(resource)
         verdict = judge(spec, asked, decision, self._rival, zero_is_ours=ours, spare=self._spare.due)
@@ -122,7 +123,8 @@ class Reconciler:
             verdict = held_back(verdict, scene.wanted)
         self._untold = await self._act(resource, spec, scene, verdict) or self._untold
         held = self._cover.held_requests if self._cover is not None else 0
-        report = report_of(resource, scene, decision, verdict, held=held, scaled=self._untold)
+        spare = self._spare.included
+        report = report_of(resource, scene, decision, verdict, spare=spare, held=held, scaled=self._untold)
         self._teller.measure(scene, report, self._asked or 0, decision.figures)
         await self._teller.tell(resource, report)
         self._untold = None
@@ -199,7 +201,6 @@ class Reconciler:
     # -- deciding ------------------------------------------------------------------------------------------------
 
     def _decide(self, policy: Policy, scene: Scene) -> Decision:
-        self._spare.see(scene, self._tools.clock.monotonic())
         observation = Observation(
             at=scene.at,
             desired=scene.wanted - self._spare.included,

@@ -27,27 +27,33 @@ class Spare:
 
     def __init__(self) -> None:
         self.included = self.due = 0
-        self._failed: dict[str, float] | None = None  # by name, since when; None: nothing was seen yet
-        self._sick_at: float | None = None
-        self._of: dict[int, int] = {}  # how many are included, by how many are wanted in all
+        self._failed: dict[str, float] = {}  # by name, since when
+        self._sick_at = 0.0
+        self._of: dict[int, int] | None = None  # how many are included, by how many are wanted in all
 
-    def see(self, scene: Scene, now: float) -> None:
-        """`now`: seconds that never jump. Whoever begins to look takes what fails for what is made up for already."""
-        first, known = self._failed is None, self._failed or {}
-        unknown = -SICK_SECONDS if first else 0.0
+    def see(self, scene: Scene, now: float, told: int | None) -> None:
+        """
+        Args:
+            now: seconds that never jump.
+            told: how many the status says are included, as whoever led before has left it. None: it does not say; then
+                what fails is taken to be made up for.
+        """
         failed = [each.name for each in scene.replicas if each.phase is Phase.FAILED]
-        self._failed = {name: known.get(name, now + unknown) for name in failed}
+        if self._of is None:
+            self._of, self._sick_at = {scene.wanted: int(bool(failed)) if told is None else told}, now
+        self._failed = {name: self._failed.get(name, now) for name in failed}
         if sick := any(now - since >= SICK_SECONDS for since in self._failed.values()):
             self._sick_at = now
         makes_up = sick and not scene.mixed and any(map(_works, scene.replicas))
-        included = int(makes_up) if first else self._of.get(scene.wanted, 0)
-        self.included = min(included, max(0, scene.wanted - 1))
-        stays = scene.mixed or (self._sick_at is not None and now - self._sick_at < HEALTHY_SECONDS)
+        self.included = min(self._of.get(scene.wanted, 0), max(0, scene.wanted - 1))
+        stays = scene.mixed or now - self._sick_at < HEALTHY_SECONDS
         self.due = int(makes_up or (self.included > 0 and stays))
 
     def note(self, before: int, verdict: Verdict) -> None:
         """So many were wanted in all: they are still, if what is about to be done fails."""
-        self._of = {before: self.included} | ({verdict.desired: verdict.spare} if verdict.acts else {})
+        self._of = {before: self.included}
+        if verdict.acts:
+            self._of[verdict.desired] = self.included = verdict.spare
 
 
 def _works(replica: Replica) -> bool:

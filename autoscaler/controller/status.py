@@ -56,6 +56,7 @@ class Report:
     conditions: tuple[Condition, ...]
     reason: str = ""
     desired: int | None = None
+    spare: int | None = None
     ready: int | None = None
     loading: int | None = None
     draining: int | None = None
@@ -70,6 +71,7 @@ def merged(before: Json, report: Report, at: float) -> Json:
     """The status after a look, of the one before it."""
     numbers = {
         "desired": report.desired,
+        "spare": report.spare,
         "ready": report.ready,
         "loading": report.loading,
         "draining": report.draining,

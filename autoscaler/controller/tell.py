@@ -102,7 +102,14 @@ class Teller:
 
 
 def report_of(
-    resource: Json, scene: Scene, decision: Decision, verdict: Verdict, *, held: int, scaled: Scaled | None
+    resource: Json,
+    scene: Scene,
+    decision: Decision,
+    verdict: Verdict,
+    *,
+    spare: int,
+    held: int,
+    scaled: Scaled | None,
 ) -> Report:
     return Report(
         generation=resource["metadata"].get("generation", 0),
@@ -115,6 +122,7 @@ def report_of(
         ),
         reason=verdict.reason,
         desired=verdict.desired,
+        spare=spare,
         ready=sum(each.phase is Phase.READY for each in scene.replicas),
         loading=sum(each.phase in COMING for each in scene.replicas),
         draining=len(scene.draining),

@@ -28,6 +28,7 @@ class Fleet:
         failing, new: numbers of replicas that fail, and that are of another template; all others are ready.
         ready_at: of each that fails.
         draining: numbers.
+        told: in the status.
         seen: how many replicas the policy was shown that there are asked for, look by look.
     """
 
@@ -38,19 +39,21 @@ class Fleet:
         self.draining: set[int] = set()
         self.ready_at: float | None = None
         self.spec: dict[str, Any] = {}
+        self.told: int | None = None
         self.seen: list[int] = []
-        self.now = 0.0
+        self.now = 1_000_000.0
         self.spare = Spare()
 
     def look(self, seconds: float = 5.0) -> int:
         """How many are asked for then."""
         self.now += seconds
         scene = self._scene()
-        self.spare.see(scene, self.now)
+        self.spare.see(scene, self.now, self.told)
         self.seen.append(scene.wanted - self.spare.included)
         spec = Spec(TARGET, Settings(max_replicas=9), **self.spec)
         verdict = judge(spec, self.asked, Decision(self.need, "load"), None, spare=self.spare.due)
         self.spare.note(scene.wanted, verdict)
+        self.told = self.spare.included
         self.asked = verdict.desired + len(self.draining)
         return self.asked
 
@@ -81,6 +84,11 @@ async def test_one_more_is_asked_for_where_one_fails_for_long_and_everybody_is_t
     await three.look(60)
     assert (three.asked, three.word.seen[-1].desired) == (4, 3)
     assert three.status["reason"] == "as the test wants; 4 with one for what fails"
+    assert (three.status["desired"], three.status["spare"]) == (4, 1)
+    three.reconciler = three.successor()
+    three.ears.failed = set()
+    await three.look()
+    assert three.word.seen[-1].desired == 3
     assert "ScaledByHand" not in three.reasons
 
 
@@ -121,13 +129,23 @@ def test_it_goes_some_time_after_the_last_failure_and_no_other_is_made_meanwhile
     assert set(fleet.seen) == {3}  # else a policy would learn a larger fleet each time
 
 
-def test_who_leads_next_adds_no_other() -> None:
+@pytest.mark.parametrize("told", [True, False])
+def test_who_leads_next_adds_no_other(told: bool) -> None:
     fleet = Fleet(3)
     fleet.look()
     fleet.sick(0)
     fleet.spare = Spare()
+    fleet.told = fleet.told if told else None  # by an older definition of the resource
     assert [fleet.look(SICK_SECONDS) for _ in range(3)] == [4, 4, 4]
     assert set(fleet.seen) == {3}
+
+
+def test_who_leads_next_takes_no_replica_for_made_up_for_that_fails_just_now() -> None:
+    fleet = Fleet(3)
+    fleet.look()
+    fleet.spare, fleet.failing = Spare(), {0}
+    fleet.look()
+    assert fleet.seen == [3, 3]
 
 
 def test_who_leads_next_never_takes_a_workload_for_one_at_zero() -> None:
