@@ -1,4 +1,4 @@
-"""Fixtures that every room's tests share: the embedded model and the optional data folder."""
+"""Fixtures that rooms share: the embedded model, what transformers makes of it, the optional data folder."""
 
 from __future__ import annotations
 
@@ -35,6 +35,17 @@ def smollm2_oracle(smollm2_path: Path) -> Any:
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     return tokenizer
+
+
+@pytest.fixture(scope="session")
+def smollm2_reference(smollm2_path: Path) -> Any:
+    """SmolLM2 in float32 as transformers reads it, which takes 12 seconds. Who changes its weights puts them back."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        str(smollm2_path.parent), gguf_file=smollm2_path.name, dtype=torch.float32, attn_implementation="sdpa"
+    ).eval()
 
 
 @pytest.fixture(scope="session")

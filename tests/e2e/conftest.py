@@ -8,8 +8,6 @@ from pathlib import Path
 
 import grpc
 import pytest
-import torch
-import transformers
 from nemoserve.v1 import generation_pb2 as pb
 from nemoserve.v1 import generation_pb2_grpc as rpc
 
@@ -37,14 +35,6 @@ class ServerProcess(tests.server.ServerProcess):
             assert time.monotonic() < limit, f"never saw {condition}: {load}"
             time.sleep(POLL_SECONDS)
         return load
-
-
-@pytest.fixture(scope="session")
-def reference(smollm2_path: Path) -> transformers.PreTrainedModel:
-    """The embedded model in float32 as transformers reads it. Who changes its weights puts them back."""
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        smollm2_path.parent, gguf_file=smollm2_path.name, dtype=torch.float32
-    ).eval()
 
 
 @pytest.fixture(scope="session")

@@ -73,13 +73,15 @@ def merged(model: transformers.PreTrainedModel, added: dict[str, Tensor]) -> Ite
     with torch.no_grad():
         for name, delta in added.items():
             parameters[name].copy_(parameters[name].double() + delta)
-        yield model
-        for name, weight in before.items():
-            parameters[name].copy_(weight)
+        try:
+            yield model
+        finally:
+            for name, weight in before.items():
+                parameters[name].copy_(weight)
 
 
 def test_logprobs_of_a_mixed_batch_are_those_of_transformers_with_merged_weights(
-    server: ServerProcess, adapters: Adapters, reference: transformers.PreTrainedModel
+    server: ServerProcess, adapters: Adapters, smollm2_reference: transformers.PreTrainedModel
 ) -> None:
     with server.channel() as channel:
         typed = rpc.GenerationServiceStub(channel)
@@ -95,8 +97,8 @@ def test_logprobs_of_a_mixed_batch_are_those_of_transformers_with_merged_weights
         }
         answers = {name: list(call) for name, call in calls.items()}
     for name, prompt in prompts.items():
-        plain = logprobs(reference, prompt)
-        with merged(reference, adapters.added[name]) as model:
+        plain = logprobs(smollm2_reference, prompt)
+        with merged(smollm2_reference, adapters.added[name]) as model:
             every = logprobs(model, prompt)
         expected = every.gather(-1, torch.tensor(prompt[1:])[:, None])[:, 0]
         got = [entry.logprob for event in answers[name] for entry in event.prompt_logprobs.logprobs]

@@ -22,14 +22,16 @@ def logprobs(model: transformers.PreTrainedModel, prompt: list[int]) -> Tensor:
     return model(torch.tensor([prompt])).logits[0, :-1].log_softmax(-1)
 
 
-def test_they_are_those_of_transformers(exact_server: ServerProcess, reference: transformers.PreTrainedModel) -> None:
+def test_they_are_those_of_transformers(
+    exact_server: ServerProcess, smollm2_reference: transformers.PreTrainedModel
+) -> None:
     seed = random.randrange(10**6)
     print(f"seed {seed}")
     rng = random.Random(seed)
     with exact_server.channel() as channel:
         typed = rpc.GenerationServiceStub(channel)
         text = list(typed.Tokenize(pb.TokenizeRequest(text=TEXT.read_text()), timeout=10).token_ids)[:300]
-        noise = [rng.randrange(reference.config.vocab_size) for _ in range(100)]
+        noise = [rng.randrange(smollm2_reference.config.vocab_size) for _ in range(100)]
         requests = [
             pb.GenerateRequest(
                 token_ids=pb.TokenIds(ids=prompt), sampling=pb.SamplingParameters(max_tokens=2, prompt_logprobs=5)
@@ -41,7 +43,7 @@ def test_they_are_those_of_transformers(exact_server: ServerProcess, reference: 
     for request, events in zip(requests, answers, strict=True):
         prompt = list(request.token_ids.ids)
         got = [entry for event in events for entry in event.prompt_logprobs.logprobs]
-        expected = logprobs(reference, prompt)
+        expected = logprobs(smollm2_reference, prompt)
         own = expected.gather(-1, torch.tensor(prompt[1:])[:, None])
         assert [entry.token_id for entry in got] == prompt[1:]
         assert torch.tensor([entry.logprob for entry in got]).sub(own[:, 0]).abs().max() < 1e-3

@@ -206,12 +206,18 @@ def test_a_step_takes_no_more_than_the_workspace_and_not_much_less(
 
 
 @pytest.mark.parametrize(
-    ("tokens", "kv", "slab"),
-    [(2048, "auto", 2**26), (2048, "auto", 2**17), (64, "auto", 2**17), (64, "fp8", 2**26)],
+    ("precision", "tokens", "kv", "slab"),
+    [
+        ("bf16", 2048, "auto", 2**26),  # scores: ten times what all else takes, whatever the precision
+        *(
+            (precision, *sizes)
+            for precision in ("bf16", "int4", "int8", "fp8", "fp8-weight-only")
+            for sizes in ((2048, "auto", 2**20), (64, "auto", 2**17), (64, "fp8", 2**26))
+        ),
+    ],
 )
-@pytest.mark.parametrize("precision", ["bf16", "int4", "int8", "fp8", "fp8-weight-only"])
 def test_in_plain_torch_too(
-    forms: dict[str, Path], tokens: int, kv: str, precision: str, slab: int, monkeypatch: pytest.MonkeyPatch
+    forms: dict[str, Path], precision: str, tokens: int, kv: str, slab: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU: a prompt's last chunk, the whole context behind it, whatever its pages hold."""
     monkeypatch.setattr("engine.model.load.load_kernels", lambda threads: None)

@@ -12,10 +12,12 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from engine.checkpoint import open_checkpoint
 from engine.checkpoint.layout import expected_tensors
+from engine.config import ModelConfig
 from engine.model.decoder import Decoder
 from engine.model.load import load_decoder
 from engine.schemes import SCHEMES
@@ -24,6 +26,7 @@ from tests.engine.oracle import teacher_forced
 from tests.tiny_models import write_gguf
 
 TOKENS = 300
+LAYERS = 16  # of 30, in what llama.cpp's quantiser makes of it: its mixtures change every eighth of a model
 
 
 def load(path: Path, precision: str) -> Decoder:
@@ -84,27 +87,31 @@ def quantise(values: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def weights(smollm2_path: Path) -> dict[str, Tensor]:
+def shape(smollm2_path: Path) -> ModelConfig:
     with open_checkpoint(smollm2_path) as checkpoint:
-        return {name: checkpoint.read(name).float() for name in expected_tensors(checkpoint.config)}
+        return replace(checkpoint.config, num_layers=LAYERS)
+
+
+@pytest.fixture(scope="module")
+def weights(smollm2_path: Path, shape: ModelConfig) -> dict[str, Tensor]:
+    with open_checkpoint(smollm2_path) as checkpoint:
+        return {name: checkpoint.read(name).float() for name in expected_tensors(shape)}
 
 
 @pytest.mark.parametrize("kind", ["Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0"])
 def test_files_of_llama_cpps_quantiser_are_the_same_kept_as_they_are(
-    smollm2_path: Path, tmp_path: Path, weights: dict[str, Tensor], prompt: list[int], kind: str
+    tmp_path: Path, shape: ModelConfig, weights: dict[str, Tensor], prompt: list[int], kind: str
 ) -> None:
     """Rows of 1,536 become K-quants, whose scales are rounded; those of 576 what llama.cpp takes instead."""
-    with open_checkpoint(smollm2_path) as checkpoint:
-        config = checkpoint.config
     same_names = ("vocab_size", "hidden_size", "intermediate_size", "head_dim", "rope_theta", "rms_norm_eps")
-    shape = {name: getattr(config, name) for name in same_names} | {
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "max_position_embeddings": config.max_position_embeddings,
-        "tie_word_embeddings": config.tie_word_embeddings,
+    fields = {name: getattr(shape, name) for name in same_names} | {
+        "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_kv_heads,
+        "max_position_embeddings": shape.max_position_embeddings,
+        "tie_word_embeddings": shape.tie_word_embeddings,
     }
-    path = write_gguf(tmp_path / "m.gguf", kind=kind, weights=weights, quantise=quantise, **shape)
+    path = write_gguf(tmp_path / "m.gguf", kind=kind, weights=weights, quantise=quantise, **fields)
     _, divergence, same = compare(kind, path, prompt)
-    assert divergence <= 1e-4  # quantising to Q4_K itself costs 7e-2
+    assert divergence <= 3e-5  # measured: 1e-6. Quantising to Q4_K itself costs 7e-2 of the whole model
     assert same >= 0.99

@@ -184,13 +184,12 @@ def test_long_answers_take_linear_time(name: str) -> None:
     begin = [CALLS, OPEN, TAG, '{"name": "weather", "arguments": {"a": "']
 
     def seconds(letters: str, count: int) -> float:
-        times = []
-        for _ in range(3):  # a garbage collection of all that the tests have made may fall into one
-            began = time.process_time()
-            read(name, [*begin, *[letters] * count])
-            read(name, [letters] * count)
-            times.append(time.process_time() - began)
-        return min(times)
+        began = time.process_time()
+        read(name, [*begin, *[letters] * count])
+        read(name, [letters] * count)
+        return time.process_time() - began
 
     for letters in (" ", "<", "{", '{"a":', "[", "a", "<tool_", '\\"', CALLS, OPEN):
-        assert seconds(letters, 8000) < 15 * seconds(letters, 1600) + 0.5
+        limit = 15 * min(seconds(letters, 1600) for _ in range(3)) + 0.5
+        # A garbage collection of all that the tests have made may fall into one, not into all three.
+        assert any(seconds(letters, 8000) < limit for _ in range(3)), letters
