@@ -73,7 +73,9 @@ def fit(measured: list[Point]) -> StepCost:
 
 
 def predicted(cost: StepCost, point: Point) -> float:
-    return sum(getattr(cost, name) * count for name, count in zip(TERMS, point.terms, strict=True))
+    """Seconds."""
+    each = (cost.base, cost.per_prefill_token, cost.per_decode_row, cost.per_context_token)
+    return sum(seconds * count for seconds, count in zip(each, point.terms, strict=True))
 
 
 def main() -> None:
