@@ -14,7 +14,7 @@ import torch
 
 from engine import EngineConfig, EngineConfigError
 from engine.ops import load_kernels
-from engine.probe import Gpu, Machine, Weights
+from engine.probe import Gpu, Machine, Weights, probe
 from engine.runner import Runner
 from engine.schemes import SCHEMES
 from service.cli.report import profile_table
@@ -50,8 +50,8 @@ def models(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> Mapp
 
 @pytest.fixture(scope="module")
 def seen(models: Mapping[str, Path]) -> Mapping[str, Weights]:
-    """The models as `nemoserve doctor` looks at them."""
-    looked = {name: look(path, "cpu", "bfloat16").weights for name, path in models.items()}
+    """The models as `nemoserve doctor` looks at them, which does so in a process of its own."""
+    looked = {name: probe("cpu", "bfloat16", str(path)).weights for name, path in models.items()}
     return {name: weights for name, weights in looked.items() if weights is not None}
 
 
@@ -300,7 +300,7 @@ def test_a_file_is_looked_at_as_a_rank_reads_it(models: Mapping[str, Path], name
     assert (found.plan.free, found.reason) == (2**33, None)
     [first, _] = on_ranks(2, lambda each: load_rank(path, each, dtype=torch.bfloat16).weights.nbytes)
     assert found.plan.weights == pytest.approx(first, rel=0.01)
-    undivided = look(path, ranks=3).weights
+    undivided = probe("cpu", "bfloat16", str(path), ranks=3).weights
     assert undivided is not None
     assert undivided.refused.keys() == SCHEMES.keys()
     assert all(reason.startswith("tensor_parallel_size: 3 must divide") for reason in undivided.refused.values())
