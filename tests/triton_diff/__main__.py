@@ -20,7 +20,9 @@ from tritonclient.grpc import service_pb2_grpc
 
 from tests.service.grpc.kserve.calls import ask, is_final, iter_requests, outputs
 from tests.service.grpc.kserve.conftest import UNLIMITED, serving
-from tests.service.grpc.kserve.test_transcript import ACCEPTED, MANAGEMENT, REFUSED, sums, transcript
+from tests.service.grpc.kserve.inference_transcript import ACCEPTED, REFUSED, sums
+from tests.service.grpc.kserve.management_transcript import MANAGEMENT
+from tests.service.grpc.kserve.test_transcript import transcript
 from tests.service.grpc.kserve.toys import comparable
 from tests.triton_diff.reference import reference
 
