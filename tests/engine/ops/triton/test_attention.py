@@ -205,10 +205,10 @@ def test_parts_depend_on_bounds_alone_and_keep_to_memory(monkeypatch: pytest.Mon
 def test_prompts_read_codes_that_were_decoded_beforehand(
     capability: tuple[int, int], window: int | None, page_size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the sequences from the first prompt on; the others read the codes."""
+    """Of the sequences from the first prompt on; the others read the codes. Their last pages have one token or more."""
     monkeypatch.setattr(module, "PLAIN_PAGES_FROM", 20)
     torch.manual_seed(41)
-    case = make_case([(50, 1), (3, 2), (65, 20), (0, 40)], 2, 32, page_size, torch.float32)
+    case = make_case([(50, 1), (3, 2), (62, 9), (12, 21)], 2, 32, page_size, torch.float32)
     case.cache.keys.mul_(torch.randn(*case.cache.keys.shape[:3], 1).exp())
     cache, query = in_fp8(case.cache), torch.randn(len(case.batch.positions), 8, 32).to(dtype)
     expected, read = REFERENCE.attention(query, cache, case.batch, window), []
@@ -219,9 +219,9 @@ def test_prompts_read_codes_that_were_decoded_beforehand(
         return read[-1]
 
     monkeypatch.setattr(PlainPages, "decode", spied)
-    for limit, there in ((2**20, True), (2**10, False)):
+    for limit, steps, there in ((2**20, 2, True), (2**10, 1, False)):
         plain_pages = PlainPages(limit)
-        for _ in range(2):
+        for _ in range(steps):
             actual = attention(query, cache, case.batch, window, capability, plain_pages)
             if dtype == F32:
                 assert_close(actual, expected)
