@@ -24,6 +24,7 @@ from engine.request import MAX_GRAMMAR, Grammar, SamplingParams, Vocabulary
 from tests.engine.grammars import CALL, EOS, SIZE, VOCABULARY, WANTED, Passed, bits, compiled
 
 SHOWN = VOCABULARY.tokens
+PATIENCE = 60.0  # seconds, for what takes a moment on a machine that has one to spare
 ORDINARY = [token for token in range(len(SHOWN)) if SHOWN[token] and token not in VOCABULARY.special]
 
 
@@ -253,14 +254,25 @@ def test_a_hostile_grammar_takes_bounded_time_whether_it_is_served_or_not(gramma
 def test_a_grammar_that_takes_minutes_is_refused_and_others_are_served_meanwhile(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(Trial.judge, "__defaults__", (0.2,))
+    """It is held where its trial begins until another was served: how fast this machine is decides nothing."""
+    slow, begun, served, judge = HOSTILE["an allOf of 100 patterns"], threading.Event(), threading.Event(), Trial.judge
+
+    def held(trial: Trial, grammar: Grammar) -> Verdict:
+        if grammar == slow:
+            begun.set()
+            assert served.wait(PATIENCE)
+        return judge(trial, grammar, 0.2)
+
+    monkeypatch.setattr(Trial, "judge", held)
     grammars = Grammars(VOCABULARY, SIZE, (EOS,))
-    grammars.compile("slow", SamplingParams(grammar=HOSTILE["an allOf of 100 patterns"]))
-    while not grammars._trials or grammars._trials[0]._process is None:
-        time.sleep(0.001)
+    grammars.compile("slow", SamplingParams(grammar=slow))
+    assert begun.wait(PATIENCE)
     assert next_of(grammars, compiled(grammars, regex("a"), EOS)) == [set(ids("a"))]
     assert grammars.is_compiling
+    served.set()
+    limit = time.monotonic() + PATIENCE
     while not (taken := grammars.take()):
+        assert time.monotonic() < limit
         time.sleep(0.01)
     assert str(taken["slow"]) == (
         "response_format: the json_schema cannot be served: it takes more than 0.2 s to compile"
