@@ -7,7 +7,9 @@ that it would have served late. There are two kinds: those that follow a forecas
 never change. The latter are what a fleet of constant size would have cost, known as the load goes by.
 
 Before anything was seen there are beliefs: the less headroom, the longer a shadow must have done well before it is
-followed; the fleet that was found is thought to have its reasons.
+followed; the fleet that was found is thought to have its reasons. How long that is follows from what it costs to be
+wrong: who is surprised by a jump is late for a horizon, and `1 / late_share` horizons with nobody late make up for it.
+A belief is forgotten as what was seen is.
 
 Where a shadow has as many replicas as the real fleet, what real requests met counts and not what was worked out; with
 more, no more were late than there, with fewer no fewer.
@@ -27,11 +29,10 @@ from autoscaler.policy.fluid import Flow, Fluid
 FACTORS = (1.0, 1.06, 1.12, 1.18, 1.24, 1.3, 1.36, 1.5, 1.7, 2.0, 2.4)
 MEMORY = 24 * 3600.0  # seconds after which what was late has lost 63 % of its weight
 PAID = 3600.0  # the same of what was paid: what is cheap at night is not at noon
-BELIEF = 7200.0  # seconds of what is seen that a belief is worth: less, and a calm hour makes one forget spikes
 AMPLE = 1.5  # times the load: what a constant fleet must bear if the one that was found cannot bear the load
-# What is believed to be late, in shares of what is safe, of constant fleets as large as the one that was found, and of
-# smaller ones
-OWNERS, FEWER = 0.5, 6.0
+# Horizons that are believed to have been late, of constant fleets as large as the one that was found, as large as was
+# guessed in its place, and of smaller ones; 1 is just safe
+FOUND, GUESSED, FEWER = 0.8, 1.0, 6.0
 SAFE = 0.9  # of the share that may be late, for a shadow to be followed
 FORESEEN = 4 / 3  # what was worked out counts as so much more than what was seen
 SPELL = 300.0  # seconds of real requests that are held against a shadow's: there they are late when they come, here
@@ -101,7 +102,7 @@ class Shadow:
     Attributes:
         signal, factor: the place of the forecast that it follows, and its headroom.
         constant: replicas that it always has; None: it follows the forecast.
-        belief: what it is thought to be late, before anything was seen, in shares of what is safe.
+        belief: horizons for which it is thought to have been late, before anything was seen.
         ordered: replicas that it pays for.
         proved: late requests up to the spell that goes on, forgetting.
         cost: replica-seconds, forgetting sooner.
@@ -152,7 +153,8 @@ class Shadow:
             self.belief = 1.5 + 5 * math.exp(-(self.factor - 1) / 0.35)
             return
         bears = found * look.most_work >= look.mean
-        self.belief = OWNERS if self.constant >= (found if bears else AMPLE * look.mean / look.most_work) else FEWER
+        enough = found if bears else AMPLE * look.mean / look.most_work
+        self.belief = FEWER if self.constant < enough else FOUND if bears else GUESSED
 
     def advance(self, look: Look, promise: Promise, keep: float, keep_cost: float) -> None:
         coming = self._coming
@@ -203,6 +205,7 @@ class Shadows:
         self._all += [Shadow(0, 0.0, count) for count in _counts(highest)]
         self._followed: Shadow | None = None
         self._since = 0.0
+        self._believed = 1.0  # share of what was believed that is not forgotten
         self._seconds = 0.0  # forgetting
         self._requests = 0.0  # forgetting
         self._spell = 0.0  # seconds
@@ -215,6 +218,7 @@ class Shadows:
             for each in self._all:
                 each.start(look, found)
         keep, keep_cost = math.exp(-look.seconds / MEMORY), math.exp(-look.seconds / PAID)
+        self._believed *= keep
         self._seconds = self._seconds * keep + look.seconds
         self._requests = self._requests * keep + look.flow.arrivals * look.seconds
         if self._spell >= SPELL:
@@ -234,16 +238,17 @@ class Shadows:
         """Requests that were late in this spell and that other replicas could have helped."""
         return max(max(self._late, self._slow) - self._hopeless, 0.0)
 
-    def late_share(self, shadow: Shadow, safe: float) -> float:
-        """With what was believed before anything was seen."""
+    def late_share(self, shadow: Shadow, safe: float, horizon: float) -> float:
+        """With what was believed before anything was seen: `belief` horizons late, in `1 / safe` horizons."""
         rate = self._requests / self._seconds if self._seconds else 0.0
         seen = shadow.late(self._real) / rate if rate > 0 else 0.0
-        return (seen + shadow.belief * safe * BELIEF) / (self._seconds + BELIEF)
+        believed = horizon * self._believed
+        return (seen + shadow.belief * believed) / (self._seconds + believed / safe)
 
     def _choose(self, look: Look, safe: float) -> Shadow:
         def price(shadow: Shadow) -> tuple[bool, float, float]:
             """The good ones first, by their cost; the others by theirs, and by how much is late."""
-            share = self.late_share(shadow, safe)
+            share = self.late_share(shadow, safe, look.horizon)
             if share <= safe:
                 return False, shadow.cost, share
             return True, shadow.cost * (1 + PENALTY * (share / safe - 1)), share

@@ -64,12 +64,14 @@ def test_a_shadow_gets_what_it_asked_for_one_cold_start_later_and_pays_at_once()
     assert late[-1] - late[-60] < 10  # and hardly anybody when they are there and have caught up
 
 
-def followed(work: Callable[[float], float], hours: float, found: int) -> list[tuple[int, Shadow]]:
+def followed(
+    work: Callable[[float], float], hours: float, found: int, promise: Promise = PROMISE
+) -> list[tuple[int, Shadow]]:
     shadows = Shadows(["level"], 100)
     out = []
     for number in range(int(hours * 3600 / STEP)):
         at = STEP * number
-        shadow = shadows.advance(look(at, work(at)), PROMISE, found)
+        shadow = shadows.advance(look(at, work(at)), promise, found)
         out.append((shadow.ordered, shadow))
     return out
 
@@ -80,6 +82,14 @@ def test_the_fleet_that_was_found_is_followed_until_another_did_as_well_for_less
     assert steady[-1][0] == 4
     counts = [count for count, _ in steady]
     assert counts == sorted(counts, reverse=True)
+
+
+def test_what_a_surprise_costs_says_how_long_the_fleet_that_was_found_is_trusted() -> None:
+    def calm(late_share: float) -> int:
+        fleets = followed(lambda at: 3.0, 1.3, 12, Promise(2.0, 0.06, late_share))
+        return next(number for number, (count, _) in enumerate(fleets) if count < 12)
+
+    assert calm(0.04) == pytest.approx(calm(0.02) / 2, rel=0.1)  # twice as many may be late: half as long
 
 
 def test_load_that_jumps_time_and_again_is_met_by_a_fleet_that_stays() -> None:
@@ -133,7 +143,7 @@ def test_a_fleet_that_cannot_bear_the_load_vouches_for_none() -> None:
 def test_a_floor_leaves_less_to_be_late() -> None:
     shadows = Shadows(["level"], 10)
     shadow = shadows.advance(look(0.0, 3.0), PROMISE, 8)
-    assert shadows.late_share(shadow, PROMISE.late_share * SAFE) <= PROMISE.late_share * SAFE
+    assert shadows.late_share(shadow, PROMISE.late_share * SAFE, 120.0) <= PROMISE.late_share * SAFE
 
 
 def test_more_late_requests_than_the_fluid_knows_of_make_a_replica_worth_less() -> None:
