@@ -8,8 +8,8 @@ never change. The latter are what a fleet of constant size would have cost, know
 
 Before anything was seen there are beliefs: the less headroom, the longer a shadow must have done well before it is
 followed; the fleet that was found is thought to have its reasons. How long that is follows from what it costs to be
-wrong: who is surprised by a jump is late for a horizon, and `1 / late_share` horizons with nobody late make up for it.
-A belief is forgotten as what was seen is.
+wrong: a jump that surprises makes late for a horizon and a little more, and it takes `1 / late_share` times as long
+with nobody late to make up for it. A belief is forgotten as what was seen is.
 
 Where a shadow has as many replicas as the real fleet, what real requests met counts and not what was worked out; with
 more, no more were late than there, with fewer no fewer.
@@ -30,8 +30,9 @@ FACTORS = (1.0, 1.06, 1.12, 1.18, 1.24, 1.3, 1.36, 1.5, 1.7, 2.0, 2.4)
 MEMORY = 24 * 3600.0  # seconds after which what was late has lost 63 % of its weight
 PAID = 3600.0  # the same of what was paid: what is cheap at night is not at noon
 AMPLE = 1.5  # times the load: what a constant fleet must bear if the one that was found cannot bear the load
-# Horizons that are believed to have been late, of constant fleets as large as the one that was found, as large as was
-# guessed in its place, and of smaller ones; 1 is just safe
+AFTERMATH = 60.0  # seconds that a jump makes late beyond a horizon: until it stands out, and until its queue has gone
+# Surprises that are believed to have been met with, of constant fleets as large as the one that was found, as large as
+# was guessed in its place, and of smaller ones; 1 is just safe
 FOUND, GUESSED, FEWER = 0.8, 1.0, 6.0
 SAFE = 0.9  # of the share that may be late, for a shadow to be followed
 FORESEEN = 4 / 3  # what was worked out counts as so much more than what was seen
@@ -102,7 +103,7 @@ class Shadow:
     Attributes:
         signal, factor: the place of the forecast that it follows, and its headroom.
         constant: replicas that it always has; None: it follows the forecast.
-        belief: horizons for which it is thought to have been late, before anything was seen.
+        belief: surprises that it is thought to have met with, before anything was seen.
         ordered: replicas that it pays for.
         proved: late requests up to the spell that goes on, forgetting.
         cost: replica-seconds, forgetting sooner.
@@ -239,10 +240,10 @@ class Shadows:
         return max(max(self._late, self._slow) - self._hopeless, 0.0)
 
     def late_share(self, shadow: Shadow, safe: float, horizon: float) -> float:
-        """With what was believed before anything was seen: `belief` horizons late, in `1 / safe` horizons."""
+        """With what was believed before anything was seen: `belief` surprises, in the time that makes up for one."""
         rate = self._requests / self._seconds if self._seconds else 0.0
         seen = shadow.late(self._real) / rate if rate > 0 else 0.0
-        believed = horizon * self._believed
+        believed = (horizon + AFTERMATH) * self._believed
         return (seen + shadow.belief * believed) / (self._seconds + believed / safe)
 
     def _choose(self, look: Look, safe: float) -> Shadow:

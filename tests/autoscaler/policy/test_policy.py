@@ -196,7 +196,7 @@ def test_all_samples_missing_hold_what_there_is() -> None:
 
 
 def test_pods_without_a_node_stop_growth_and_say_so() -> None:
-    world = World(policy(), lambda at: TEN, replicas=4, nodes=7)
+    world = World(policy(target=Target(late_share=0.02)), lambda at: TEN, replicas=4, nodes=7)
     world.run(600)
     stuck = world.decisions[-1]
     assert stuck.limit is Limit.NO_NODES

@@ -14,6 +14,7 @@ from autoscaler.policy.work import Engine, Mix
 from tests.autoscaler.policy.scene import COST, NEW, PROMPT, REQUEST_SECONDS
 
 PROMISE = Promise(wait=2.0, step=0.06, late_share=0.01)
+LOOSER = Promise(wait=2.0, step=0.06, late_share=0.02)  # experience counts sooner
 ENGINE, MIX = Engine(COST, rows=256, step_tokens=4096), Mix(PROMPT, NEW)
 STEP = 5.0
 
@@ -77,7 +78,7 @@ def followed(
 
 
 def test_the_fleet_that_was_found_is_followed_until_another_did_as_well_for_less() -> None:
-    steady = followed(lambda at: 3.0, 11.0, found=8)
+    steady = followed(lambda at: 3.0, 9.0, found=8, promise=LOOSER)
     assert steady[0][0] == 8
     assert steady[-1][0] == 4
     counts = [count for count, _ in steady]
@@ -86,10 +87,10 @@ def test_the_fleet_that_was_found_is_followed_until_another_did_as_well_for_less
 
 def test_what_a_surprise_costs_says_how_long_the_fleet_that_was_found_is_trusted() -> None:
     def calm(late_share: float) -> int:
-        fleets = followed(lambda at: 3.0, 1.3, 12, Promise(2.0, 0.06, late_share))
+        fleets = followed(lambda at: 3.0, 1.2, 12, Promise(2.0, 0.06, late_share))
         return next(number for number, (count, _) in enumerate(fleets) if count < 12)
 
-    assert calm(0.04) == pytest.approx(calm(0.02) / 2, rel=0.1)  # twice as many may be late: half as long
+    assert calm(0.06) == pytest.approx(calm(0.03) / 2, rel=0.1)  # twice as many may be late: half as long
 
 
 def test_load_that_jumps_time_and_again_is_met_by_a_fleet_that_stays() -> None:
@@ -99,7 +100,7 @@ def test_load_that_jumps_time_and_again_is_met_by_a_fleet_that_stays() -> None:
 
 
 def test_load_that_goes_up_and_down_slowly_is_followed() -> None:
-    wave = followed(lambda at: 6 - 4 * math.cos(2 * math.pi * at / 14400), 12.0, found=12)
+    wave = followed(lambda at: 6 - 4 * math.cos(2 * math.pi * at / 14400), 12.0, 12, LOOSER)
     last = [count for count, _ in wave[-2880:]]
     assert min(last) <= 5
     assert max(last) >= 11
