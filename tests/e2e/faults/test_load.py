@@ -45,7 +45,7 @@ async def test_ten_times_too_many_are_refused_at_once_and_what_was_taken_is_serv
     assert done  # how many depends on the machine; ten times as many as there is room for are always there
     assert refused
     assert all(each.retry_hint and not each.started for each in refused)
-    assert times[49] < 5  # 50 ms beside nothing else: here 130 clients share the machine with the server, and others both
+    assert times[49] < 5  # 50 ms beside nothing else: here 130 clients and others share the machine
     assert most <= WAITING + AHEAD
     assert unwell == 0
 
