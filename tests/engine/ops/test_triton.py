@@ -1,21 +1,25 @@
-"""The kernels of triton/: right, by tests that run beside all others (see conftest), and compiled for any card."""
+"""The tests of triton/ in a process of their own: Triton settles at its import whether kernels are interpreted."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
-from tests.engine.ops.conftest import Beside
+HERE = Path(__file__).resolve().parent
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
-def test_the_kernels_are_right_under_tritons_interpreter(interpreted: Beside) -> None:
-    """All files of triton/."""
-    code, said = interpreted.result()
-    assert code == 0, said
+def test_the_kernels_are_right_under_tritons_interpreter() -> None:
+    """All files in one process, which imports torch and Triton once."""
+    command = [sys.executable, "-m", "pytest", str(HERE / "triton"), "--rootdir", str(HERE.parents[2])]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200, check=False)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
