@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from autoscaler.fleet import StepCost
 from bench.gpu.report import Figure, Journal, Report
 from bench.gpu.workload import FULL
 
-TERMS = ("base", "per_prefill_token", "per_decode_row", "per_context_token")
+TERMS = tuple(field.name for field in fields(StepCost))
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +74,7 @@ def fit(measured: list[Point]) -> StepCost:
 
 def predicted(cost: StepCost, point: Point) -> float:
     """Seconds."""
-    each = (cost.base, cost.per_prefill_token, cost.per_decode_row, cost.per_context_token)
-    return sum(seconds * count for seconds, count in zip(each, point.terms, strict=True))
+    return float(np.dot(astuple(cost), point.terms))
 
 
 def main() -> None:

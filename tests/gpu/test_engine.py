@@ -22,6 +22,7 @@ from engine.runner import load_runner
 from engine.schemes import SCHEMES
 from tests.engine.oracle import teacher_forced
 from tests.engine.test_invariance import some_requests
+from tests.engine.test_parity import compare
 from tests.engine.ways import Way, config_for, tokens_of
 from tests.tiny_models import MID, write_hf
 
@@ -77,7 +78,7 @@ def test_bfloat16_of_each_precision_is_near_float32_of_it_on_a_cpu(
     """The same rounded weights on both sides."""
     wanted = logprobs(load(smollm2_path, CPU, torch.float32, precision), prompts)
     found = logprobs(load(smollm2_path, CUDA, torch.bfloat16, precision), prompts)
-    mean, agreement = compare(f"{precision}, bfloat16 on a GPU vs float32 on a CPU", wanted, found)
+    mean, _, agreement = compare(f"{precision}, bfloat16 on a GPU vs float32 on a CPU", [wanted], [found])
     assert mean <= 3e-3
     assert agreement >= 0.93
 
@@ -90,8 +91,8 @@ def test_rounded_activations_cost_what_they_cost_on_a_cpu(
         logprobs(load(smollm2_path, device, dtype, "fp8"), prompts)
         for device, dtype in ((CPU, torch.float32), (CUDA, torch.bfloat16))
     )
-    cost, agreement = compare("fp8 on a CPU vs float32", exact, wanted)
-    mean, same = compare("fp8 on a GPU vs float32", exact, found)
+    cost, _, agreement = compare("fp8 on a CPU vs float32", [exact], [wanted])
+    mean, _, same = compare("fp8 on a GPU vs float32", [exact], [found])
     assert mean <= 1.2 * cost
     assert same >= agreement - 0.03
 
@@ -101,17 +102,9 @@ def test_fp8_keys_and_values_cost_what_they_cost_on_a_cpu(
     smollm2_path: Path, prompts: list[list[int]], exact: Tensor, dtype: torch.dtype
 ) -> None:
     found = logprobs(load(smollm2_path, CUDA, dtype), prompts, torch.float8_e4m3fn)
-    mean, agreement = compare(f"FP8 cache on a GPU, {dtype} vs float32", exact, found)
+    mean, _, agreement = compare(f"FP8 cache on a GPU, {dtype} vs float32", [exact], [found])
     assert mean <= 3e-2
     assert agreement >= 0.85
-
-
-def compare(name: str, wanted: Tensor, found: Tensor) -> tuple[float, float]:
-    """Mean KL divergence in nats and the share of same choices."""
-    mean = (wanted.exp() * (wanted - found)).sum(-1).mean().item()
-    agreement = (wanted.argmax(-1) == found.argmax(-1)).float().mean().item()
-    print(f"\n{name}: {len(wanted)} tokens, mean KL {mean:.1e}, argmax {agreement:.1%}")
-    return mean, agreement
 
 
 REQUESTS = [

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.limits import WORKSPACE
+from engine.limits import SPLIT_ROWS, WORKSPACE
 from engine.ops.interface import Activations, CodedWeight, Quantised, Rounding
 from engine.ops.reference import floats
 from engine.ops.triton.linear_kernels import bytes_linear, decode_bytes, decode_groups, groups_linear
@@ -51,7 +51,7 @@ _BYTES = (
     Shape(rows=1, columns=8, depth=512, warps=2, stages=4),
     Shape(rows=16, columns=16, depth=256, warps=2, stages=4),
     Shape(rows=32, columns=32, depth=128, warps=4, stages=5),
-    Shape(rows=64, columns=32, depth=128, warps=4, stages=4),
+    Shape(rows=SPLIT_ROWS, columns=32, depth=128, warps=4, stages=4),
 )
 _GROUPS = (
     Shape(rows=1, columns=256, depth=32, warps=4, stages=4),
